@@ -1,0 +1,54 @@
+# Everything runs in .venv, which is made on first use. Another interpreter: make PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := dev,examples,metrics,solvers
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow bench lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## train the heads side by side on a small problem
+	@$(BIN)/python examples/train_heads.py --demo
+
+test: lint  ## lint, then tests and doctests
+	@echo "==> tests and doctests"
+	@$(BIN)/pytest -q
+
+slow: $(INSTALLED)  ## the tests that take minutes
+	@$(BIN)/pytest -q -m slow
+
+bench: $(INSTALLED)  ## measure time and memory
+	@$(BIN)/python -m benchmarks
+
+lint: $(INSTALLED)  ## style, types and the order of imports
+	@echo "==> ruff: style"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@echo "==> mypy: types"
+	@$(BIN)/mypy --no-error-summary
+	@echo "==> import-linter: the order of the rooms"
+	@$(BIN)/lint-imports --no-logo
+
+format: $(INSTALLED)  ## rewrite the sources in the house style
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+clean:  ## remove the environment, builds and caches
+	@rm -rf $(VENV) build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch goes first and alone: it is most of the download, so a failure there is seen at once.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	  || { echo "make: $(PYTHON) must be Python 3.10 or newer with its venv module (try PYTHON=...)" >&2; exit 1; }
+	@test -x $(BIN)/pip || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing PyTorch (once; a minute or more)"
+	@$(PIP) torch numpy
+	@echo "==> installing etflayers with its oracles and tools (once; about a minute)"
+	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,25 @@
+"""What every test starts from: a fixed seed, reproducible examples, and a GPU only where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", derandomize=True, deadline=None, database=None)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Draw the same random numbers in a test whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
