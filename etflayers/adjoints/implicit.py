@@ -1,0 +1,138 @@
+r"""The derivative of the nearest frame from its optimality condition, not from the solver's steps.
+
+**Optimality.** The maximiser of <W, M> is W = c R, where R = S^+ M_c is the polar factor of the centred rows:
+M_c = S R with S = M_c R' symmetric positive semi-definite and R R' = C, the projector orthogonal to 1.
+Differentiate both equations and split dR = X R + N with N R' = 0; the second makes X skew. Multiply dM_c = dS
+R + S dR by R' from the right and subtract the transpose, which removes dS:
+
+    S X + X S = dM_c R' - R dM_c',         N = S^+ dM_c (I - R'R),
+    dR = X R + S^+ dM_c (I - R'R).                                                                      (*)
+
+**One map for both modes.** R is the gradient of the nuclear norm of M_c, so (*) is a Hessian and
+self-adjoint: the same function is the Jacobian-vector product and the vector-Jacobian product.
+
+**Conditioning.** In the eigenbasis of S the Sylvester equation divides by sigma_i + sigma_j. At neural
+collapse all sigma agree, and this is perfectly conditioned, where differentiating an SVD divides by sigma_i -
+sigma_j = 0. Directions absent from the data (sigma below the rank cutoff) determine nothing; dropping them
+gives the minimum-norm derivative.
+
+**In few products.** Both terms of (*) that stand left of R combine into one K x K matrix X - S^+ dM_c R', so
+(*) costs three products of size d x K x K, and the forward pass two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etflayers.adjoints.sylvester import solve_sylvester
+from etflayers.geometry import centred, etf_radius
+from etflayers.precision import full_precision
+from etflayers.solvers import FrameSolver
+
+__all__ = ["Implicit"]
+
+
+def _derivative(
+    direction: Tensor, linear: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor
+) -> Tensor:
+    """c dR of (*) for dM = ``direction`` (..., K, d), in its dtype."""
+    with full_precision(direction):
+        change, wide_frame = centred(direction.to(basis.dtype)), frame.to(basis.dtype)
+        # Forward mode may run inside a backward pass that records no graph; its tangents still have to flow.
+        if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+            d_frame = _differentiable(change, linear, wide_frame, basis, divisors)
+        else:
+            d_frame = _fused(change, wide_frame, inverse, basis, divisors)
+        return d_frame.to(direction.dtype)
+
+
+def _has_complement(frame: Tensor) -> bool:
+    # For d = K - 1, I - R'R vanishes: computing it would only add rounding, divided by sigma.
+    return frame.shape[-1] > frame.shape[-2] - 1
+
+
+def _fused(change: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
+    """c dR in three large products, with the solver's factors as constants; R = W / c."""
+    radius = etf_radius(frame.shape[-2])
+    inner = change @ frame.mT / radius
+    z = basis.mT @ inner @ basis
+    left = basis @ ((z - z.mT) * divisors) @ basis.mT
+    if not _has_complement(frame):
+        return left @ frame
+    return (left - inverse @ inner) @ frame + (radius * inverse) @ change
+
+
+def _differentiable(change: Tensor, linear: Tensor, frame: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
+    """c dR as a function of M and W that can itself be differentiated, to any order; R = W / c."""
+    radius = etf_radius(frame.shape[-2])
+    factor = frame / radius
+    product = centred(linear.to(basis.dtype)) @ factor.mT
+    symmetric = (product + product.mT) / 2
+    inner = change @ factor.mT
+    turned = solve_sylvester(symmetric, inner - inner.mT, basis, divisors) @ frame
+    if not _has_complement(frame):
+        return turned
+    # S^+ is the Y of S Y + Y S = 2 I: one primitive serves both terms.
+    identity = torch.eye(frame.shape[-2], dtype=basis.dtype, device=basis.device).expand_as(symmetric)
+    inverse = solve_sylvester(symmetric, 2 * identity, basis, divisors)
+    return turned + radius * inverse @ (change - inner @ factor)
+
+
+class _NearestFrame(torch.autograd.Function):
+    """M -> W with the derivative (*). The solver's factors are further outputs, which carry no gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(linear: Tensor, solver: FrameSolver) -> tuple[Tensor, ...]:
+        with full_precision(linear):
+            frame, *factors = solver(linear)
+        return (frame.to(linear.dtype), *factors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        saved = (inputs[0], *output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else _derivative(grad, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return _derivative(tangent, *ctx.saved_tensors), None, None, None
+
+
+# As one node of the graph, torch.compile keeps both modes and the vmap rule of the function above; traced
+# through, it would refuse the forward mode and lose the vmap rule.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _nearest_frame(linear: Tensor, solver: FrameSolver) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        apply = _NearestFrame.apply
+    else:
+        # What Function.apply itself calls after binding the arguments to the signature of `forward` by
+        # introspection, which would take a fifth of the time of a small problem.
+        apply = super(torch.autograd.Function, _NearestFrame).apply
+    frame: Tensor = apply(linear, solver)[0]  # type: ignore[no-untyped-call]
+    return frame
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """Differentiate the optimality condition: exact, independent of the solver, stable at collapse.
+
+    Twice and more differentiable, in reverse and forward mode. For rank-deficient means the derivative is the
+    minimum-norm one.
+    """
+
+    def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
+        """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
+        frame: Tensor = _nearest_frame(linear, solver)
+        return frame

@@ -1,0 +1,35 @@
+"""Simplex equiangular tight frames and the Stiefel manifold: constructions and predicates, no solver."""
+
+from etflayers.geometry.frames import (
+    centred,
+    centred_basis_adjoint,
+    centred_basis_apply,
+    etf_radius,
+    is_simplex_etf,
+    require_etf_dims,
+    simplex_etf,
+)
+from etflayers.geometry.stiefel import (
+    is_stiefel,
+    project_stiefel,
+    project_tangent,
+    random_stiefel,
+    retract_stiefel,
+)
+from etflayers.geometry.tolerance import Check
+
+__all__ = [
+    "Check",
+    "centred",
+    "centred_basis_adjoint",
+    "centred_basis_apply",
+    "etf_radius",
+    "is_simplex_etf",
+    "is_stiefel",
+    "project_stiefel",
+    "project_tangent",
+    "random_stiefel",
+    "require_etf_dims",
+    "retract_stiefel",
+    "simplex_etf",
+]

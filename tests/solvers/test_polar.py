@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from etflayers import SVD, ByRegime, GramEigh
+from etflayers.errors import NonFiniteError
+from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius, is_simplex_etf
+from etflayers.testing import means_with_condition, relative_error
+
+SOLVERS = [SVD(), GramEigh(), ByRegime()]
+SHAPES = [(2, 1), (2, 5), (5, 4), (5, 5), (5, 9), (40, 39), (40, 64)]
+
+
+def scipy_frame(linear):
+    factor, _ = linalg.polar(centred_basis_apply(linear).numpy())
+    return etf_radius(len(linear)) * centred_basis_adjoint(torch.from_numpy(np.ascontiguousarray(factor)))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize(("num_classes", "in_features"), SHAPES)
+def test_frame_agrees_with_scipy_polar(solver, num_classes, in_features):
+    linear = means_with_condition(num_classes, in_features, 50.0)
+    assert relative_error(solver(linear).frame, scipy_frame(linear)) < 1e-11
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize(("num_classes", "in_features"), SHAPES)
+def test_factors_satisfy_their_definitions(solver, num_classes, in_features):
+    linear = torch.randn(3, num_classes, in_features, dtype=torch.float64) + 5
+    frame, inverse, basis, divisors = solver(linear)
+    centred = linear - linear.mean(-2, keepdim=True)
+    left, values_of_centred, _ = torch.linalg.svd(centred, full_matrices=False)
+    root = left @ torch.diag_embed(values_of_centred) @ left.mT
+    # `inverse` may hold anything along 1: compare what it does to centred rows, which is all it is used for.
+    torch.testing.assert_close(inverse @ root @ centred, centred)
+    torch.testing.assert_close(etf_radius(num_classes) * inverse @ centred, frame)
+    # The basis diagonalises S, and the divisors are those of its eigenvalues: Y solves S Y + Y S = B for a B
+    # that does not see 1.
+    rhs = centred @ torch.randn(3, in_features, num_classes, dtype=torch.float64)
+    rhs = rhs - rhs.mean(-1, keepdim=True)
+    solution = basis @ ((basis.mT @ rhs @ basis) * divisors) @ basis.mT
+    torch.testing.assert_close(root @ solution + solution @ root, rhs)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 4.4, 4.6, 1e3, 9e4, 2e5, 1e6])
+@pytest.mark.parametrize("num_classes", [5, 40])
+def test_every_regime_of_float32_is_accurate(kappa, num_classes):
+    # One unit in the last place of the data already moves the exact frame by about eps * kappa, so the bound
+    # is on the frame of exactly these float32 numbers.
+    linear = means_with_condition(num_classes, 64, kappa, dtype=torch.float32)
+    assert relative_error(ByRegime()(linear).frame, scipy_frame(linear.double())) < 2e-6
+
+
+def test_regime_chooses_precision_by_condition():
+    def dtype_of(kappa, num_classes):
+        return ByRegime()(means_with_condition(num_classes, 64, kappa, dtype=torch.float32)).frame.dtype
+
+    assert dtype_of(3.0, 40) == torch.float32
+    assert dtype_of(30.0, 40) == torch.float64
+    assert dtype_of(3.0, 5) == torch.float64
+
+
+def test_gram_refuses_rank_deficient_rows():
+    linear = torch.randn(4, 6).index_fill(0, torch.tensor([1, 2]), 0.0)
+    with pytest.raises(NonFiniteError, match=r"solver=GramEigh\(\) needs class means of full rank"):
+        GramEigh()(linear)
+
+
+@pytest.mark.parametrize("solver", [SVD(), ByRegime()], ids=repr)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_rank_deficient_rows_still_give_a_simplex(solver, rank):
+    linear = torch.randn(5, rank, dtype=torch.float64) @ torch.randn(rank, 8, dtype=torch.float64)
+    factors = solver(linear)
+    assert is_simplex_etf(factors.frame).ok
+    assert all(bool(torch.isfinite(part).all()) for part in factors)
