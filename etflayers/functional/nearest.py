@@ -187,11 +187,13 @@ def _linear_form(
     dtype = working_dtype(means.dtype)
     linear = means.to(dtype)
     if weights is not None:
-        linear = _weighted(linear, _checked_weights(weights, means).to(dtype))
+        _check_weights(weights, means)
+        linear = _weighted(linear, weights.to(dtype))
     if anchor is not None:
-        linear = linear + _checked_proximity(proximity, means).to(dtype) * _checked_anchor(anchor, means).to(
-            dtype
-        )
+        _check_anchor(anchor, means)
+        _check_proximity(proximity)
+        pull = proximity[..., None, None].to(dtype) if isinstance(proximity, Tensor) else proximity
+        linear = linear + pull * anchor.to(dtype)
     else:
         require(
             not isinstance(proximity, Tensor) and proximity == 0,
@@ -209,7 +211,7 @@ def _weighted(means: Tensor, weights: Tensor) -> Tensor:
     return column * (rows - (column * rows).sum(-2, keepdim=True) / total)
 
 
-def _checked_weights(weights: Tensor, means: Tensor) -> Tensor:
+def _check_weights(weights: Tensor, means: Tensor) -> None:
     require_floating("weights", weights.dtype)
     require(
         weights.ndim >= 1 and weights.shape[-1] == means.shape[-2],
@@ -218,24 +220,20 @@ def _checked_weights(weights: Tensor, means: Tensor) -> Tensor:
     require_values(
         (weights.detach() >= 0).all(), "weights must not be negative or NaN: one weight >= 0 for each class"
     )
-    return weights
 
 
-def _checked_anchor(anchor: Tensor, means: Tensor) -> Tensor:
+def _check_anchor(anchor: Tensor, means: Tensor) -> None:
     require_floating("anchor", anchor.dtype)
     require(
         anchor.shape[-2:] == means.shape[-2:],
         f"anchor must have shape (..., num_classes, in_features) = (..., {means.shape[-2]}, "
         f"{means.shape[-1]}), got {tuple(anchor.shape)}",
     )
-    return anchor
 
 
-def _checked_proximity(proximity: float | Tensor, means: Tensor) -> Tensor:
-    value = torch.as_tensor(proximity, device=means.device)
+def _check_proximity(proximity: float | Tensor) -> None:
     if isinstance(proximity, Tensor):
         require_floating("proximity", proximity.dtype)
-        require_values((value.detach() >= 0).all(), "proximity must not be negative or NaN")
-        return value[..., None, None]
-    require(0 <= proximity < float("inf"), f"proximity must be a finite number >= 0, got {proximity}")
-    return value
+        require_values((proximity.detach() >= 0).all(), "proximity must not be negative or NaN")
+    else:
+        require(0 <= proximity < float("inf"), f"proximity must be a finite number >= 0, got {proximity}")

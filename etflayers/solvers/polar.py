@@ -215,7 +215,8 @@ class ByRegime:
             for dtype, largest_kappa in self._ladder(linear):
                 gram = GramEigh(dtype)
                 spectrum = gram.spectrum(linear)
-                if bool((spectrum.values[..., -1] <= largest_kappa * spectrum.values[..., 0]).all()):
+                # Strictly, so that neither a zero nor a NaN spectrum passes.
+                if bool((spectrum.values[..., -1] < largest_kappa * spectrum.values[..., 0]).all()):
                     return gram.factors(spectrum)
         return SVD()(linear)
 

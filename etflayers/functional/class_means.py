@@ -1,0 +1,155 @@
+r"""Sums and means of the features of each class, as one product with the one-hot matrix of the targets.
+
+With T (B x K), ``T[i, k] = 1`` where sample i has class k, the sums are T'F and the counts 1'T. A product is
+deterministic where a scatter adds with float atomics in any order, and it reads no value on the host. A row
+whose target is ``ignore_index`` is a zero row of T and drops out by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etflayers.errors import (
+    InvalidArgumentError,
+    NonFiniteError,
+    reads_values,
+    require,
+    require_floating,
+    require_values,
+)
+from etflayers.precision import full_precision, working_dtype
+
+__all__ = ["class_means", "class_sums", "ignored_targets"]
+
+
+def class_sums(
+    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    r"""Sum the features of each class: ``s_k = sum_{i: y_i = k} f_i`` and ``n_k = #{i: y_i = k}``.
+
+    Args:
+        features: F, ``(B, d)``; every row finite, the ignored ones too (0 times NaN is NaN).
+        targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``.
+        num_classes: K.
+        ignore_index: target of the rows to leave out; it may be one of the classes.
+
+    Returns:
+        The sums ``(K, d)``, in float32 for half-precision features and in their own dtype otherwise, and the
+        counts ``(K,)``, int64.
+
+    Raises:
+        InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+        NonFiniteError: NaN or infinity in the features, or features so large that sums overflow.
+
+    >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    >>> class_sums(features, torch.tensor([0, 0, 2]), num_classes=3)
+    (tensor([[4., 0.], [0., 0.], [0., 5.]]), tensor([2, 0, 1]))
+    """
+    require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+    require_floating("features", features.dtype)
+    if features.ndim != 2:
+        raise InvalidArgumentError(
+            f"features must have shape (B, in_features), got {tuple(features.shape)}: "
+            "flatten the leading dimensions"
+        )
+    if targets.shape != features.shape[:1]:
+        raise InvalidArgumentError(
+            f"targets must have shape (B,) = ({features.shape[0]},), one for each row of features, "
+            f"got {tuple(targets.shape)}"
+        )
+    ignored = ignored_targets(targets, num_classes, ignore_index)
+    _require_summable(features)
+
+    dtype = working_dtype(features.dtype)
+    classes = torch.arange(num_classes, device=features.device)
+    members = torch.where(ignored, -1, targets).unsqueeze(-1) == classes
+    with full_precision(features):
+        sums = members.to(dtype).mT @ features.to(dtype)
+    return sums, members.sum(0)
+
+
+def class_means(
+    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    r"""Average the features of each class: ``m_k = s_k / n_k``, and 0 where n_k = 0.
+
+    Args:
+        features: as in :func:`class_sums`.
+        targets: as in :func:`class_sums`.
+        num_classes: as in :func:`class_sums`.
+        ignore_index: as in :func:`class_sums`.
+
+    Returns:
+        The means ``(K, d)``, zero rows for absent classes, and the counts ``(K,)``, as in :func:`class_sums`.
+
+    Raises:
+        InvalidArgumentError: as in :func:`class_sums`.
+        NonFiniteError: as in :func:`class_sums`.
+
+    >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    >>> class_means(features, torch.tensor([0, 0, 2]), num_classes=3)
+    (tensor([[2., 0.], [0., 0.], [0., 5.]]), tensor([2, 0, 1]))
+    """
+    sums, counts = class_sums(features, targets, num_classes, ignore_index=ignore_index)
+    return sums / counts.clamp(min=1).unsqueeze(-1), counts
+
+
+def ignored_targets(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Where ``targets`` equals ``ignore_index``, after checking that it holds nothing but that and classes.
+
+    Args:
+        targets: integers of any shape.
+        num_classes: K.
+        ignore_index: target of the samples to leave out.
+
+    Returns:
+        A boolean tensor of the shape of ``targets``.
+
+    Raises:
+        InvalidArgumentError: a dtype that is not an integer, or a value outside [0, K).
+    """
+    dtype = targets.dtype
+    require(
+        not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
+        f"targets must be integers (class indices), got {dtype}: convert them with .long(), "
+        "one-hot targets with .argmax(-1)",
+    )
+    # In int64, because uint8 would take ignore_index = -100 for class 156.
+    targets = targets.long()
+    ignored = targets == ignore_index
+    allowed = ((targets >= 0) & (targets < num_classes)) | ignored
+    everything_allowed = allowed.all()
+    received = ""
+    if reads_values(everything_allowed) and not bool(everything_allowed):
+        offenders = targets[~allowed]
+        received = f", got {int(offenders[0])} ({offenders.numel()} of {targets.numel()} out of range)"
+    require_values(
+        everything_allowed,
+        f"targets must be class indices in [0, {num_classes}) or ignore_index={ignore_index}{received}",
+    )
+    return ignored
+
+
+def _require_summable(features: Tensor) -> None:
+    if features.numel() == 0:
+        return
+    # One pass over the features: both extremes are NaN if any entry is. With 2B times the largest finite, no
+    # sum of B rows can overflow, and no difference of two means.
+    lowest, highest = torch.aminmax(features.detach())
+    largest = torch.maximum(-lowest, highest).to(working_dtype(features.dtype))
+    summable = torch.isfinite(largest * (2 * features.shape[0]))
+    received = ""
+    if reads_values(summable) and not bool(summable):
+        broken = int((~torch.isfinite(features)).sum())
+        received = (
+            f", got {broken} NaN or infinite values among {features.numel()}"
+            if broken
+            else f", got values up to {float(largest):.3g}"
+        )
+    require_values(
+        summable,
+        f"features must be finite, and small enough to be summed over the batch{received}: look for an "
+        "overflow (a learning rate too high, fp16 without loss scaling) in what produced them",
+        NonFiniteError,
+    )

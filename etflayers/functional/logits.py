@@ -1,0 +1,54 @@
+"""Inner products with the canonical simplex ETF, without its matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etflayers.errors import InvalidArgumentError, require_floating
+from etflayers.geometry import centred_basis_adjoint, etf_radius, require_etf_dims
+from etflayers.precision import working_dtype
+
+__all__ = ["canonical_etf_logits", "linear_dtype"]
+
+
+def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
+    r"""Inner products with the canonical simplex ETF in O(K) a sample: a slice, a mean and a scale.
+
+    The canonical frame is ``W = c (I - 11'/K)`` followed by zero columns, so ``W f = c (f_{1:K} -
+    mean(f_{1:K}))``. For d = K - 1 it is ``W = c E'``, one Householder reflection of f.
+
+    Args:
+        features: f, ``(..., d)`` with d >= K - 1.
+        num_classes: K >= 2.
+
+    Returns:
+        ``(..., K)``, equal to ``F.linear(features, simplex_etf(K, d))`` and in the dtype that would have,
+        computed in float32 or better.
+
+    Raises:
+        InvalidArgumentError: K < 2, d < K - 1 or a dtype that is not floating point.
+
+    >>> canonical_etf_logits(torch.tensor([[3.0, 0.0, 0.0, 7.0]]), num_classes=3)
+    tensor([[ 2.4495, -1.2247, -1.2247]])
+    """
+    require_floating("features", features.dtype)
+    if features.ndim == 0:
+        raise InvalidArgumentError("features must have shape (..., in_features), got a scalar")
+    require_etf_dims(num_classes, features.shape[-1])
+    rows = features.to(working_dtype(features.dtype))
+    if features.shape[-1] == num_classes - 1:
+        centred = centred_basis_adjoint(rows.unsqueeze(-1)).squeeze(-1)
+    else:
+        rows = rows[..., :num_classes]
+        centred = rows - rows.mean(-1, keepdim=True)
+    return (etf_radius(num_classes) * centred).to(linear_dtype(features))
+
+
+def linear_dtype(features: Tensor) -> torch.dtype:
+    """The dtype that ``F.linear`` returns for ``features``: autocast's, where that is on, or their own."""
+    device = features.device.type
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return features.dtype

@@ -1,0 +1,102 @@
+"""Losses for heads whose frame is a simplex ETF."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from etflayers.errors import InvalidArgumentError, require, require_floating, require_values
+from etflayers.functional.class_means import ignored_targets
+from etflayers.precision import working_dtype
+
+__all__ = ["dot_regression_loss"]
+
+
+def dot_regression_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    lengths: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    r"""Regress the inner product with the own class vertex: ``(<w_y, h> - l_y)^2 / (2 l_y)``, averaged.
+
+    ``l_y = sqrt(E_W E_{H,y})`` is the length sqrt(E_W) of the classifier vector times the length
+    sqrt(E_{H,y}) that the features of class y are meant to have. Only the own class pulls; the other
+    vertices, which the frame holds in place, need no push. The logits are plain inner products, without a
+    bias. A head with ``scale=s`` has classifier vectors of length s: with ``scale=1`` the lengths are those
+    of the features alone, otherwise multiply them by s.
+
+    Args:
+        logits: inner products, ``(..., K)``, classes last.
+        targets: y, ``(...)``, integers in [0, K) or ``ignore_index``.
+        lengths: l > 0, a number or one for each class, ``(K,)``.
+        ignore_index: target of the samples to leave out.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar, or ``(...)`` for ``"none"`` with 0 for ignored samples; float32 for half-precision logits.
+        If all samples are ignored the mean is 0 with a zero gradient (``F.cross_entropy`` returns NaN there).
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or a reduction that do not fit, targets out of range, or
+            lengths that are not positive and finite.
+
+    Reference:
+        Yang, Chen, Li, Xie, Lin, Tao (2022), arXiv 2203.09081.
+
+    >>> logits = torch.tensor([[0.5, -0.5], [-2.0, 2.0]])
+    >>> dot_regression_loss(logits, torch.tensor([0, 1]), reduction="none")
+    tensor([0.1250, 0.5000])
+    """
+    require_floating("logits", logits.dtype)
+    require(
+        reduction in ("mean", "sum", "none"),
+        f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}",
+    )
+    if logits.ndim == 0:
+        raise InvalidArgumentError("logits must have shape (..., num_classes), got a scalar")
+    if targets.shape != logits.shape[:-1]:
+        raise InvalidArgumentError(
+            f"targets must have the shape of logits without the classes, {tuple(logits.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    num_classes = logits.shape[-1]
+    lengths = positive_lengths(lengths)
+    if isinstance(lengths, Tensor) and lengths.ndim > 0 and lengths.shape != (num_classes,):
+        raise InvalidArgumentError(
+            f"lengths must be a number or have shape (num_classes,) = ({num_classes},), "
+            f"got {tuple(lengths.shape)}"
+        )
+    ignored = ignored_targets(targets, num_classes, ignore_index)
+
+    dtype = working_dtype(logits.dtype)
+    own = torch.where(ignored, 0, targets.long())
+    length = torch.as_tensor(lengths, dtype=dtype, device=logits.device).expand(num_classes)[own]
+    product = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1).to(dtype)
+    # An ignored product is replaced before the arithmetic: masking its loss would still send back 0 times
+    # NaN.
+    error = torch.where(ignored, 0, product - length)
+    losses = error.square() / (2 * length)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (~ignored).sum().clamp(min=1)
+
+
+def positive_lengths(lengths: float | Tensor) -> float | Tensor:
+    """``lengths``, after checking that they are positive and finite."""
+    if isinstance(lengths, Tensor):
+        require_floating("lengths", lengths.dtype)
+        values = lengths.detach()
+        require_values(
+            ((values > 0) & torch.isfinite(values)).all(),
+            "lengths must be positive and finite: one for each class",
+        )
+    else:
+        require(0 < lengths < float("inf"), f"lengths must be positive and finite, got {lengths}")
+    return lengths

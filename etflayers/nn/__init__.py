@@ -1,0 +1,19 @@
+"""Layers: classifier heads whose weight is a simplex ETF, what feeds them, and how they get into a model."""
+
+from etflayers.nn.averages import FeatureMovingAverage
+from etflayers.nn.heads import ETFHead, FixedETFHead
+from etflayers.nn.learned import LearnedETFHead
+from etflayers.nn.losses import DotRegressionLoss
+from etflayers.nn.nearest import NearestETFHead
+from etflayers.nn.surgery import provide_targets, replace_classifier
+
+__all__ = [
+    "DotRegressionLoss",
+    "ETFHead",
+    "FeatureMovingAverage",
+    "FixedETFHead",
+    "LearnedETFHead",
+    "NearestETFHead",
+    "provide_targets",
+    "replace_classifier",
+]

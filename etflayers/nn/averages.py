@@ -1,0 +1,221 @@
+"""Running means of the features of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from etflayers.errors import InvalidArgumentError, MissingTargetsError, require, require_floating
+from etflayers.functional.class_means import class_sums
+from etflayers.nn.distributed import all_reduce_sum, world_size
+from etflayers.precision import working_dtype
+
+__all__ = ["ClassStatistics", "FeatureMovingAverage", "Momentum", "keep_precision"]
+
+Momentum = float | Literal["2/(t+1)"] | None
+
+# Below this step the published schedule would stop following the features.
+_SMALLEST_STEP = 1e-4
+
+
+def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``convert`` (the argument of ``nn.Module._apply``) without its step from full to half precision.
+
+    Averages and factorisations lose their meaning in 8 or 11 bits, so ``module.half()`` moves them at most.
+    """
+
+    def converted(tensor: Tensor) -> Tensor:
+        result = convert(tensor)
+        return result if result.dtype == working_dtype(result.dtype) else tensor.to(result.device)
+
+    return converted
+
+
+class ClassStatistics(NamedTuple):
+    """What is known of each class: its mean ``(K, d)``, and how many samples and batches it had ``(K,)``."""
+
+    means: Tensor
+    counts: Tensor
+    updates: Tensor
+
+
+class FeatureMovingAverage(nn.Module):
+    r"""Running mean of the features of each class: ``m_k <- m_k + a_k (mean of the batch - m_k)``.
+
+    The step ``a_k`` belongs to the class: it is 1 the first time that the class occurs, 0 when a batch holds
+    none of its samples, and otherwise given by ``momentum``. In training the returned means carry a gradient
+    to the batch, ``a_k / n_k`` for each of the n_k samples; the stored means are constants. In eval mode the
+    stored means are returned and nothing changes. A training pass under ``torch.no_grad`` still updates, as
+    in BatchNorm; so does the second forward pass of gradient checkpointing: keep this layer outside the
+    checkpoint.
+
+    Under ``torch.distributed`` the sums and counts are added over the ranks, so that every rank holds the
+    average that one process would have computed on the whole batch.
+
+    Args:
+        in_features: d.
+        num_classes: K.
+        momentum: a number a in (0, 1]: ``a_k = a``, as in BatchNorm. ``None``: the exact mean of all samples
+            seen (each *sample* has the same weight, where BatchNorm gives it to each batch). ``"2/(t+1)"``:
+            the schedule of Markou et al., t the number of batches with that class, this one included, never
+            less than 1e-4.
+        ignore_index: target of the samples to leave out.
+        synchronize: whether to add over the ranks when ``torch.distributed`` is initialised.
+        process_group: the ranks to add over; default: all. It is not part of copies and pickles, which
+            start with the default group: assign the attribute again.
+        device: of the buffers.
+        dtype: of the means: float32 (also where a half precision is asked for) or float64. ``half()`` and
+            ``bfloat16()`` leave it.
+
+    Attributes:
+        means: ``(K, d)``, zero rows for classes never seen.
+        counts: ``(K,)`` int64, number of samples seen.
+        updates: ``(K,)`` int64, number of batches in which the class occurred.
+
+    Raises:
+        InvalidArgumentError: in_features or num_classes < 1, or an unknown momentum.
+
+    Reference:
+        Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
+
+    >>> average = FeatureMovingAverage(in_features=1, num_classes=3, momentum=0.5)
+    >>> average(torch.tensor([[2.0], [4.0], [8.0]]), torch.tensor([0, 0, 1]))
+    tensor([[3.], [8.], [0.]])
+    >>> average(torch.tensor([[5.0]]), torch.tensor([0]))
+    tensor([[4.], [8.], [0.]])
+    >>> average.seen
+    tensor([ True,  True, False])
+    """
+
+    means: Tensor
+    counts: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        momentum: Momentum = 0.1,
+        ignore_index: int = -100,
+        synchronize: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require(in_features >= 1, f"in_features must be at least 1, got {in_features}")
+        require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+        require(
+            momentum is None
+            or momentum == "2/(t+1)"
+            or (isinstance(momentum, (int, float)) and 0 < momentum <= 1),
+            f"momentum must be a number in (0, 1], None (cumulative) or '2/(t+1)', got {momentum!r}",
+        )
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        require_floating("dtype", dtype)
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.momentum = momentum
+        self.ignore_index = ignore_index
+        self.synchronize = synchronize
+        self.process_group = process_group
+        means = torch.zeros(num_classes, in_features, device=device, dtype=working_dtype(dtype))
+        self.register_buffer("means", means)
+        self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros(num_classes, device=device, dtype=torch.int64))
+
+    @property
+    def seen(self) -> Tensor:
+        """Which classes have occurred, ``(K,)`` bool."""
+        return self.counts > 0
+
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Class means after this batch (in training; stores them too) or as stored (in eval mode).
+
+        Args:
+            features: ``(..., d)``, finite; half precision is accumulated in float32.
+            targets: ``(...)``, integers in [0, K) or ``ignore_index``; not used in eval mode.
+
+        Returns:
+            ``(K, d)``; in training differentiable in ``features``.
+
+        Raises:
+            MissingTargetsError: training without targets.
+            InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+            NonFiniteError: NaN or infinity in the features.
+        """
+        if not self.training:
+            return self.means.clone()
+        if targets is None:
+            raise MissingTargetsError(
+                "FeatureMovingAverage needs targets in training: call average(features, targets), "
+                "or average.eval() to read the stored means"
+            )
+        statistics = self.propose(features, targets)
+        self.commit(statistics)
+        return statistics.means
+
+    def propose(self, features: Tensor, targets: Tensor) -> ClassStatistics:
+        """The statistics after one more batch, differentiable in ``features``, without storing them."""
+        if features.shape[-1:] != (self.in_features,):
+            raise InvalidArgumentError(
+                f"features must have shape (..., in_features) = (..., {self.in_features}), "
+                f"got {tuple(features.shape)}"
+            )
+        if targets.shape != features.shape[:-1]:
+            raise InvalidArgumentError(
+                f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
+                f"got {tuple(targets.shape)}"
+            )
+        sums, counts = class_sums(
+            features.reshape(-1, self.in_features),
+            targets.reshape(-1),
+            self.num_classes,
+            ignore_index=self.ignore_index,
+        )
+        if self.synchronize and world_size(self.process_group) > 1:
+            # One collective: counts below 2^24 are exact in float32.
+            packed = torch.cat((sums, counts.unsqueeze(-1).to(sums.dtype)), dim=-1)
+            packed = all_reduce_sum(packed, self.process_group)
+            sums, counts = packed[:, :-1], packed[:, -1].detach().to(torch.int64)
+        batch_means = sums / counts.clamp(min=1).unsqueeze(-1)
+        step = self._step(counts, batch_means.dtype).unsqueeze(-1)
+        return ClassStatistics(
+            means=self.means + step * (batch_means - self.means),
+            counts=self.counts + counts,
+            updates=self.updates + (counts > 0),
+        )
+
+    def commit(self, statistics: ClassStatistics) -> None:
+        """Store statistics; the buffers themselves are never part of a graph."""
+        with torch.no_grad():
+            self.means.copy_(statistics.means)
+            self.counts.copy_(statistics.counts)
+            self.updates.copy_(statistics.updates)
+
+    def _step(self, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        """a_k for a batch with ``counts`` samples of each class; absent classes get 0, new ones 1."""
+        present = counts > 0
+        if self.momentum is None:
+            return counts.to(dtype) / (self.counts + counts).clamp(min=1)
+        if isinstance(self.momentum, str):
+            step = (2 / (self.updates.to(dtype) + 2)).clamp(min=_SMALLEST_STEP)  # t = updates + 1
+        else:
+            step = torch.where(self.seen, torch.full_like(self.counts, self.momentum, dtype=dtype), 1)
+        return step * present
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMovingAverage:
+        super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "process_group": None}
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, momentum={self.momentum!r}"

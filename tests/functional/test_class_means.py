@@ -1,0 +1,176 @@
+"""Class sums and means against plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from etflayers.errors import EtfLayersError, InvalidArgumentError, NonFiniteError
+from etflayers.functional.class_means import class_means, class_sums
+
+IGNORE = -100
+
+
+def loop_sums(features: Tensor, targets: Tensor, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    sums = np.zeros((num_classes, features.shape[1]))
+    counts = np.zeros(num_classes, dtype=np.int64)
+    for row, target in zip(features.double().numpy(), targets.tolist(), strict=True):
+        if target != IGNORE:
+            sums[target] += row
+            counts[target] += 1
+    return sums, counts
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_sums_and_counts_agree_with_loops(generator: torch.Generator, target_dtype: torch.dtype) -> None:
+    features = torch.randn(50, 7, generator=generator, dtype=torch.float64)
+    targets = torch.randint(4, (50,), generator=generator).to(target_dtype)  # class 4 of 5 is absent
+
+    sums, counts = class_sums(features, targets, 5)
+
+    expected_sums, expected_counts = loop_sums(features, targets, 5)
+    np.testing.assert_allclose(sums, expected_sums, atol=1e-13)
+    np.testing.assert_array_equal(counts, expected_counts)
+    assert counts.dtype == torch.int64
+
+
+def test_means_are_sums_over_counts_and_zero_for_absent_classes(generator: torch.Generator) -> None:
+    features = torch.randn(30, 3, generator=generator, dtype=torch.float64)
+    targets = torch.randint(1, 4, (30,), generator=generator)
+
+    means, counts = class_means(features, targets, 5)
+
+    sums, expected_counts = loop_sums(features, targets, 5)
+    np.testing.assert_allclose(means, sums / np.maximum(expected_counts, 1)[:, None], atol=1e-14)
+    assert means[0].tolist() == means[4].tolist() == [0.0, 0.0, 0.0]
+    assert counts[0] == counts[4] == 0
+
+
+@pytest.mark.parametrize("ignore_index", [IGNORE, 1])
+def test_ignored_rows_do_not_count_even_if_the_ignored_index_is_a_class(
+    generator: torch.Generator, ignore_index: int
+) -> None:
+    features = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    targets = torch.randint(3, (20,), generator=generator)
+    targets[::3] = ignore_index
+
+    sums, counts = class_sums(features, targets, 3, ignore_index=ignore_index)
+
+    expected = loop_sums(features, torch.where(targets == ignore_index, IGNORE, targets), 3)
+    np.testing.assert_allclose(sums, expected[0], atol=1e-14)
+    np.testing.assert_array_equal(counts, expected[1])
+
+
+def test_an_ignore_index_that_wraps_around_uint8_ignores_nothing() -> None:
+    targets = torch.tensor([156, 0], dtype=torch.uint8)  # 156 = -100 modulo 256
+
+    _, counts = class_sums(torch.ones(2, 1), targets, 200)
+
+    assert counts[156] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype, autocast: bool) -> None:
+    # In float16 the sum 4096 + 1 + 1 + ... stays at 4096; in bfloat16 already 256 + 1 does.
+    features = torch.ones(6000, 1, dtype=dtype)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sums, _ = class_sums(features, torch.zeros(6000, dtype=torch.int64), 2)
+
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == [[6000.0], [0.0]]
+
+
+def test_gradient_reaches_each_row_once(generator: torch.Generator) -> None:
+    features = torch.randn(6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 2, 0, IGNORE, 0, 2])
+    assert torch.autograd.gradcheck(lambda f: class_means(f, targets, 4)[0], features)
+
+
+def test_empty_and_entirely_ignored_batches_give_zeros() -> None:
+    for features, targets in [
+        (torch.ones(0, 3), torch.zeros(0, dtype=torch.int64)),
+        (torch.ones(4, 3), torch.full((4,), IGNORE)),
+    ]:
+        means, counts = class_means(features, targets, 2)
+        assert means.tolist() == [[0.0] * 3] * 2
+        assert counts.tolist() == [0, 0]
+
+
+def test_vmap_over_batches_equals_a_loop(generator: torch.Generator) -> None:
+    features = torch.randn(3, 10, 4, generator=generator)
+    targets = torch.randint(2, (3, 10), generator=generator)
+
+    mapped, _ = torch.vmap(lambda f, t: class_means(f, t, 2))(features, targets)
+
+    looped = torch.stack([class_means(f, t, 2)[0] for f, t in zip(features, targets, strict=True)])
+    torch.testing.assert_close(mapped, looped)
+
+
+def test_compiles_as_one_graph(generator: torch.Generator) -> None:
+    features = torch.randn(10, 4, generator=generator)
+    targets = torch.randint(3, (10,), generator=generator)
+    compiled = torch.compile(class_means, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features, targets, 3), class_means(features, targets, 3))
+    with pytest.raises(RuntimeError, match="targets must be class indices"):
+        compiled(features, targets + 2, 3)
+    with pytest.raises(RuntimeError, match="features must be finite"):
+        compiled(features / 0, targets, 3)
+
+
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "error", "message"),
+    [
+        (
+            torch.ones(4),
+            LABELS,
+            InvalidArgumentError,
+            r"features must have shape \(B, in_features\), got \(4,\)",
+        ),
+        (
+            torch.ones(4, 2),
+            LABELS[:3],
+            InvalidArgumentError,
+            r"targets must have shape \(B,\) = \(4,\).* got \(3,\)",
+        ),
+        (
+            torch.ones(4, 2).long(),
+            LABELS,
+            InvalidArgumentError,
+            "features must have a real floating-point dtype",
+        ),
+        (torch.ones(4, 2), LABELS.float(), InvalidArgumentError, "targets must be integers"),
+        (torch.ones(4, 2), LABELS.bool(), InvalidArgumentError, "targets must be integers"),
+        (torch.ones(4, 2), LABELS * 5, InvalidArgumentError, r"in \[0, 3\).* got 5 \(2 of 4 out of range\)"),
+        (torch.ones(4, 2), -LABELS, InvalidArgumentError, r"got -1 \(2 of 4 out of range\)"),
+        (
+            torch.tensor([[1.0, torch.nan]] * 4),
+            LABELS,
+            NonFiniteError,
+            "features must be finite.* got 4 NaN or infinite values among 8",
+        ),
+        (torch.tensor([[1.0, -torch.inf]] * 4), LABELS, NonFiniteError, "features must be finite"),
+        (torch.full((4, 2), 1e38), LABELS, NonFiniteError, r"small enough to be summed.* up to 1e\+38"),
+    ],
+)
+def test_bad_input_is_named(
+    features: Tensor, targets: Tensor, error: type[EtfLayersError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        class_sums(features, targets, 3)
+
+
+def test_nan_is_found_in_an_ignored_row_too() -> None:
+    with pytest.raises(NonFiniteError):
+        class_sums(torch.tensor([[torch.nan], [1.0]]), torch.tensor([IGNORE, 0]), 2)

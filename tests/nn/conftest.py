@@ -1,0 +1,76 @@
+"""Every head behind one interface, for the tests that hold for all of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pytest
+import torch
+
+from etflayers.nn import ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead
+
+
+class MakeHead(Protocol):
+    """Makes one kind of head; ``seed`` decides its random rotation."""
+
+    def __call__(
+        self,
+        in_features: int = 6,
+        num_classes: int = 4,
+        *,
+        seed: int = 0,
+        scale: float = 1.0,
+        normalize: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> ETFHead: ...
+
+
+def _make(kind: str) -> MakeHead:
+    def make(
+        in_features: int = 6,
+        num_classes: int = 4,
+        *,
+        seed: int = 0,
+        scale: float = 1.0,
+        normalize: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> ETFHead:
+        if kind == "canonical":
+            return FixedETFHead(in_features, num_classes, scale=scale, normalize=normalize, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "haar":
+            return FixedETFHead(
+                in_features,
+                num_classes,
+                rotation="haar",
+                scale=scale,
+                normalize=normalize,
+                generator=generator,
+                dtype=dtype,
+            )
+        if kind == "learned":
+            pytest.importorskip("geoopt")
+        head_class: type[NearestETFHead] | type[LearnedETFHead]
+        head_class = NearestETFHead if kind == "nearest" else LearnedETFHead
+        return head_class(
+            in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
+        )
+
+    return make
+
+
+@pytest.fixture(params=["canonical", "haar", "nearest", "learned"])
+def make_head(request: pytest.FixtureRequest) -> MakeHead:
+    kind: str = request.param
+    return _make(kind)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """These tensors are small: threads that wait for each other are most of the time on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)

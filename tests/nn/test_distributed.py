@@ -1,0 +1,177 @@
+"""Two gloo ranks with unequal batches equal one process on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from etflayers.nn import FeatureMovingAverage, FixedETFHead, NearestETFHead, provide_targets
+from etflayers.nn.distributed import all_reduce_sum, world_size
+
+WORLD = 2
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Samples of rank 0 come first; the ranks hold different numbers of samples and of classes."""
+
+    dtype: torch.dtype
+    targets: tuple[int, ...]
+    split: int
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        features = torch.randn(len(self.targets), 5, generator=generator, dtype=self.dtype)
+        return features, torch.tensor(self.targets).roll(step // 2)
+
+    def share(self, rank: int) -> slice:
+        return slice(0, self.split) if rank == 0 else slice(self.split, None)
+
+
+CASES = {
+    "float32": Case(torch.float32, (0, 0, 1, 1, 0, 1, 2, 3, 3, 2, 3), split=4),
+    "never-seen": Case(torch.float64, (0, 0, 1, -100, 0, 1, 2, 2), split=5),
+}
+
+
+def make_model(dtype: torch.dtype, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    head = NearestETFHead(6, 4, momentum=0.3, scale=2.0, proximity=0.1, dtype=dtype)
+    return nn.Sequential(nn.Linear(5, 6, dtype=dtype), nn.Tanh(), head)
+
+
+def train(model: nn.Module, case: Case, rank: int | None) -> dict[str, Any]:
+    """A few SGD steps on the whole batch (rank None) or the share of a rank; all that they produce."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    record: dict[str, Any] = {"logits": [], "grads": [], "states": []}
+    for step in range(STEPS):
+        features, targets = case.batch(step)
+        valid = int((targets >= 0).sum())
+        if rank is not None:
+            features, targets = features[case.share(rank)], targets[case.share(rank)]
+        with provide_targets(model, targets):
+            logits: Tensor = model(features)
+        # The mean over the whole batch: DDP averages gradients over ranks, so each sum counts WORLD times.
+        factor = (1 if rank is None else WORLD) / valid
+        loss = factor * F.cross_entropy(logits, targets, reduction="sum")
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        record["logits"].append(logits.detach())
+        record["grads"].append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+        state = {name.removeprefix("module."): t.clone() for name, t in model.state_dict().items()}
+        record["states"].append(state)
+    return record
+
+
+def averages(rank: int | None, **options: Any) -> list[Tensor]:
+    """Means and their gradient for each momentum, with one scalar of the means for each rank as loss."""
+    case = CASES["never-seen"]
+    result = []
+    for momentum in (0.3, None, "2/(t+1)"):
+        average: Any = FeatureMovingAverage(5, 4, momentum=momentum, dtype=torch.float64, **options)
+        for step in range(STEPS):
+            features, targets = case.batch(step)
+            if rank is not None:
+                features, targets = features[case.share(rank)], targets[case.share(rank)]
+            features.requires_grad_()
+            means = average(features, targets)
+        losses = [(means * (1 + r)).square().sum() for r in range(WORLD)]
+        loss = losses[0] + losses[1] if rank is None else losses[rank]
+        (grad,) = torch.autograd.grad(loss, features)
+        result += [means.detach(), average.counts, average.updates, grad]
+    return result
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+    results: dict[str, Any] = {}
+    for name, case in CASES.items():
+        # A seed of its own for each rank: DDP makes the start the same.
+        model = nn.parallel.DistributedDataParallel(make_model(case.dtype, seed=rank))
+        results[name] = train(model, case, rank)
+    group = dist.new_group([0, 1])
+    results["averages"] = averages(rank, process_group=group)
+    results["local"] = averages(rank, synchronize=False)
+    results["copy"] = copy.deepcopy(NearestETFHead(6, 4, process_group=group)).averages.process_group
+    fixed = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), FixedETFHead(6, 4)))
+    results["fixed"] = fixed(torch.ones(1, 5)).detach()
+    x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(all_reduce_sum(x).pow(3), x, create_graph=True)
+    results["reduce"] = (world_size(), first.detach(), torch.autograd.grad(first, x)[0])
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs torch.distributed with gloo")
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    spawn(worker, args=(str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+    case = CASES[name]
+    expected = train(make_model(case.dtype, seed=0), case, rank=None)
+    for rank, results in enumerate(ranks):
+        got = results[name]
+        for step in range(STEPS):
+            share = case.share(rank)
+            torch.testing.assert_close(
+                got["logits"][step], expected["logits"][step][share], rtol=0, atol=1e-6
+            )
+            torch.testing.assert_close(got["grads"][step], expected["grads"][step], rtol=0, atol=1e-6)
+            torch.testing.assert_close(got["states"][step], expected["states"][step], rtol=0, atol=1e-6)
+    assert {"2.frame", "2.centre", "2.averages.means", "2.averages.counts"} <= expected["states"][0].keys()
+
+
+def test_averages_and_their_gradients_are_those_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+    expected = averages(rank=None)
+    case = CASES["never-seen"]
+    for rank, results in enumerate(ranks):
+        for index, (got, whole) in enumerate(zip(results["averages"], expected, strict=True)):
+            is_gradient = index % 4 == 3
+            torch.testing.assert_close(
+                got, whole[case.share(rank)] if is_gradient else whole, rtol=0, atol=1e-12
+            )
+
+
+def test_without_synchronize_each_rank_keeps_to_itself(ranks: list[dict[str, Any]]) -> None:
+    for rank, results in enumerate(ranks):
+        torch.testing.assert_close(results["local"][1], averages(rank)[1])
+    assert not torch.equal(ranks[0]["local"][1], ranks[1]["local"][1])
+
+
+def test_a_process_group_does_not_stop_a_copy(ranks: list[dict[str, Any]]) -> None:
+    assert [results["copy"] for results in ranks] == [None, None]
+
+
+def test_the_fixed_head_works_inside_ddp(ranks: list[dict[str, Any]]) -> None:
+    assert torch.equal(ranks[0]["fixed"], ranks[1]["fixed"])
+
+
+def test_the_sum_over_ranks_is_twice_differentiable(ranks: list[dict[str, Any]]) -> None:
+    # s = 1 + 2 on both ranks. The sum over ranks of s^3 has derivative 2 * 3 s^2 = 54 in either term, and the
+    # sum over ranks of that derivative has 2 * 2 * 6 s = 72.
+    for size, first, second in (results["reduce"] for results in ranks):
+        assert size == WORLD
+        assert first.item() == 54
+        assert second.item() == 72
+
+
+def test_without_a_process_group_the_world_is_one() -> None:
+    assert world_size() == 1
