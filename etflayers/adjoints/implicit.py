@@ -1,22 +1,25 @@
 r"""The derivative of the nearest frame from its optimality condition, not from the solver's steps.
 
-**Optimality.** The maximiser of <W, M> is W = c R, where R = S^+ M_c is the polar factor of the centred rows:
-M_c = S R with S = M_c R' symmetric positive semi-definite and R R' = C, the projector orthogonal to 1.
-Differentiate both equations and split dR = X R + N with N R' = 0; the second makes X skew. Multiply dM_c = dS
-R + S dR by R' from the right and subtract the transpose, which removes dS:
+**Optimality.** The maximiser W of <W, M> over simplex ETFs satisfies (see ``solvers.polar``)
 
-    S X + X S = dM_c R' - R dM_c',         N = S^+ dM_c (I - R'R),
-    dR = X R + S^+ dM_c (I - R'R).                                                                      (*)
+    c^2 M_c = T W   with   T = M_c W' symmetric positive semi-definite,   and   W W' = c^2 C,
 
-**One map for both modes.** R is the gradient of the nuclear norm of M_c, so (*) is a Hessian and
+where M_c = CM are the centred rows and C is the projector orthogonal to 1. Differentiate and split dW = X W +
+N with N W' = 0; the constraint makes X skew. Multiply c^2 dM_c = dT W + T dW by W' from the right, divide by
+c^2 and subtract the transpose, which removes dT:
+
+    T X + X T = dM_c W' - W dM_c',         N = c^2 T^+ dM_c (I - W'W / c^2),
+    dW = X W + c^2 T^+ dM_c (I - W'W / c^2).                                                            (*)
+
+**One map for both modes.** W is the gradient of a norm of M, its maximum of <W, M>, so (*) is a Hessian and
 self-adjoint: the same function is the Jacobian-vector product and the vector-Jacobian product.
 
-**Conditioning.** In the eigenbasis of S the Sylvester equation divides by sigma_i + sigma_j. At neural
-collapse all sigma agree, and this is perfectly conditioned, where differentiating an SVD divides by sigma_i -
-sigma_j = 0. Directions absent from the data (sigma below the rank cutoff) determine nothing; dropping them
-gives the minimum-norm derivative.
+**Conditioning.** In the eigenbasis of T the Sylvester equation divides by tau_i + tau_j. At neural collapse
+all tau agree, and this is perfectly conditioned, where differentiating an SVD divides by tau_i - tau_j = 0.
+Directions absent from the data (tau below the rank cutoff) determine nothing; dropping them gives the
+minimum-norm derivative.
 
-**In few products.** Both terms of (*) that stand left of R combine into one K x K matrix X - S^+ dM_c R', so
+**In few products.** Both terms of (*) that stand left of W combine into one K x K matrix X - T^+ dM_c W', so
 (*) costs three products of size d x K x K, and the forward pass two.
 """
 
@@ -39,7 +42,7 @@ __all__ = ["Implicit"]
 def _derivative(
     direction: Tensor, linear: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor
 ) -> Tensor:
-    """c dR of (*) for dM = ``direction`` (..., K, d), in its dtype."""
+    """dW of (*) for dM = ``direction`` (..., K, d), in its dtype."""
     with full_precision(direction):
         change, wide_frame = centred(direction.to(basis.dtype)), frame.to(basis.dtype)
         # Forward mode may run inside a backward pass that records no graph; its tangents still have to flow.
@@ -51,35 +54,34 @@ def _derivative(
 
 
 def _has_complement(frame: Tensor) -> bool:
-    # For d = K - 1, I - R'R vanishes: computing it would only add rounding, divided by sigma.
+    # For d = K - 1, I - W'W / c^2 vanishes: computing it would only add rounding, divided by tau.
     return frame.shape[-1] > frame.shape[-2] - 1
 
 
 def _fused(change: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
-    """c dR in three large products, with the solver's factors as constants; R = W / c."""
-    radius = etf_radius(frame.shape[-2])
-    inner = change @ frame.mT / radius
+    """(*) in three large products, with the solver's factors as constants."""
+    inner = change @ frame.mT
     z = basis.mT @ inner @ basis
     left = basis @ ((z - z.mT) * divisors) @ basis.mT
     if not _has_complement(frame):
         return left @ frame
-    return (left - inverse @ inner) @ frame + (radius * inverse) @ change
+    left = torch.sub(left, inverse @ inner, alpha=1 / etf_radius(frame.shape[-2]) ** 2)
+    return left @ frame + inverse @ change
 
 
 def _differentiable(change: Tensor, linear: Tensor, frame: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
-    """c dR as a function of M and W that can itself be differentiated, to any order; R = W / c."""
-    radius = etf_radius(frame.shape[-2])
-    factor = frame / radius
-    product = centred(linear.to(basis.dtype)) @ factor.mT
+    """(*) as a function of M and W that can itself be differentiated, to any order."""
+    square = etf_radius(frame.shape[-2]) ** 2
+    product = centred(linear.to(basis.dtype)) @ frame.mT
     symmetric = (product + product.mT) / 2
-    inner = change @ factor.mT
+    inner = change @ frame.mT
     turned = solve_sylvester(symmetric, inner - inner.mT, basis, divisors) @ frame
     if not _has_complement(frame):
         return turned
-    # S^+ is the Y of S Y + Y S = 2 I: one primitive serves both terms.
+    # c^2 T^+ is the Y of T Y + Y T = 2 c^2 I: one primitive serves both terms.
     identity = torch.eye(frame.shape[-2], dtype=basis.dtype, device=basis.device).expand_as(symmetric)
-    inverse = solve_sylvester(symmetric, 2 * identity, basis, divisors)
-    return turned + radius * inverse @ (change - inner @ factor)
+    inverse = solve_sylvester(symmetric, 2 * square * identity, basis, divisors)
+    return turned + inverse @ (change - inner @ frame / square)
 
 
 class _NearestFrame(torch.autograd.Function):
