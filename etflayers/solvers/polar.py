@@ -58,17 +58,6 @@ class FrameSolver(Protocol):
         ...
 
 
-# Below this many classes the products cost less than launching them: go to float64 at once.
-_SMALL = 32
-# Below this many classes the eigenproblem in float64 costs no more than in float32 with its repair. Above,
-# half the time is worth a gradient error of 3e-6 instead of 2e-6.
-_LARGE = 512
-# Largest kappa at which a Gram matrix formed in the precision of the data (with the eigenproblem in float64,
-# or not), or in float64 for float32 data, leaves the frame and its gradient accurate to that precision:
-# kappa^2 eps against eps. Measured by benchmarks/bench_accuracy.py.
-_KAPPA_SAME_PRECISION, _KAPPA_SAME_PRECISION_LARGE, _KAPPA_WIDER_PRECISION = 8.0, 6.0, 1e5
-
-
 def rank_cutoff(singular_values: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """The singular value below which a direction counts as absent from data of precision ``dtype``.
 
@@ -84,8 +73,12 @@ def rank_cutoff(singular_values: Tensor, in_features: int, dtype: torch.dtype) -
         ``(..., 1)``.
     """
     rounding = 8 * torch.finfo(dtype).eps + in_features * torch.finfo(singular_values.dtype).eps
-    overflow = torch.finfo(dtype).tiny ** 0.75
-    return (rounding * singular_values.amax(-1, keepdim=True)).clamp_min(overflow)
+    return (rounding * singular_values.amax(-1, keepdim=True)).clamp_min(_smallest_divisor(dtype))
+
+
+def _smallest_divisor(dtype: torch.dtype) -> float:
+    """A number so small that a gradient divided by a smaller one overflows data of precision ``dtype``."""
+    return float(torch.finfo(dtype).tiny ** 0.75)
 
 
 def _spectral(basis: Tensor, values: Tensor) -> Tensor:
@@ -126,10 +119,31 @@ class SVD:
 
 
 class _GramSpectrum(NamedTuple):
-    rows: Tensor  # centred, scaled
-    scale: Tensor | None  # (..., 1, 1): what the rows were divided by
-    basis: Tensor
-    values: Tensor  # singular values of the scaled rows, ascending; NaN where rounding made a square negative
+    rows: Tensor  # M_c
+    basis: Tensor  # eigenvectors of M_c M_c' in columns
+    values: Tensor  # roots of its eigenvalues, ascending; NaN where rounding made one negative
+
+    def to(self, dtype: torch.dtype) -> _GramSpectrum:
+        return _GramSpectrum(*(part.to(dtype) for part in self))
+
+    def margin(self, dtype: torch.dtype) -> Tensor:
+        """1 / kappa for each member of the batch; not positive where the inverse overflows ``dtype``."""
+        return (self.values[..., 0] - _smallest_divisor(dtype)) / self.values[..., -1]
+
+    def factors(self) -> FrameFactors:
+        radius = etf_radius(self.rows.shape[-2])
+        inverse = _spectral(self.basis, radius / self.values)
+        return FrameFactors(
+            inverse @ self.rows, inverse, self.basis, _pair_sums(radius * self.values).reciprocal()
+        )
+
+
+# From this many classes on, float32 halves the time of the eigenproblem, which is then most of the whole, and
+# that is worth a gradient error of 3e-6 instead of 1e-6.
+_LARGE = 512
+# From this many classes on, a product in float32 is cheaper than one in float64. Below, launching it costs
+# more.
+_MEDIUM = 32
 
 
 @dataclass(frozen=True)
@@ -137,9 +151,9 @@ class GramEigh:
     """Eigendecomposition of the K x K Gram matrix, for M whose centred rows have full rank K - 1.
 
     Args:
-        dtype: precision of the products; ``None``: float64. The eigenproblem itself is solved in float64,
-        unless
-            there are 512 classes or more.
+        dtype: precision of the products, and from 512 classes on of the eigenproblem, which is otherwise
+        solved
+            in float64; ``None``: float64.
 
     Raises:
         NonFiniteError: M is so ill-conditioned that its Gram matrix is singular in this precision.
@@ -154,29 +168,28 @@ class GramEigh:
     def __call__(self, linear: Tensor) -> FrameFactors:
         """The frames for ``linear`` (``(..., K, d)``), in ``self.dtype``."""
         spectrum = self.spectrum(linear)
-        smallest, largest = spectrum.values[..., 0], spectrum.values[..., -1]
         require_values(
-            (smallest > (8 * torch.finfo(smallest.dtype).eps) ** 0.5 * largest).all(),
+            (spectrum.margin(linear.dtype) > (8 * torch.finfo(spectrum.values.dtype).eps) ** 0.5).all(),
             "solver=GramEigh() needs class means of full rank (some coincide, or a class is unseen): use "
             "solver=SVD() or the default, or give anchor= and proximity= > 0",
             NonFiniteError,
         )
-        return self.factors(spectrum)
+        return spectrum.factors()
 
     def spectrum(self, linear: Tensor) -> _GramSpectrum:
         """The eigenproblem alone, for a caller that looks at its values first."""
         num_classes = linear.shape[-2]
         dtype = self.dtype or torch.float64
-        rows, scale = linear.to(dtype), None
+        rows = linear.to(dtype)
         if dtype == linear.dtype:
-            # No digits to spare: a large mean common to all rows must go before it is averaged.
-            rows = rows - rows[..., :1, :]
-        rows = centred(rows)
-        if dtype == linear.dtype:
-            # No range to spare: the Gram matrix of 1e20 overflows float32.
+            # No digits to spare: a large mean common to all rows must go before it is averaged. No range to
+            # spare either: the Gram matrix of 1e20 overflows float32.
+            rows = centred(rows - rows[..., :1, :])
             scale = rows.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-            rows = rows / scale
-        gram = rows @ rows.mT
+            unit = rows / scale
+        else:
+            unit = rows = centred(rows)
+        gram = unit @ unit.mT
         # The filling of the null direction: the same number added to every entry has the eigenvector 1.
         filled = torch.add(gram, gram[..., :1, :1], alpha=0.5 / (num_classes - 1))
         if dtype == torch.float32 and num_classes >= _LARGE:
@@ -186,29 +199,31 @@ class GramEigh:
             basis = 1.5 * basis - basis @ (0.5 * (basis.mT @ basis))
         else:
             eigenvalues, basis = torch.linalg.eigh(filled.double())
-        return _GramSpectrum(rows, scale, basis.to(dtype), eigenvalues.sqrt().to(dtype))
+        values = eigenvalues.sqrt()
+        if unit is not rows:
+            values = values * scale.squeeze(-1)
+        return _GramSpectrum(rows, basis.to(dtype), values.to(dtype))
 
-    @staticmethod
-    def factors(spectrum: _GramSpectrum) -> FrameFactors:
-        """The frames, given the spectrum of the Gram matrix with every eigenvalue positive."""
-        rows, scale, basis, values = spectrum
-        radius = etf_radius(rows.shape[-2])
-        inverse = _spectral(basis, radius / values)
-        frame = inverse @ rows
-        values = radius * values
-        if scale is not None:
-            inverse, values = inverse / scale, values * scale.squeeze(-1)
-        return FrameFactors(frame, inverse, basis, _pair_sums(values).reciprocal())
+
+# Largest kappa at which the frame and its gradient keep the accuracy of the data, kappa^2 eps against eps, by
+# the precisions of the data and of the Gram matrix; and at which products in float32 do. Measured by
+# benchmarks/bench_accuracy.py.
+_KAPPA = {
+    (torch.float32, torch.float32): 6.0,
+    (torch.float32, torch.float64): 1e5,
+    (torch.float64, torch.float64): 8.0,
+}
+_KAPPA_PRODUCTS = 10.0
 
 
 @dataclass(frozen=True)
 class ByRegime:
     """The cheapest accurate way: look at the condition number kappa of the centred means, then choose.
 
-    Gram matrix in the precision of the data while kappa < 8 (6 from 512 classes on; skipped for fewer than
-    32), in float64 while kappa < 1e5 (float32 data), else an SVD in float64. Where values cannot be read for
-    free (on an accelerator, under ``torch.compile``, inside ``torch.func`` transforms) the choice is the SVD,
-    always.
+    For float32 data: a Gram matrix in float64 while kappa < 1e5 (in float32 from 512 classes on, while
+    kappa < 6), and from 32 classes on the other products in float32 while kappa < 10; else an SVD in float64.
+    For float64 data: a Gram matrix while kappa < 8, else an SVD. Where values cannot be read for free (on an
+    accelerator, under ``torch.compile``, inside ``torch.func`` transforms) the choice is the SVD, always.
 
     >>> ByRegime()(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
     tensor([[ 0.6000,  0.8000],
@@ -217,20 +232,15 @@ class ByRegime:
 
     def __call__(self, linear: Tensor) -> FrameFactors:
         """The frames for ``linear`` (``(..., K, d)``), in the precision of the regime."""
-        if reads_values(linear) and linear.numel() > 0:
-            for dtype, largest_kappa in self._ladder(linear):
-                gram = GramEigh(dtype)
-                spectrum = gram.spectrum(linear)
-                # Strictly, so that neither a zero nor a NaN spectrum passes.
-                if bool((spectrum.values[..., -1] < largest_kappa * spectrum.values[..., 0]).all()):
-                    return gram.factors(spectrum)
+        data, num_classes = linear.dtype, linear.shape[-2]
+        if not reads_values(linear) or linear.numel() == 0:
+            return SVD()(linear)
+        single = data == torch.float32
+        for dtype in (torch.float32, torch.float64) if single and num_classes >= _LARGE else (torch.float64,):
+            spectrum = GramEigh(dtype).spectrum(linear)
+            margin = float(spectrum.margin(data).detach().amin())  # NaN passes no comparison
+            if margin * _KAPPA[data, dtype] > 1:
+                if single and num_classes >= _MEDIUM and margin * _KAPPA_PRODUCTS > 1:
+                    spectrum = spectrum.to(data)
+                return spectrum.factors()
         return SVD()(linear)
-
-    @staticmethod
-    def _ladder(linear: Tensor) -> list[tuple[torch.dtype, float]]:
-        num_classes = linear.shape[-2]
-        same = _KAPPA_SAME_PRECISION if num_classes < _LARGE else _KAPPA_SAME_PRECISION_LARGE
-        if linear.dtype == torch.float64:
-            return [(torch.float64, same)]
-        wider = [(torch.float64, _KAPPA_WIDER_PRECISION)]
-        return wider if num_classes < _SMALL else [(torch.float32, same), *wider]

@@ -45,7 +45,7 @@ def test_factors_satisfy_their_definitions(solver, num_classes, in_features):
     torch.testing.assert_close(root @ solution + solution @ root, rhs)
 
 
-@pytest.mark.parametrize("kappa", [1.0, 7.9, 8.1, 1e3, 9e4, 2e5, 1e6])
+@pytest.mark.parametrize("kappa", [1.0, 9.9, 10.1, 1e3, 9e4, 2e5, 1e6])
 @pytest.mark.parametrize("num_classes", [5, 40])
 def test_every_regime_of_float32_is_accurate(kappa, num_classes):
     # One unit in the last place of the data already moves the exact frame by about eps * kappa, so the bound
@@ -61,6 +61,16 @@ def test_regime_chooses_precision_by_condition():
     assert dtype_of(3.0, 40) == torch.float32
     assert dtype_of(30.0, 40) == torch.float64
     assert dtype_of(3.0, 5) == torch.float64
+
+
+@pytest.mark.parametrize("solver", [SVD(), ByRegime()], ids=repr)
+@pytest.mark.parametrize("num_classes", [5, 40, 520])
+@pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e38])
+def test_nothing_overflows_at_the_ends_of_float32(solver, num_classes, factor):
+    linear = factor * torch.rand(num_classes, num_classes + 8)
+    factors = solver(linear)
+    assert is_simplex_etf(factors.frame.double(), atol=1e-5).ok
+    assert all(bool(torch.isfinite(part.float()).all()) for part in factors)
 
 
 def test_gram_refuses_rank_deficient_rows():
