@@ -1,0 +1,99 @@
+"""Peak memory of one forward and backward pass at K = 1000, each peer in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.bench_nearest_etf import FRAME_LIMIT, FRAMES, OURS, forward_backward, gaussian_means
+from benchmarks.report import Check, Claim, Report, Table
+from etflayers.testing import relative_error, svd_frame
+
+SHAPE, QUICK_SHAPE = (2048, 1000), (64, 20)
+BOUND_MB = 1024.0
+RIVALS = (OURS, "differentiated SVD")
+
+
+def peak_mb() -> float:
+    """Largest resident size that this process ever had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # `ru_maxrss` of a child starts from the peak of the process that spawned it, this one does not.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
+
+
+def measure_here(rival: str, shape: tuple[int, int]) -> dict[str, float]:
+    """Megabytes before the class means exist and at the peak of their pass; the error of the frame."""
+    torch.set_num_threads(1)
+    forward_backward(FRAMES[rival], gaussian_means((8, 4)))()  # what the libraries allocate once
+    before = peak_mb()
+    means = gaussian_means(shape)
+    frame, _ = forward_backward(FRAMES[rival], means)()
+    peak = peak_mb()
+    return {"before": before, "peak": peak, "error": relative_error(frame, svd_frame(means.double()))}
+
+
+def measure(rival: str, shape: tuple[int, int]) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.bench_memory", rival, *map(str, shape)]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def run(quick: bool = False) -> Report:
+    report = Report("memory")
+    d, k = shape = QUICK_SHAPE if quick else SHAPE
+    rows = []
+    for rival in RIVALS:
+        found = measure(rival, shape)
+        extra = found["peak"] - found["before"]
+        report.samples[rival] = found
+        report.checks.append(Check(f"({d}, {k}) {rival}: frame", found["error"], FRAME_LIMIT))
+        matrices = extra * 1024**2 / (4 * d * k)
+        rows.append(
+            [rival, f"{extra:.0f}", f"{matrices:.1f}", f"{found['before']:.0f}", f"{found['peak']:.0f}"]
+        )
+        if rival == OURS and not quick:
+            report.claims += [
+                Claim(f"({d}, {k}): peak of forward + backward", extra, "at most", BOUND_MB, " MB"),
+                Claim(f"({d}, {k}): peak of the whole process", found["peak"], "at most", BOUND_MB, " MB"),
+            ]
+    report.tables.append(
+        Table(
+            f"Peak memory of forward + backward, (d, K) = ({d}, {k}), float32 (MB)",
+            ["", "forward + backward", "in K x d matrices", "process before", "process at the peak"],
+            rows,
+            "A fresh process each; the class means, the frame and the gradient are counted.",
+        )
+    )
+    return report
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("rival", RIVALS)
+def test_memory(benchmark: BenchmarkFixture, rival: str) -> None:
+    found = benchmark.pedantic(measure, args=(rival, SHAPE), rounds=1)  # type: ignore[no-untyped-call]
+    benchmark.extra_info.update(found)
+    assert found["error"] <= FRAME_LIMIT
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rival", choices=RIVALS)
+    parser.add_argument("shape", type=int, nargs=2)
+    arguments = parser.parse_args()
+    print(json.dumps(measure_here(arguments.rival, tuple(arguments.shape))))

@@ -1,0 +1,34 @@
+"""The picture of the scaling suite: time against K and against d, with the floor drawn in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.report import Report
+from etflayers.errors import require_module
+
+__all__ = ["draw_scaling"]
+
+_LABELS = {"K": "number of classes K   (d = 512)", "d": "number of features d   (K = 100)"}
+_STYLES = [("#1b6ca8", "o", "-"), ("#c2571a", "s", "-"), ("#777777", "", "--")]
+
+
+def draw_scaling(report: Report, path: Path) -> None:
+    """Write a PNG of ``report.samples``: axis -> curve -> [[size, seconds], ...]."""
+    require_module("matplotlib", extra="examples").use("Agg")
+    plt = require_module("matplotlib.pyplot", extra="examples")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, (axis, curves) in zip(panels, report.samples.items(), strict=True):
+        for (name, points), (colour, marker, line) in zip(curves.items(), _STYLES, strict=True):
+            sizes, seconds = zip(*points, strict=True)
+            milliseconds = [1e3 * value for value in seconds]
+            panel.loglog(sizes, milliseconds, line, color=colour, marker=marker, label=name)
+        panel.set_xlabel(_LABELS[axis])
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("forward + backward (ms)")
+    panels[0].legend(frameon=False)
+    figure.suptitle("Nearest simplex ETF, float32, one thread")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

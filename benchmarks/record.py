@@ -1,0 +1,64 @@
+"""What is kept of a run: JSON with the raw samples, and the same tables as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Claim, Report, Table
+
+__all__ = ["merge", "to_markdown", "write"]
+
+Record = dict[str, Any]
+
+
+def merge(path: Path, reports: Iterable[Report], environment: dict[str, str]) -> Record:
+    """The record at ``path`` with the suites of ``reports`` replaced, each with its own environment."""
+    record: Record = json.loads(path.read_text()) if path.exists() else {}
+    for report in reports:
+        record[report.suite] = {"environment": environment, "report": asdict(report)}
+    return record
+
+
+def write(record: Record, order: Sequence[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {suite: record[suite] for suite in order if suite in record}
+    (folder / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "cpu.md").write_text(to_markdown(record))
+
+
+def to_markdown(record: Record) -> str:
+    parts = [
+        "# Measured on a CPU",
+        "",
+        "Written by `python -m benchmarks`; the raw samples are in `cpu.json`.",
+    ]
+    for suite, entry in record.items():
+        report = Report.from_record(entry["report"])
+        parts += ["", f"## {suite}", ""]
+        parts.append(" · ".join(f"{name}: {value}" for name, value in entry["environment"].items()))
+        if report.claims:
+            parts += ["", *_grid(Claim.COLUMNS, (claim.cells() for claim in report.claims))]
+        passed = len(report.checks) - len(report.failures)
+        parts += ["", f"Correctness: {passed} of {len(report.checks)} checks passed."]
+        for table in report.tables:
+            parts += ["", *_table(table)]
+        if suite == "scaling":
+            parts += ["", "![Time against K and d](time.png)"]
+    return "\n".join(parts) + "\n"
+
+
+def _table(table: Table) -> list[str]:
+    lines = [f"**{table.title}**", "", *_grid(table.columns, table.rows)]
+    return [*lines, "", table.note] if table.note else lines
+
+
+def _grid(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
