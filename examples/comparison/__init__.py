@@ -1,0 +1,1 @@
+"""Train a ResNet with each classifier head under otherwise equal conditions, and compare what comes out."""

@@ -1,0 +1,133 @@
+"""Backbones with a linear classifier at the end, which a head then replaces."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comparison.data import ImageData
+from etflayers.errors import InvalidArgumentError, MissingDependencyError, require
+
+# (channels of the stages, blocks of the stages, stride of the stem)
+RESNETS = {
+    "small": ((16, 32, 64), (1, 1, 1), 2),
+    "resnet18": ((64, 128, 256, 512), (2, 2, 2, 2), 1),
+}
+LABELS = {"small": "small ResNet", "resnet18": "ResNet-18"}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He, Zhang, Ren, Sun 2016, arXiv 1512.03385)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """A ResNet for small images: a 3x3 stem without max pooling, stages that halve the image, a global mean.
+
+    Args:
+        channels: colours of the images.
+        num_classes: K.
+        widths: channels of each stage; the last are the features.
+        blocks: blocks in each stage.
+        stem_stride: 2 halves the image at once, for speed on a CPU.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, widths: Sequence[int], blocks: Sequence[int], stem_stride: int
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, widths[0], 3, stem_stride, 1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        ]
+        width = widths[0]
+        for stage, (next_width, count) in enumerate(zip(widths, blocks, strict=True)):
+            for block in range(count):
+                layers.append(BasicBlock(width, next_width, stride=2 if stage > 0 and block == 0 else 1))
+                width = next_width
+        self.layers = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.layers(images).mean(dim=(2, 3)))
+
+
+class GreyAsRGB(nn.Module):
+    """Three equal colours, for a model that knows no grey images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.expand(-1, 3, -1, -1)
+
+
+def make_model(name: str, data: ImageData, feature_dim: int | None, seed: int) -> nn.Module:
+    """A model with random weights, the same for every call with the same arguments.
+
+    Args:
+        name: ``small``, ``resnet18``, ``torchvision:NAME`` or ``timm:NAME``.
+        data: gives the number of colours and of classes.
+        feature_dim: width of the last stage of a ResNet of this module; other models keep their width, and
+            the head projects.
+        seed: of the weights.
+
+    Raises:
+        InvalidArgumentError: an unknown name.
+        MissingDependencyError: the package of the model is not installed.
+    """
+    torch.manual_seed(seed)
+    package, colon, architecture = name.partition(":")
+    if not colon and name in RESNETS:
+        widths, blocks, stem_stride = RESNETS[name]
+        if feature_dim is not None:
+            widths = (*widths[:-1], feature_dim)
+        model: nn.Module = ResNet(data.channels, data.num_classes, widths, blocks, stem_stride)
+    elif colon and package == "torchvision":
+        module = _import(package, "torchvision.models", name)
+        require(
+            architecture in module.list_models(),
+            f"--model {name}: torchvision.models has no {architecture!r}",
+        )
+        model = module.get_model(architecture, weights=None, num_classes=data.num_classes)
+        model = nn.Sequential(GreyAsRGB(), model) if data.channels == 1 else model
+    elif colon and package == "timm":
+        module = _import(package, "timm", name)
+        require(architecture in module.list_models(), f"--model {name}: timm has no {architecture!r}")
+        model = module.create_model(architecture, num_classes=data.num_classes, in_chans=data.channels)
+    else:
+        raise InvalidArgumentError(
+            f"--model {name} is not known: take {', '.join(RESNETS)}, torchvision:NAME or timm:NAME"
+        )
+    return model.to(memory_format=torch.channels_last)
+
+
+def _import(package: str, module: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # a build for another PyTorch raises RuntimeError
+        raise MissingDependencyError(
+            f"--model {name} comes with {package}, which could not be imported ({error}): install the build "
+            f"for your PyTorch, or take --model {' or '.join(RESNETS)}"
+        ) from error
