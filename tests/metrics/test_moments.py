@@ -177,3 +177,13 @@ def test_bad_options_name_the_argument() -> None:
         zero_moments(2, 3, scatter="full")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="unseen must be"):
         finish_moments(zero_moments(2, 3), unseen="drop")  # type: ignore[arg-type]
+
+
+def test_the_path_that_never_waits_for_a_device_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data("offset", torch.float32)
+    targets = torch.where(torch.arange(len(data.targets)) % 9 == 0, -100, data.targets)
+    data = Data(data.features, targets, data.weight, data.bias)
+    expected = accumulate(data, 3)
+    monkeypatch.setattr("etflayers.metrics.moments.reads_values", lambda tensor: False)
+    for got, value in zip(accumulate(data, 3), expected, strict=True):
+        assert torch.equal(got, value)
