@@ -1,0 +1,79 @@
+"""Neural-collapse metrics: pure functions of streaming class statistics, and torchmetrics shells around them.
+
+The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``NeuralCollapseProbe`` and
+``NeuralCollapseCallback`` need torchmetrics (``pip install 'etflayers[metrics]'``) when they are made.
+"""
+
+from etflayers.metrics.callback import NeuralCollapseCallback
+from etflayers.metrics.classifier import Classifier, read_classifier
+from etflayers.metrics.collapse import NeuralCollapse
+from etflayers.metrics.curve import CosineMargins
+from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.measures import collapse_measures
+from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
+from etflayers.metrics.nc1 import (
+    class_distance_normalized_variance,
+    covariance_trace_ratio,
+    numerical_rank,
+    variability_collapse_index,
+    within_between_quotient,
+)
+from etflayers.metrics.nc2 import (
+    Equiangularity,
+    equiangularity,
+    equinorm,
+    etf_distance,
+    frame_distance,
+    gram_distance,
+    simplex_coherence_error,
+)
+from etflayers.metrics.nc3 import (
+    duality_coherence_error,
+    duality_cosine,
+    duality_distance,
+    duality_row_distance,
+)
+from etflayers.metrics.nc4 import bias_collapse, centre_disagreement, nearest_centre
+from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
+from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
+from etflayers.metrics.whitening import Whitening, between_whitening
+
+__all__ = [
+    "ClassMoments",
+    "ClassStatistics",
+    "Classifier",
+    "CosineMargins",
+    "Equiangularity",
+    "NeuralCollapse",
+    "NeuralCollapseCallback",
+    "NeuralCollapseProbe",
+    "Whitening",
+    "between_whitening",
+    "bias_collapse",
+    "centre_disagreement",
+    "class_distance_normalized_variance",
+    "class_statistics",
+    "collapse_measures",
+    "cosine_margins",
+    "covariance_trace_ratio",
+    "duality_coherence_error",
+    "duality_cosine",
+    "duality_distance",
+    "duality_row_distance",
+    "equiangularity",
+    "equinorm",
+    "etf_distance",
+    "finish_moments",
+    "frame_distance",
+    "gram_distance",
+    "merge_moments",
+    "nearest_centre",
+    "numerical_rank",
+    "read_classifier",
+    "simplex_coherence_error",
+    "spatial_mean",
+    "update_moments",
+    "variability_collapse_index",
+    "within_between_quotient",
+    "zero_moments",
+]

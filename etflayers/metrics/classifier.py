@@ -1,0 +1,63 @@
+"""The weight and bias with which a classifier decides, whatever kind of module it is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etflayers.errors import InvalidArgumentError, require_floating
+from etflayers.precision import full_precision, working_dtype
+
+__all__ = ["Classifier", "read_classifier"]
+
+
+class Classifier(NamedTuple):
+    """Logits are ``features @ weight.T + bias``.
+
+    Attributes:
+        weight: W, ``(K, d)``.
+        bias: b, ``(K,)``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``features @ weight.T + bias`` in the precision of the features, at least float32, ``(B, K)``."""
+        dtype = working_dtype(features.dtype)
+        bias = None if self.bias is None else self.bias.to(features.device, dtype)
+        with full_precision(features):
+            return F.linear(features.detach().to(dtype), self.weight.to(features.device, dtype), bias)
+
+
+@torch.no_grad()
+def read_classifier(module: nn.Module) -> Classifier:
+    """The present weight and bias of a linear layer or of a head of this library.
+
+    Args:
+        module: with a ``weight`` ``(K, d)`` and maybe a ``bias``; a head is read through ``to_linear``, so
+            that its scale and centre count. A head with ``normalize=True`` is linear in normalised features:
+            those are the features to measure it with.
+
+    Returns:
+        Detached tensors.
+
+    Raises:
+        InvalidArgumentError: a module without a two-dimensional weight.
+
+    >>> read_classifier(nn.Linear(4, 3, bias=False)).weight.shape
+    torch.Size([3, 4])
+    """
+    if hasattr(module, "to_linear"):
+        head: Any = module
+        module = head.to_linear(normalized_inputs=True)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise InvalidArgumentError(
+            f"classifier must have a weight of shape (K, d), like nn.Linear; {type(module).__name__} has not"
+        )
+    require_floating("classifier.weight", weight.dtype)
+    return Classifier(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None)

@@ -1,0 +1,69 @@
+"""``CosineMargins``: the margin of every sample, sorted, as a ``torchmetrics.Metric``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etflayers.errors import InvalidArgumentError, require
+from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.optional import Metric
+
+__all__ = ["CosineMargins"]
+
+
+class CosineMargins(Metric):
+    """The curve P_CM: ``cos(h, w_y) - max_{j != y} cos(h, w_j)`` of every sample, in ascending order.
+
+    One float32 number is kept for each sample.
+
+    Args:
+        centre: a global mean ``(d,)`` to take from the features; see
+            :func:`~etflayers.metrics.cosine_margins`.
+        ignore_index: target of the samples to leave out.
+        kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        MissingDependencyError: torchmetrics is not installed.
+
+    Reference:
+        Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
+
+    >>> metric = CosineMargins()
+    >>> metric.update(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), torch.eye(2))
+    >>> metric.compute()
+    tensor([-1.,  1.])
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    margins: list[Tensor]
+
+    def __init__(self, *, centre: Tensor | None = None, ignore_index: int = -100, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if centre is not None and centre.ndim != 1:
+            raise InvalidArgumentError(f"centre must have shape (d,), got {tuple(centre.shape)}")
+        self.centre = centre
+        self.ignore_index = ignore_index
+        self.add_state("margins", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
+        """Add a batch: features ``(B, d)``, targets ``(B,)`` and the weight of the classifier ``(K, d)``."""
+        centre = None if self.centre is None else self.centre.to(features.device)
+        margins = cosine_margins(features, targets, weight, centre=centre, ignore_index=self.ignore_index)
+        # float32 is also the dtype in which torchmetrics sends the empty list of a rank without samples.
+        self.margins.append(margins.float())
+
+    def compute(self) -> Tensor:
+        """All margins, ``(N,)``, in ascending order."""
+        margins = (
+            self.margins
+            if isinstance(self.margins, Tensor)
+            else torch.cat(list(self.margins) or [torch.empty(0)])
+        )
+        require(margins.numel() > 0, "no sample has been seen: call update first")
+        return margins.sort().values

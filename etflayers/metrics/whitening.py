@@ -1,0 +1,92 @@
+r"""NC1 about given centres: a second pass that needs no d x d matrix.
+
+With the class means and Sigma_B of a first pass at hand, tr(Sigma_W Sigma_B^+) is a mean over samples,
+
+    tr(Sigma_W Sigma_B^+) = 1/N sum |B (h - m_y)|^2,      B = diag(1/s) V',   Sigma_B = V diag(s^2) V',
+
+at the price of one product with a (K-1) x d matrix. Over other data than those of the first pass it is a
+metric of its own: the spread of, say, test features about the centres of the training set.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from etflayers.errors import require_values
+from etflayers.metrics.moments import require_features
+from etflayers.metrics.nc1 import between_spectrum
+from etflayers.metrics.nc2 import row_lengths
+from etflayers.metrics.statistics import ClassStatistics, GlobalMean
+from etflayers.precision import full_precision, working_dtype
+
+__all__ = ["Whitening", "between_whitening"]
+
+
+class Whitening(NamedTuple):
+    """Coordinates in which the between-class covariance is the identity.
+
+    Attributes:
+        classes: indices of the K classes, ``(K,)``.
+        means: their centres, ``(K, d)`` float64.
+        basis: B, ``(r, d)`` float64, r <= K - 1.
+    """
+
+    classes: Tensor
+    means: Tensor
+    basis: Tensor
+
+    @torch.no_grad()
+    def squared_deviations(self, features: Tensor, targets: Tensor) -> Tensor:
+        """``|B (h - m_y)|^2`` for each sample; their mean is tr(Sigma_W Sigma_B^+).
+
+        Args:
+            features: h, ``(B, d)``.
+            targets: y, ``(B,)``, among ``classes``.
+
+        Returns:
+            ``(B,)`` float64.
+
+        Raises:
+            InvalidArgumentError: shapes or dtypes that do not fit, a target without a centre.
+        """
+        require_features(features, targets, self.means.shape[1])
+        classes, means, basis = (field.to(features.device) for field in self)
+        position = torch.searchsorted(classes, targets.long()).clamp(max=len(classes) - 1)
+        require_values(
+            (classes[position] == targets).all(),
+            "centres must hold every class in targets: measure them on data with all classes",
+        )
+        # The difference is taken in float64, because a centre need not be a number of the features' dtype.
+        dtype = working_dtype(features.dtype)
+        residuals = (features.detach().double() - means[position]).to(dtype)
+        with full_precision(features):
+            coordinates = residuals @ basis.to(dtype).mT
+        return row_lengths(coordinates).double().square_()
+
+
+def between_whitening(statistics: ClassStatistics, *, global_mean: GlobalMean = "classes") -> Whitening:
+    """The whitening of the between-class covariance of a first pass.
+
+    Args:
+        statistics: of the first pass; of any kind, also with ``scatter="none"``.
+        global_mean: ``"classes"`` or ``"samples"``, m in Sigma_B.
+
+    Returns:
+        The whitening.
+
+    Reference:
+        Papyan, Han, Donoho (2020), arXiv 2008.08186.
+
+    >>> from etflayers.metrics import class_statistics, covariance_trace_ratio
+    >>> features, targets = torch.tensor([[1.0], [3.0], [-1.0], [-3.0]]), torch.tensor([0, 0, 1, 1])
+    >>> statistics = class_statistics(features, targets, num_classes=2)
+    >>> between_whitening(statistics).squared_deviations(features, targets).mean() / 2
+    tensor(0.1250, dtype=torch.float64)
+    >>> covariance_trace_ratio(statistics)
+    tensor(0.1250, dtype=torch.float64)
+    """
+    values, directions = between_spectrum(statistics, global_mean)
+    return Whitening(statistics.classes, statistics.means, directions / values.unsqueeze(-1))

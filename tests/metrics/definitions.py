@@ -1,0 +1,190 @@
+"""Data of every awkward kind, and the definitions of the metrics, spelt out in float64 NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mpmath
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from etflayers.geometry import simplex_etf
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Features and targets, and a classifier that is neither collapsed nor dual."""
+
+    features: Tensor
+    targets: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.weight)
+
+    @property
+    def arrays(self) -> tuple[Array, npt.NDArray[np.int64]]:
+        return self.features.double().numpy(), self.targets.numpy()
+
+
+def make_data(kind: str, dtype: torch.dtype = torch.float64, *, k: int = 5, d: int = 7, n: int = 40) -> Data:
+    generator = torch.Generator().manual_seed(7)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    targets = torch.arange(k).repeat(n)
+    if kind == "imbalanced":
+        targets = torch.cat([torch.full((n // 2**j + 1,), j) for j in range(k)])
+    targets = targets[torch.randperm(len(targets), generator=generator)]
+    means = torch.randn(k, d, **options)
+    spread = {"collapsed": 1e-4, "wide": 0.3}.get(kind, 1.0)
+    noise = torch.randn(len(targets), d, **options) @ torch.randn(d, d, **options)
+    features = means[targets] + spread * noise
+    if kind == "offset":
+        features = features + 1e4
+    return Data(
+        features.to(dtype),
+        targets,
+        torch.randn(k, d, **options).to(dtype),
+        torch.randn(k, **options).to(dtype),
+    )
+
+
+def ideal_data(k: int = 5, d: int = 7, n: int = 6) -> Data:
+    """Every sample on its vertex; the bias undoes the global mean."""
+    frame = simplex_etf(k, d, rotation="haar", dtype=torch.float64)
+    targets = torch.arange(k).repeat(n)
+    offset = torch.arange(d, dtype=torch.float64)
+    weight = 3 * frame
+    return Data(2 * frame[targets] + offset, targets, weight, -(weight @ offset))
+
+
+def direct_statistics(data: Data, of: str = "classes") -> dict[str, Any]:
+    """Class by class and sample by sample."""
+    features, targets = data.arrays
+    k, d = data.num_classes, features.shape[1]
+    means = np.stack([features[targets == j].mean(0) for j in range(k)])
+    within = np.zeros((d, d))
+    for row, target in zip(features, targets, strict=True):
+        within += np.outer(row - means[target], row - means[target])
+    within /= len(features)
+    overall = means.mean(0) if of == "classes" else features.mean(0)
+    between = sum(np.outer(m - overall, m - overall) for m in means) / k
+    variances = np.array([((features[targets == j] - means[j]) ** 2).sum(1).mean() for j in range(k)])
+    return {
+        "means": means,
+        "within": within,
+        "overall": overall,
+        "between": between,
+        "variances": variances,
+        "centred": means - overall,
+    }
+
+
+def norm(x: Array) -> float:
+    return float(np.sqrt((x**2).sum()))
+
+
+def coherence(product: Array) -> float:
+    k = len(product)
+    return norm(product / norm(product) - (np.eye(k) - 1 / k) / np.sqrt(k - 1))
+
+
+def angles(rows: Array) -> Array:
+    units = rows / np.sqrt((rows**2).sum(1, keepdims=True))
+    k = len(rows)
+    return np.array([abs(units[i] @ units[j] + 1 / (k - 1)) for i in range(k) for j in range(k) if i != j])
+
+
+def nearest_frame(rows: Array) -> Array:
+    """c times the polar factor of the centred rows, by NumPy's SVD."""
+    k = len(rows)
+    left, _, right = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    rank = k - 1
+    return np.sqrt(k / (k - 1)) * left[:, :rank] @ right[:rank]
+
+
+def direct_measures(data: Data, of: str = "classes") -> dict[str, float]:
+    """Every measure by its definition, with d x d pseudo-inverses."""
+    s = direct_statistics(data, of)
+    k, d = s["means"].shape
+    weight, bias = data.weight.double().numpy(), data.bias.double().numpy()
+    features, targets = data.arrays
+    pairs = [(i, j) for i in range(k) for j in range(k) if i != j]
+    result: dict[str, float] = {}
+    # rcond: the rank of Sigma_B is K - 1, and its smallest true eigenvalue far above rounding.
+    result["nc1_trace_sum"] = np.trace(s["within"] @ np.linalg.pinv(s["between"], rcond=1e-9, hermitian=True))
+    result["nc1_trace"] = result["nc1_trace_about_centres"] = result["nc1_trace_sum"] / k
+    # With 40 digits: at collapse Sigma_T is nearly singular, and rounding Sigma_B to 16 changes its rank.
+    with mpmath.workdps(40):
+        within, means = mpmath.matrix(s["within"]), mpmath.matrix(s["means"])
+        counts = np.bincount(targets) if of == "samples" else np.ones(k, dtype=int)
+        overall = mpmath.matrix([[int(n) for n in counts]]) * means / int(counts.sum())
+        rows = means - mpmath.ones(k, 1) * overall
+        between = rows.T * rows / k
+        explained = mpmath.inverse(within + between) * between
+        result["nc1_vci"] = float(1 - sum(explained[i, i] for i in range(d)) / min(d, k - 1))
+    result["nc1_quotient"] = np.trace(s["within"]) / np.trace(s["between"])
+    distance = {(i, j): ((s["means"][i] - s["means"][j]) ** 2).sum() for i, j in pairs}
+    v = s["variances"]
+    result["nc1_cdnv"] = float(np.mean([(v[i] + v[j]) / (2 * distance[i, j]) for i, j in pairs]))
+    result["nc1_within_variance"] = float(v.mean())
+    ranks = []
+    for j in range(k):
+        singular = np.linalg.svd(features[targets == j], compute_uv=False)
+        ranks.append((singular.sum() / np.sqrt((singular**2).sum())) ** 2)
+    result["nc1_numerical_rank"] = float(np.mean(ranks))
+    for name, rows in (("means", s["centred"]), ("weights", weight)):
+        lengths = np.sqrt((rows**2).sum(1))
+        result[f"nc2_equinorm_{name}"] = lengths.std(ddof=1) / lengths.mean()
+        result[f"nc2_equiangularity_mean_{name}"] = float(angles(rows).mean())
+        result[f"nc2_equiangularity_max_{name}"] = float(angles(rows).max())
+        result[f"nc2_gram_{name}"] = coherence(rows @ rows.T)
+        result[f"nc2_etf_distance_{name}"] = norm(rows / norm(rows) - nearest_frame(rows) / np.sqrt(k))
+    w, m = weight, s["centred"]
+    result["nc3_distance"] = norm(w / norm(w) - m / norm(m))
+    result["nc3_distance_squared"] = result["nc3_distance"] ** 2
+    result["nc3_coherence"] = coherence(w @ m.T)
+    cosines = [(w[j] @ m[j]) / norm(w[j]) / norm(m[j]) for j in range(k)]
+    result["nc3_cosine"] = float(np.mean(cosines))
+    result["nc3_row_distance"] = float(
+        np.mean([norm(w[j] / norm(w[j]) - m[j] / norm(m[j])) for j in range(k)])
+    )
+    result["nc3_etf_distance"] = norm(nearest_frame(w) - nearest_frame(m)) / np.sqrt(k)
+    result["bias_collapse"] = norm(w @ s["overall"] + bias)
+    logits = features @ w.T + bias
+    decisions = logits.argmax(1)
+    result["accuracy"] = float((decisions == targets).mean())
+    nearest = np.array([((row - s["means"]) ** 2).sum(1).argmin() for row in features])
+    result["nc4_disagreement"] = float((decisions != nearest).mean())
+    result["margin_mean"] = float(direct_margins(features, targets, w).mean())
+    result["calibration_error"] = direct_calibration(logits, targets, bins=15)
+    return result
+
+
+def direct_margins(features: Array, targets: npt.NDArray[np.int64], weight: Array) -> Array:
+    margins = []
+    for row, target in zip(features, targets, strict=True):
+        cosines = [row @ w / norm(row) / norm(w) for w in weight]
+        margins.append(cosines[target] - max(c for j, c in enumerate(cosines) if j != target))
+    return np.array(margins)
+
+
+def direct_calibration(logits: Array, targets: npt.NDArray[np.int64], bins: int) -> float:
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(1, keepdims=True)
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == targets
+    error = 0.0
+    for b in range(bins):
+        members = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+        if members.any():
+            error += members.mean() * abs(correct[members].mean() - confidence[members].mean())
+    return float(error)
+
+
+KINDS = ("random", "collapsed", "imbalanced", "offset", "wide")

@@ -1,0 +1,281 @@
+"""The torchmetrics shells: forward, reset, copies, collections, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.functional import nearest_etf
+from etflayers.metrics import (
+    CosineMargins,
+    NeuralCollapse,
+    class_statistics,
+    cosine_margins,
+    frame_distance,
+    read_classifier,
+)
+from etflayers.nn import FixedETFHead, NearestETFHead
+from tests.metrics.definitions import Data, direct_margins, ideal_data, make_data
+
+BATCH = 25
+
+
+def batches(data: Data) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(data.features.split(BATCH), data.targets.split(BATCH), strict=True))
+
+
+def fed(metric: NeuralCollapse, data: Data) -> NeuralCollapse:
+    for features, targets in batches(data):
+        metric.update(features, targets)
+    return metric
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rtol: float = 0.0) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=rtol, atol=rtol, msg=name)
+
+
+def test_forward_measures_the_batch_and_accumulates() -> None:
+    data = make_data("offset")
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    metric = NeuralCollapse(5, 7, classifier=layer)
+    for features, targets in batches(data):
+        value = metric(features, targets)
+        assert_equal(
+            value,
+            fed(NeuralCollapse(5, 7, classifier=layer), Data(features, targets, *data_rest(data))).compute(),
+        )
+    assert_equal(metric.compute(), fed(NeuralCollapse(5, 7, classifier=layer), data).compute(), rtol=1e-9)
+
+
+def data_rest(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    return data.weight, data.bias
+
+
+def test_reset_forgets_everything() -> None:
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    metric = fed(NeuralCollapse(5, 7, classifier=layer), make_data("wide"))
+    metric.reset()
+    data = make_data("random")
+    assert_equal(fed(metric, data).compute(), fed(NeuralCollapse(5, 7, classifier=layer), data).compute())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
+def test_copies_go_on_by_themselves(duplicate: Callable[[NeuralCollapse], NeuralCollapse]) -> None:
+    data = make_data("random")
+    metric = fed(NeuralCollapse(5, 7), data)
+    twin = duplicate(metric)
+    assert_equal(twin.compute(), metric.compute())
+    twin.update(*batches(make_data("wide"))[0])
+    assert twin.compute()["nc1_trace"] != metric.compute()["nc1_trace"]
+
+
+def test_the_classifier_is_no_part_of_the_metric() -> None:
+    metric = NeuralCollapse(5, 7, classifier=nn.Linear(7, 5))
+    assert not list(metric.parameters())
+    assert not metric.state_dict()
+    assert (
+        "accuracy"
+        not in pickle.loads(pickle.dumps(fed(metric, make_data("random", torch.float32)))).compute()
+    )
+
+
+def test_state_dict_carries_the_moments() -> None:
+    data = make_data("random")
+    metric = NeuralCollapse(5, 7)
+    metric.persistent(True)
+    fed(metric, data)
+    other = NeuralCollapse(5, 7)
+    other.persistent(True)
+    other.load_state_dict(metric.state_dict())
+    other.update(*batches(data)[0])
+    metric.update(*batches(data)[0])
+    assert_equal(other.compute(), metric.compute())
+
+
+def test_half_keeps_the_moments_in_float64() -> None:
+    metric = NeuralCollapse(5, 7).half().bfloat16()
+    assert metric.packed.dtype == torch.float64
+
+
+def test_merge_state() -> None:
+    data = make_data("offset")
+    half = len(data.targets) // 2
+    first = fed(NeuralCollapse(5, 7), Data(data.features[:half], data.targets[:half], *data_rest(data)))
+    second = fed(NeuralCollapse(5, 7), Data(data.features[half:], data.targets[half:], *data_rest(data)))
+    first.merge_state(second)
+    assert_equal(first.compute(), fed(NeuralCollapse(5, 7), data).compute(), rtol=1e-9)
+
+
+def test_in_a_collection_with_metrics_of_torchmetrics() -> None:
+    data = make_data("random")
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(3 * data.weight)
+    collection = MetricCollection(
+        {
+            "collapse": NeuralCollapse(5, 7, classifier=layer),
+            "other": NeuralCollapse(5, 7, scatter="none"),
+            "acc": MulticlassAccuracy(5, average="micro"),
+            "ece": MulticlassCalibrationError(5, n_bins=15, norm="l1"),
+        }
+    )
+    with torch.no_grad():
+        for features, targets in batches(data):
+            logits = layer(features)
+            collection.update(features=features, targets=targets, logits=logits, preds=logits, target=targets)
+    result = collection.compute()
+    assert result["collapse_accuracy"].item() == pytest.approx(result["acc"].item(), rel=1e-6)
+    assert result["collapse_calibration_error"].item() == pytest.approx(result["ece"].item(), rel=1e-5)
+
+
+def test_logits_given_win_over_the_linear_layer() -> None:
+    data = ideal_data()
+    metric = NeuralCollapse(5, 7, classifier=nn.Linear(7, 5))
+    logits = nn.functional.one_hot((data.targets + 1) % 5, 5).double()
+    metric.update(data.features, data.targets, logits)
+    assert metric.compute()["accuracy"].item() == 0.0
+
+
+def test_heads_are_read_with_scale_and_centre() -> None:
+    data = make_data("random", torch.float32)
+    head = NearestETFHead(7, 5, scale=3.0)
+    head(data.features, data.targets)
+    head.eval()
+    torch.testing.assert_close(read_classifier(head).logits(data.features), head(data.features))
+    fixed = FixedETFHead(7, 5, scale=2.0, normalize=True)
+    unit = nn.functional.normalize(data.features)
+    torch.testing.assert_close(read_classifier(fixed).logits(unit), fixed(data.features))
+    measured = fed(NeuralCollapse(5, 7, classifier=head), data).compute()
+    assert measured["nc2_gram_weights"].item() < 1e-5
+    assert measured["nc2_etf_distance_weights"].item() < 1e-5
+
+
+def test_excluded_classes_leave_the_classifier_too() -> None:
+    data = make_data("random")
+    wide = nn.Linear(7, 8, dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3, 6, 7])
+    small = nn.Linear(7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        small.weight.copy_(wide.weight[kept])
+        small.bias.copy_(wide.bias[kept])
+    metric = NeuralCollapse(8, 7, classifier=wide, unseen="exclude")
+    metric.update(data.features, kept[data.targets])
+    expected = fed(NeuralCollapse(5, 7, classifier=small), data).compute()
+    measured = metric.compute()
+    geometry = {name for name in measured if name.startswith(("nc", "bias"))}
+    assert_equal({n: measured[n] for n in geometry}, {n: expected[n] for n in geometry}, rtol=1e-9)
+
+
+def test_ignored_samples_are_left_out_everywhere() -> None:
+    data = make_data("random")
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    centres = class_statistics(data.features, data.targets, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer, centres=centres)
+    extra = torch.full((4, 7), 100.0, dtype=torch.float64)
+    metric.update(torch.cat((extra, data.features)), torch.cat((torch.full((4,), -100), data.targets)))
+    expected = NeuralCollapse(5, 7, classifier=layer, centres=centres)
+    expected.update(data.features, data.targets)
+    assert_equal(metric.compute(), expected.compute())
+
+
+def test_drift_of_the_nearest_frame() -> None:
+    data = make_data("random")
+    metric = fed(NeuralCollapse(5, 7), data)
+    frame = metric.nearest_frame()
+    torch.testing.assert_close(frame, nearest_etf(metric.statistics().means))
+    turned = Data(data.features.roll(1, dims=1), data.targets, *data_rest(data))
+    other = fed(NeuralCollapse(5, 7), turned).nearest_frame()
+    torch.testing.assert_close(other, frame.roll(1, dims=1))
+    expected = (other - frame).square().sum().div(5).sqrt()
+    torch.testing.assert_close(frame_distance(frame, other), expected)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_curve_of_margins(centred: bool) -> None:
+    data = make_data("imbalanced")
+    centre = data.features.mean(0) if centred else None
+    metric = CosineMargins(centre=centre)
+    for features, targets in batches(data):
+        metric.update(features, targets, data.weight)
+    features, targets = data.arrays
+    weight = data.weight.numpy()
+    if centred:
+        features, weight = features - features.mean(0), weight - weight.mean(0)
+    expected = torch.from_numpy(direct_margins(features, targets, weight)).sort().values
+    torch.testing.assert_close(metric.compute(), expected.float(), rtol=0, atol=1e-7)
+    with pytest.raises(InvalidArgumentError, match=r"centre must have shape"):
+        cosine_margins(data.features, data.targets, data.weight, centre=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"in_features": 0}, "in_features must be at least 1"),
+        ({"global_mean": "both"}, "global_mean must be"),
+        ({"scatter": "full"}, "scatter must be"),
+        ({"unseen": "drop"}, "unseen must be"),
+        ({"calibration_bins": 0}, "calibration_bins must be"),
+        ({"classifier": nn.ReLU()}, "classifier must have a weight"),
+        ({"classifier": nn.Linear(4, 5)}, "classifier must have a weight of shape"),
+        ({"centres": class_statistics(torch.eye(2), torch.arange(2), 2)}, "centres need a classifier"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=match):
+        NeuralCollapse(**{"num_classes": 5, "in_features": 7, **options})
+
+
+def test_bad_batches_are_refused_and_change_nothing() -> None:
+    data = make_data("random", torch.float32)
+    layer = nn.Linear(7, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer)
+    fed(metric, data)
+    before = metric.compute()
+    with pytest.raises(InvalidArgumentError, match="logits must have shape"):
+        metric.update(data.features, data.targets, torch.zeros(3, 5))
+    with pytest.raises(InvalidArgumentError, match="features must have shape"):
+        metric.update(data.features[:, :3], data.targets)
+    with pytest.raises(InvalidArgumentError, match="targets must be class indices"):
+        metric.update(data.features, data.targets + 1)
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        metric.update(data.features * torch.nan, data.targets)
+    metric._computed = None
+    assert_equal(metric.compute(), before)
+    centres = class_statistics(data.features, data.targets % 4, 5, unseen="exclude")
+    metric = NeuralCollapse(5, 7, classifier=layer, centres=centres)
+    with pytest.raises(InvalidArgumentError, match="centres must hold every class"):
+        metric.update(data.features, data.targets)
+    assert not metric.moments.counts.any()
+
+
+def test_without_torchmetrics_the_functions_work_and_the_shells_say_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["torchmetrics"] = None
+import torch
+from etflayers.errors import MissingDependencyError
+from etflayers.metrics import NeuralCollapse, CosineMargins, class_statistics, collapse_measures
+statistics = class_statistics(torch.eye(3).repeat(2, 1), torch.arange(3).repeat(2), 3)
+print(collapse_measures(statistics)["nc1_trace"].item())
+for make in (lambda: NeuralCollapse(3, 3), CosineMargins):
+    try:
+        make()
+    except MissingDependencyError as error:
+        print("etflayers[metrics]" in str(error))
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert finished.stdout.split() == ["0.0", "True", "True"], finished.stderr

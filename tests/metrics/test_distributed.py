@@ -1,0 +1,84 @@
+"""Two and four gloo ranks with unequal shares equal one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from etflayers.metrics import CosineMargins, NeuralCollapse, class_statistics
+from tests.metrics.definitions import make_data
+
+
+def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """The metrics of the whole data (rank None), or of one share after synchronisation."""
+    data = make_data("offset")
+    order = data.targets.argsort()  # no rank sees every class
+    features, targets = data.features[order], data.targets[order]
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(data.weight)
+        layer.bias.copy_(data.bias)
+    centres = class_statistics(features, targets, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer, centres=centres, process_group=group)
+    margins = CosineMargins(process_group=group)
+    if rank is not None:
+        # Of four ranks one has nothing at all.
+        cuts = [0, 90, 90, 93, len(targets)] if world == 4 else [0, 37, len(targets)]
+        features, targets = features[cuts[rank] : cuts[rank + 1]], targets[cuts[rank] : cuts[rank + 1]]
+    for f, t in zip(features.split(16), targets.split(16), strict=True):
+        if len(f):
+            metric.update(f, t)
+            margins.update(f, t, data.weight)
+    first = metric.compute()
+    again = {name: value.clone() for name, value in first.items()}
+    statistics = metric.statistics()
+    # After the synchronisation each rank goes on with its own part.
+    metric.update(data.features[:5], data.targets[:5])
+    return {
+        "metrics": again,
+        "means": statistics.means,
+        "margins": margins.compute(),
+        "next": metric.compute(),
+    }
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=4)
+    pair = dist.new_group([0, 1])
+    results = {4: run(rank, 4)}
+    if rank < 2:
+        results[2] = run(rank, 2, pair)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, Any]]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs torch.distributed with gloo")
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    spawn(worker, args=(str(folder),), nprocs=4)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(ranks: list[dict[int, Any]], world: int) -> None:
+    expected = run(None, 1)
+    group = [results[world] for results in ranks[:world]]
+    for results in group:
+        assert results["metrics"].keys() == expected["metrics"].keys()
+        for name, value in expected["metrics"].items():
+            torch.testing.assert_close(results["metrics"][name], value, rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(results["means"], expected["means"], rtol=1e-14, atol=0)
+        torch.testing.assert_close(results["margins"], expected["margins"], rtol=0, atol=1e-7)
+        # Every rank added the same five samples: they are the same on all ranks, and no longer those above.
+        for name, value in results["next"].items():
+            torch.testing.assert_close(value, group[0]["next"][name], rtol=0, atol=0)
+        assert results["next"]["nc1_trace"] != results["metrics"]["nc1_trace"]
