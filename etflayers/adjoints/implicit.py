@@ -66,7 +66,9 @@ def _fused(change: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, diviso
     if not _has_complement(frame):
         return left @ frame
     left = torch.sub(left, inverse @ inner, alpha=1 / etf_radius(frame.shape[-2]) ** 2)
-    return left @ frame + inverse @ change
+    d_frame = left @ frame
+    d_frame += inverse @ change
+    return d_frame
 
 
 def _differentiable(change: Tensor, linear: Tensor, frame: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from etflayers.errors import NonFiniteError, reads_values, require_values
-from etflayers.geometry import centred, centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
 
 __all__ = ["SVD", "ByRegime", "FrameFactors", "FrameSolver", "GramEigh", "rank_cutoff"]
 
@@ -119,31 +119,29 @@ class SVD:
 
 
 class _GramSpectrum(NamedTuple):
-    rows: Tensor  # M_c
-    basis: Tensor  # eigenvectors of M_c M_c' in columns
+    rows: Tensor  # M_c / scale
+    scale: Tensor | None  # (..., 1, 1), None for 1
+    basis: Tensor  # eigenvectors of the Gram matrix of the rows, in columns
     values: Tensor  # roots of its eigenvalues, ascending; NaN where rounding made one negative
-
-    def to(self, dtype: torch.dtype) -> _GramSpectrum:
-        return _GramSpectrum(*(part.to(dtype) for part in self))
 
     def margin(self, dtype: torch.dtype) -> Tensor:
         """1 / kappa for each member of the batch; not positive where the inverse overflows ``dtype``."""
-        return (self.values[..., 0] - _smallest_divisor(dtype)) / self.values[..., -1]
+        floor = _smallest_divisor(dtype)
+        smallest = floor if self.scale is None else floor / self.scale.squeeze((-2, -1))
+        return (self.values[..., 0] - smallest) / self.values[..., -1]
 
     def factors(self) -> FrameFactors:
+        """The frames, if every eigenvalue is positive."""
         radius = etf_radius(self.rows.shape[-2])
-        inverse = _spectral(self.basis, radius / self.values)
-        return FrameFactors(
-            inverse @ self.rows, inverse, self.basis, _pair_sums(radius * self.values).reciprocal()
-        )
+        inverse, values = _spectral(self.basis, radius / self.values), radius * self.values
+        frame = inverse @ self.rows
+        if self.scale is not None:
+            inverse, values = inverse / self.scale, values * self.scale.squeeze(-1)
+        return FrameFactors(frame, inverse, self.basis, _pair_sums(values).reciprocal())
 
 
-# From this many classes on, float32 halves the time of the eigenproblem, which is then most of the whole, and
-# that is worth a gradient error of 3e-6 instead of 1e-6.
-_LARGE = 512
-# From this many classes on, a product in float32 is cheaper than one in float64. Below, launching it costs
-# more.
-_MEDIUM = 32
+# Below this many classes a product costs less than its launch: float32 gains nothing over float64.
+_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -151,9 +149,7 @@ class GramEigh:
     """Eigendecomposition of the K x K Gram matrix, for M whose centred rows have full rank K - 1.
 
     Args:
-        dtype: precision of the products, and from 512 classes on of the eigenproblem, which is otherwise
-        solved
-            in float64; ``None``: float64.
+        dtype: precision to compute in; ``None``: float64.
 
     Raises:
         NonFiniteError: M is so ill-conditioned that its Gram matrix is singular in this precision.
@@ -169,7 +165,7 @@ class GramEigh:
         """The frames for ``linear`` (``(..., K, d)``), in ``self.dtype``."""
         spectrum = self.spectrum(linear)
         require_values(
-            (spectrum.margin(linear.dtype) > (8 * torch.finfo(spectrum.values.dtype).eps) ** 0.5).all(),
+            (spectrum.margin(linear.dtype) > (8 * torch.finfo(spectrum.rows.dtype).eps) ** 0.5).all(),
             "solver=GramEigh() needs class means of full rank (some coincide, or a class is unseen): use "
             "solver=SVD() or the default, or give anchor= and proximity= > 0",
             NonFiniteError,
@@ -180,50 +176,38 @@ class GramEigh:
         """The eigenproblem alone, for a caller that looks at its values first."""
         num_classes = linear.shape[-2]
         dtype = self.dtype or torch.float64
-        rows = linear.to(dtype)
+        rows, scale = linear.to(dtype), None
         if dtype == linear.dtype:
-            # No digits to spare: a large mean common to all rows must go before it is averaged. No range to
-            # spare either: the Gram matrix of 1e20 overflows float32.
-            rows = centred(rows - rows[..., :1, :])
-            scale = rows.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-            unit = rows / scale
-        else:
-            unit = rows = centred(rows)
-        gram = unit @ unit.mT
+            # No digits to spare: a large mean common to all rows must go before it is averaged.
+            rows = rows - rows[..., :1, :]
+        # In place, on a tensor of our own by now: to touch fresh memory costs as much as the arithmetic.
+        rows -= rows.mean(-2, keepdim=True)
+        if dtype == linear.dtype:
+            # No range to spare either: the Gram matrix of 1e20 overflows float32.
+            scale = rows.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+            rows /= scale
+        gram = rows @ rows.mT
         # The filling of the null direction: the same number added to every entry has the eigenvector 1.
         filled = torch.add(gram, gram[..., :1, :1], alpha=0.5 / (num_classes - 1))
-        if dtype == torch.float32 and num_classes >= _LARGE:
-            eigenvalues, basis = torch.linalg.eigh(filled)
+        eigenvalues, basis = torch.linalg.eigh(filled)
+        if dtype == torch.float32:
             # LAPACK's float32 eigenvectors are orthogonal to about 20 eps only. One Newton-Schulz step, two
             # K x K products, makes the frame and its gradient about twice as accurate.
             basis = 1.5 * basis - basis @ (0.5 * (basis.mT @ basis))
-        else:
-            eigenvalues, basis = torch.linalg.eigh(filled.double())
-        values = eigenvalues.sqrt()
-        if unit is not rows:
-            values = values * scale.squeeze(-1)
-        return _GramSpectrum(rows, basis.to(dtype), values.to(dtype))
-
-
-# Largest kappa at which the frame and its gradient keep the accuracy of the data, kappa^2 eps against eps, by
-# the precisions of the data and of the Gram matrix; and at which products in float32 do. Measured by
-# benchmarks/bench_accuracy.py.
-_KAPPA = {
-    (torch.float32, torch.float32): 6.0,
-    (torch.float32, torch.float64): 1e5,
-    (torch.float64, torch.float64): 8.0,
-}
-_KAPPA_PRODUCTS = 10.0
+        return _GramSpectrum(rows, scale, basis, eigenvalues.sqrt())
 
 
 @dataclass(frozen=True)
 class ByRegime:
     """The cheapest accurate way: look at the condition number kappa of the centred means, then choose.
 
-    For float32 data: a Gram matrix in float64 while kappa < 1e5 (in float32 from 512 classes on, while
-    kappa < 6), and from 32 classes on the other products in float32 while kappa < 10; else an SVD in float64.
-    For float64 data: a Gram matrix while kappa < 8, else an SVD. Where values cannot be read for free (on an
-    accelerator, under ``torch.compile``, inside ``torch.func`` transforms) the choice is the SVD, always.
+    The error of a Gram matrix is about kappa^2 eps of the precision in which it is formed. So, for float32
+    data: in float32 while kappa < 4.5 (6 from 512 classes on; fewer than 32 classes skip this step), in
+    float64 while kappa < 1e5, else an SVD in float64. For float64 data: a Gram matrix while kappa < 8, else
+    an SVD. Where values cannot be read for free (on an accelerator, under ``torch.compile``, inside
+    ``torch.func`` transforms) the choice is the SVD, always. The numbers come from
+    ``benchmarks/bench_accuracy.py``: up to 500 classes the gradient of float32 data is then within 2e-6 of
+    the exact one; beyond within 3e-6, which buys half of the time.
 
     >>> ByRegime()(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
     tensor([[ 0.6000,  0.8000],
@@ -232,15 +216,21 @@ class ByRegime:
 
     def __call__(self, linear: Tensor) -> FrameFactors:
         """The frames for ``linear`` (``(..., K, d)``), in the precision of the regime."""
-        data, num_classes = linear.dtype, linear.shape[-2]
-        if not reads_values(linear) or linear.numel() == 0:
-            return SVD()(linear)
-        single = data == torch.float32
-        for dtype in (torch.float32, torch.float64) if single and num_classes >= _LARGE else (torch.float64,):
-            spectrum = GramEigh(dtype).spectrum(linear)
-            margin = float(spectrum.margin(data).detach().amin())  # NaN passes no comparison
-            if margin * _KAPPA[data, dtype] > 1:
-                if single and num_classes >= _MEDIUM and margin * _KAPPA_PRODUCTS > 1:
-                    spectrum = spectrum.to(data)
-                return spectrum.factors()
+        if reads_values(linear) and linear.numel() > 0:
+            for dtype, largest_kappa in _ladder(linear):
+                spectrum = GramEigh(dtype).spectrum(linear)
+                margin = float(spectrum.margin(linear.dtype).detach().amin())
+                if margin * largest_kappa > 1:  # not so for NaN
+                    return spectrum.factors()
         return SVD()(linear)
+
+
+def _ladder(linear: Tensor) -> list[tuple[torch.dtype, float]]:
+    """Precisions of the Gram matrix to try in turn, each with the kappa from which on it does not serve."""
+    num_classes = linear.shape[-2]
+    if linear.dtype == torch.float64:
+        return [(torch.float64, 8.0)]
+    wider = [(torch.float64, 1e5)]
+    if num_classes < _SMALL:
+        return wider
+    return [(torch.float32, 4.5 if num_classes < 512 else 6.0), *wider]

@@ -45,7 +45,7 @@ def test_factors_satisfy_their_definitions(solver, num_classes, in_features):
     torch.testing.assert_close(root @ solution + solution @ root, rhs)
 
 
-@pytest.mark.parametrize("kappa", [1.0, 9.9, 10.1, 1e3, 9e4, 2e5, 1e6])
+@pytest.mark.parametrize("kappa", [1.0, 4.4, 4.6, 1e3, 9e4, 2e5, 1e6])
 @pytest.mark.parametrize("num_classes", [5, 40])
 def test_every_regime_of_float32_is_accurate(kappa, num_classes):
     # One unit in the last place of the data already moves the exact frame by about eps * kappa, so the bound
