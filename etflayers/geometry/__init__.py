@@ -7,6 +7,7 @@ from etflayers.geometry.frames import (
     etf_radius,
     is_simplex_etf,
     require_etf_dims,
+    require_rotation,
     simplex_etf,
 )
 from etflayers.geometry.stiefel import (
@@ -30,6 +31,7 @@ __all__ = [
     "project_tangent",
     "random_stiefel",
     "require_etf_dims",
+    "require_rotation",
     "retract_stiefel",
     "simplex_etf",
 ]

@@ -35,6 +35,7 @@ __all__ = [
     "etf_radius",
     "is_simplex_etf",
     "require_etf_dims",
+    "require_rotation",
     "simplex_etf",
 ]
 
@@ -49,6 +50,23 @@ def require_etf_dims(num_classes: int, in_features: int) -> None:
         in_features >= num_classes - 1,
         f"in_features must be at least num_classes - 1 = {num_classes - 1}, got {in_features}: a simplex of "
         f"{num_classes} classes has {num_classes - 1} dimensions; widen the features with a linear layer",
+    )
+
+
+def require_rotation(rotation: Tensor, num_classes: int, in_features: int) -> None:
+    """Raise unless ``rotation`` is a floating-point Q in St(d, K-1), of shape ``(d, K-1)``."""
+    rank = num_classes - 1
+    require(
+        rotation.shape == (in_features, rank),
+        f"rotation must have shape (in_features, num_classes - 1) = ({in_features}, {rank}), "
+        f"got {tuple(rotation.shape)}",
+    )
+    require_floating("rotation", rotation.dtype)
+    on_manifold = is_stiefel(rotation)
+    require(
+        on_manifold.ok,
+        f"rotation must have orthonormal columns, but {on_manifold.reason}: project it with "
+        "etflayers.geometry.project_stiefel",
     )
 
 
@@ -136,18 +154,7 @@ def simplex_etf(
     require_etf_dims(num_classes, in_features)
     rank = num_classes - 1
     if isinstance(rotation, Tensor):
-        require(
-            rotation.shape == (in_features, rank),
-            f"rotation must have shape (in_features, num_classes - 1) = ({in_features}, {rank}), "
-            f"got {tuple(rotation.shape)}",
-        )
-        require_floating("rotation", rotation.dtype)
-        on_manifold = is_stiefel(rotation)
-        require(
-            on_manifold.ok,
-            f"rotation must have orthonormal columns, but {on_manifold.reason}: project it with "
-            "etflayers.geometry.project_stiefel",
-        )
+        require_rotation(rotation, num_classes, in_features)
         device, dtype = device or rotation.device, dtype or rotation.dtype
     dtype = dtype or torch.get_default_dtype()
     require_floating("dtype", dtype)

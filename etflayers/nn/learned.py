@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.errors import ManifoldError, require, require_floating, require_module, require_values
-from etflayers.geometry import centred_basis_adjoint, etf_radius, is_stiefel, random_stiefel
+from etflayers.geometry import centred_basis_adjoint, etf_radius, random_stiefel, require_rotation
 from etflayers.geometry.tolerance import default_atol
 from etflayers.nn.averages import keep_precision
 from etflayers.nn.heads import ETFHead
@@ -70,20 +70,10 @@ class LearnedETFHead(ETFHead):
         geoopt = require_module("geoopt", extra="solvers")
         rank = num_classes - 1
         if isinstance(rotation, Tensor):
-            require(
-                rotation.shape == (in_features, rank),
-                f"rotation must have shape (in_features, num_classes - 1) = ({in_features}, {rank}), "
-                f"got {tuple(rotation.shape)}",
-            )
             require_floating("rotation", rotation.dtype)
             dtype = working_dtype(rotation.dtype if dtype is None else dtype)
             start = rotation.detach().to(device, dtype, copy=True)
-            on_manifold = is_stiefel(start)
-            require(
-                on_manifold.ok,
-                f"rotation must have orthonormal columns, but {on_manifold.reason}: project it with "
-                "etflayers.geometry.project_stiefel",
-            )
+            require_rotation(start, num_classes, in_features)  # as precisely as training will hold it
         else:
             require(rotation == "haar", f"rotation must be 'haar' or a tensor, got {rotation!r}")
             dtype = torch.get_default_dtype() if dtype is None else dtype
