@@ -20,7 +20,7 @@ from etflayers.errors import (
 )
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["class_means", "class_sums", "ignored_targets"]
+__all__ = ["class_means", "class_sums", "ignored_targets", "require_target_for_each"]
 
 
 def class_sums(
@@ -53,11 +53,7 @@ def class_sums(
             f"features must have shape (B, in_features), got {tuple(features.shape)}: "
             "flatten the leading dimensions"
         )
-    if targets.shape != features.shape[:1]:
-        raise InvalidArgumentError(
-            f"targets must have shape (B,) = ({features.shape[0]},), one for each row of features, "
-            f"got {tuple(targets.shape)}"
-        )
+    require_target_for_each(features, targets)
     ignored = ignored_targets(targets, num_classes, ignore_index)
     _require_summable(features)
 
@@ -93,6 +89,15 @@ def class_means(
     """
     sums, counts = class_sums(features, targets, num_classes, ignore_index=ignore_index)
     return sums / counts.clamp(min=1).unsqueeze(-1), counts
+
+
+def require_target_for_each(features: Tensor, targets: Tensor) -> None:
+    """Raise unless ``targets`` has shape ``(B,)`` for features of shape ``(B, d)``."""
+    if targets.shape != features.shape[:1]:
+        raise InvalidArgumentError(
+            f"targets must have shape (B,) = ({features.shape[0]},), one for each row of features, "
+            f"got {tuple(targets.shape)}"
+        )
 
 
 def ignored_targets(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:

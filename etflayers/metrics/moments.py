@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from etflayers.errors import InvalidArgumentError, reads_values, require, require_finite, require_floating
-from etflayers.functional.class_means import ignored_targets
+from etflayers.functional.class_means import ignored_targets, require_target_for_each
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = [
@@ -257,11 +257,7 @@ def require_features(features: Tensor, targets: Tensor, in_features: int) -> Non
             f"features must have shape (B, in_features) = (B, {in_features}), got {tuple(features.shape)}: "
             "flatten or average the other dimensions"
         )
-    if targets.shape != features.shape[:1]:
-        raise InvalidArgumentError(
-            f"targets must have shape (B,) = ({features.shape[0]},), one for each row of features, "
-            f"got {tuple(targets.shape)}"
-        )
+    require_target_for_each(features, targets)
 
 
 def _residuals(rows: Tensor, shift: Tensor, index: Tensor, ignored: Tensor) -> Tensor:
