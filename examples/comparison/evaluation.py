@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from comparison.data import ImageData, Split
 from comparison.heads import captured_features
-from etflayers import nearest_etf
 from etflayers.errors import NonFiniteError
 from etflayers.functional import class_sums
+from etflayers.metrics import nc2
 
 EVALUATION_BATCH = 500
 
@@ -63,10 +63,8 @@ def etf_distance(class_means: Tensor) -> float:
     sqrt(2) always; class means that coincide are at distance 1 of every ETF.
     """
     means = class_means.double()
-    centred = means - means.mean(0)
-    frame = nearest_etf(means)
-    size = centred.norm().clamp(min=torch.finfo(centred.dtype).tiny)
-    return float((centred / size - frame / frame.norm()).norm())
+    rows = means - means.mean(0)
+    return float(nc2.etf_distance(rows)) if rows.any() else 1.0
 
 
 def centred_cosines(rows: Tensor) -> Tensor:
