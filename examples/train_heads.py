@@ -7,8 +7,8 @@
     python examples/train_heads.py --help                           everything else
 
 The output folder gets the history of every run (HEAD-seedN.csv and .json), a summary of the heads
-(summary.csv and .json), figures (.png) and checkpoints. Loss, accuracy and class means are taken in eval mode
-over the whole training and test set: at the start (epoch 0) and after each epoch.
+(summary.csv and .json), figures (.png) and checkpoints. Loss, accuracy and the metrics of neural collapse
+are taken in eval mode over the whole training and test set: at the start (epoch 0) and after each epoch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import tyro
 from rich.console import Console
 
 from comparison.compare import compare
-from comparison.settings import Settings
+from comparison.settings import ComparisonSettings
 from etflayers.errors import EtfLayersError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a comparison from the command line and return the exit status."""
-    settings = tyro.cli(Settings, args=argv)
+    settings = tyro.cli(ComparisonSettings, args=argv)
     try:
         compare(settings, Console())
     except EtfLayersError as error:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from comparison import data, reporting
 from comparison.costs import memory_report, step_times
 from comparison.figures import write_figures
 from comparison.models import LABELS
-from comparison.settings import HeadName, Settings
-from comparison.training import Row, Run, run_name, train
+from comparison.progress import threads, train_with_bar
+from comparison.settings import Settings
+from comparison.training import Run
 
 
 def compare(settings: Settings, console: Console) -> list[Run]:
@@ -31,7 +28,7 @@ def compare(settings: Settings, console: Console) -> list[Run]:
     started = time.perf_counter()
     folder, plain = settings.folder, settings.fingerprint()
     files: list[Path] = []
-    with _threads(settings.cpu_threads):
+    with threads(settings.cpu_threads):
         images = data.load(settings).to(settings.torch_device)
         title = f"{LABELS.get(settings.model, settings.model)} on {images.name}"
         console.print(
@@ -45,7 +42,7 @@ def compare(settings: Settings, console: Console) -> list[Run]:
         runs = []
         for seed in settings.seeds:
             for head in settings.head:
-                runs.append(_train_with_bar(head, seed, settings, images, console))
+                runs.append(train_with_bar(head, seed, settings, images, console))
                 files += reporting.write_run(folder, runs[-1], plain)
         times = step_times([run for run in runs if run.seed == settings.seeds[0]], settings, images)
     rows = reporting.summary_rows(runs, times)
@@ -54,47 +51,7 @@ def compare(settings: Settings, console: Console) -> list[Run]:
     files += write_figures(folder, runs, title)
     seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
     console.print(reporting.summary_table(rows, f"{title}, epochs: {settings.epochs}{seeds}"))
+    console.print(reporting.collapse_table(rows))
     names = ", ".join(path.name for path in files)
     console.print(f"{time.perf_counter() - started:.0f} s. Written to {folder}: {names}", highlight=False)
     return runs
-
-
-def _train_with_bar(
-    head: HeadName, seed: int, settings: Settings, images: data.ImageData, console: Console
-) -> Run:
-    checkpoint = settings.folder / "checkpoints" / f"{run_name(head, seed)}.pt"
-    started = time.perf_counter()
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[row]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(f"{head} (seed {seed})", row="", total=None)
-
-        def progress(step: int, total: int, row: Row | None) -> None:
-            bar.update(task, completed=step, total=total)
-            if row is not None:
-                bar.update(task, row=f"test accuracy {row['test_accuracy']:.2%}")
-
-        run = train(head, seed, settings, images, checkpoint, progress)
-    console.print(
-        f"{head:8} seed {seed}: train accuracy {run.last['train_accuracy']:.2%}, "
-        f"test accuracy {run.last['test_accuracy']:.2%}, {time.perf_counter() - started:.0f} s",
-        highlight=False,
-    )
-    return run
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

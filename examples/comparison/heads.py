@@ -1,4 +1,4 @@
-"""The four heads, put into a model in place of its linear classifier."""
+"""The heads, put into a model in place of its linear classifier."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comparison.data import ImageData
@@ -22,6 +23,23 @@ class LinearHead(nn.Linear):
     @property
     def num_classes(self) -> int:
         return self.out_features
+
+
+class StandardHead(nn.Linear):
+    """The baseline of the papers on ETF heads: ``logits = s z V'``, V the learned weight with unit rows."""
+
+    def __init__(self, in_features: int, num_classes: int, *, scale: float, normalize: bool) -> None:
+        super().__init__(in_features, num_classes, bias=False)
+        self.scale = scale
+        self.normalize = normalize
+
+    @property
+    def num_classes(self) -> int:
+        return self.out_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        inputs = F.normalize(features, dim=-1) if self.normalize else features
+        return self.scale * F.linear(inputs, F.normalize(self.weight, dim=-1))
 
 
 class ProjectedHead(nn.Module):
@@ -44,6 +62,8 @@ def make_head(name: HeadName, in_features: int, num_classes: int, settings: Sett
     common: dict[str, Any] = {"scale": settings.logit_scale, "normalize": settings.normalizes}
     if name == "linear":
         return LinearHead(in_features, num_classes)
+    if name == "standard":
+        return StandardHead(in_features, num_classes, **common)
     if name == "fixed":
         return FixedETFHead(in_features, num_classes, rotation=settings.rotation, **common)
     if name == "learned":
@@ -53,9 +73,9 @@ def make_head(name: HeadName, in_features: int, num_classes: int, settings: Sett
         num_classes,
         momentum=settings.momentum,
         proximity=settings.proximity,
-        detach=settings.detach,
+        detach=name == "nearest-detached",
         # Dot regression asks for plain inner products.
-        center=settings.loss == "ce",
+        center=settings.center and settings.loss != "dr",
         **common,
     )
 
@@ -74,11 +94,11 @@ def make_classifier(name: HeadName, settings: Settings, data: ImageData, seed: i
     """
     dim = data.num_classes if settings.feature_dim == "K" else settings.feature_dim
     require(
-        dim is None or dim >= (1 if name == "linear" else data.num_classes - 1),
+        dim is None or dim >= (1 if name in ("linear", "standard") else data.num_classes - 1),
         f"--feature-dim {dim} is too small for the {name} head and K = {data.num_classes} classes: a simplex "
         f"ETF needs at least K - 1 = {data.num_classes - 1}",
     )
-    model = make_model(settings.model, data, dim, seed)
+    model = make_model(settings, data, dim, seed)
 
     def replacement(in_features: int, num_classes: int) -> nn.Module:
         if dim is None or settings.model in RESNETS:
@@ -90,7 +110,7 @@ def make_classifier(name: HeadName, settings: Settings, data: ImageData, seed: i
 
 def head_of(model: nn.Module) -> nn.Module:
     """The head inside a model made by :func:`make_classifier`."""
-    kinds = (LinearHead, FixedETFHead, NearestETFHead, LearnedETFHead)
+    kinds = (LinearHead, StandardHead, FixedETFHead, NearestETFHead, LearnedETFHead)
     (head,) = (module for module in model.modules() if isinstance(module, kinds))
     return head
 
@@ -102,9 +122,9 @@ def targets_for(model: nn.Module, targets: Tensor) -> AbstractContextManager[Non
 
 @contextmanager
 def captured_features(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the head receives in the forward passes inside the ``with`` block."""
+    """Collect what the head receives in the forward passes inside the ``with`` block, with its graph."""
     features: list[Tensor] = []
-    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
+    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     try:
         yield features
     finally:

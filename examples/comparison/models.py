@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comparison.data import ImageData
+from comparison.settings import Settings
 from etflayers.errors import InvalidArgumentError, MissingDependencyError, require
 
 # (channels of the stages, blocks of the stages, stride of the stem)
@@ -83,24 +84,33 @@ class GreyAsRGB(nn.Module):
         return images.expand(-1, 3, -1, -1)
 
 
-def make_model(name: str, data: ImageData, feature_dim: int | None, seed: int) -> nn.Module:
+def make_model(settings: Settings, data: ImageData, feature_dim: int | None, seed: int) -> nn.Module:
     """A model with random weights, the same for every call with the same arguments.
 
     Args:
-        name: ``small``, ``resnet18``, ``torchvision:NAME`` or ``timm:NAME``.
+        settings: give the model: ``small``, ``resnet18``, ``torchvision:NAME`` or ``timm:NAME``; width and
+            depth of the first two.
         data: gives the number of colours and of classes.
         feature_dim: width of the last stage of a ResNet of this module; other models keep their width, and
             the head projects.
         seed: of the weights.
 
     Raises:
-        InvalidArgumentError: an unknown name.
+        InvalidArgumentError: an unknown name, or width and depth for a model of another package.
         MissingDependencyError: the package of the model is not installed.
     """
     torch.manual_seed(seed)
+    name = settings.model
     package, colon, architecture = name.partition(":")
+    require(
+        not colon or (settings.width == 1 and settings.depth is None),
+        f"--model {name} has the width and depth of its name: leave out --width and --depth",
+    )
     if not colon and name in RESNETS:
         widths, blocks, stem_stride = RESNETS[name]
+        widths = tuple(max(1, round(settings.width * width)) for width in widths)
+        if settings.depth is not None:
+            blocks = (settings.depth,) * len(widths)
         if feature_dim is not None:
             widths = (*widths[:-1], feature_dim)
         model: nn.Module = ResNet(data.channels, data.num_classes, widths, blocks, stem_stride)

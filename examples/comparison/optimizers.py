@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from comparison.heads import head_of
 from comparison.settings import Settings
 from etflayers.errors import require_module
 
@@ -22,16 +24,15 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[Optimizer]:
     A parameter on a manifold, the rotation of the learned head, gets the Riemannian one: no weight decay,
     because its length does not change.
     """
-    parameters = list(model.parameters())
-    curved = [parameter for parameter in parameters if hasattr(parameter, "manifold")]
-    plain = [parameter for parameter in parameters if not hasattr(parameter, "manifold")]
-    lr, decay = settings.learning_rate, settings.decay
+    curved = [parameter for parameter in model.parameters() if hasattr(parameter, "manifold")]
+    plain = parameter_groups(model, settings)
+    lr = settings.learning_rate
     if settings.optimizer == "sgd":
-        optimizers: list[Optimizer] = [
-            torch.optim.SGD(plain, lr=lr, momentum=NESTEROV, nesterov=True, weight_decay=decay)
-        ]
+        optimizers: list[Optimizer] = [torch.optim.SGD(plain, lr=lr, momentum=NESTEROV, nesterov=True)]
+    elif settings.optimizer == "adam":
+        optimizers = [torch.optim.Adam(plain, lr=lr)]
     else:
-        optimizers = [torch.optim.AdamW(plain, lr=lr, weight_decay=decay)]
+        optimizers = [torch.optim.AdamW(plain, lr=lr)]
     if curved:
         riemannian = require_module("geoopt", extra="solvers").optim
         if settings.optimizer == "sgd":
@@ -41,14 +42,34 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[Optimizer]:
     return optimizers
 
 
-def set_learning_rate(optimizers: list[Optimizer], peak: float, step: int, total: int) -> float:
-    """Linear warm-up, then half a cosine down to zero: a function of the step alone, so nothing to save."""
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """The parameters outside manifolds, with their decay: backbone, weight of the classifier, its bias."""
+    head = head_of(model)
+    decays = {"weight": settings.classifier_decay, "bias": settings.bias_decay}
+    own = {id(parameter): decays.get(name) for name, parameter in head.named_parameters()}
+    groups: dict[float, dict[str, Any]] = {settings.decay: {"params": [], "weight_decay": settings.decay}}
+    for parameter in model.parameters():
+        if hasattr(parameter, "manifold"):
+            continue
+        decay = own.get(id(parameter))
+        decay = settings.decay if decay is None else decay
+        groups.setdefault(decay, {"params": [], "weight_decay": decay})["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_learning_rate(optimizers: list[Optimizer], settings: Settings, step: int, total: int) -> float:
+    """The rate of this step: a function of the step alone, so there is nothing to save."""
     progress = (step + 1) / total
     if progress <= WARM_UP:
         factor = progress / WARM_UP
-    else:
+    elif settings.schedule == "cosine":
         factor = 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+    elif settings.schedule == "step":
+        factor = 0.1 ** ((progress > 0.5) + (progress > 0.75))
+    else:
+        factor = 1.0
+    rate = settings.learning_rate * factor
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor
-    return peak * factor
+            group["lr"] = rate
+    return rate

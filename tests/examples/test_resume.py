@@ -60,7 +60,7 @@ def test_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     expected, got = states(unbroken), states(broken)
     assert got.keys() == expected.keys() == {"nearest-seed0.pt", "learned-seed0.pt"}
     for name, state in expected.items():
-        for part in ("model", "optimizers", "random", "cosines", "epoch", "step"):
+        for part in ("model", "optimizers", "random", "snapshots", "epoch", "step"):
             torch.testing.assert_close(got[name][part], state[part], rtol=0, atol=0, msg=f"{name}: {part}")
         assert without_clock(got[name]["history"]) == without_clock(state["history"])
     assert not list((broken / "checkpoints").glob(".*"))
