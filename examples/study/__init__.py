@@ -1,0 +1,1 @@
+"""How classifier heads collapse: trainings over heads and seeds, their metrics, figures and a report."""
