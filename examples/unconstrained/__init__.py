@@ -1,0 +1,1 @@
+"""The unconstrained-features model: classifier heads on features that are free variables."""

@@ -1,0 +1,257 @@
+"""The comparison on free features: its descent, its measures, its files and its errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from etflayers import simplex_etf
+from etflayers.errors import InvalidArgumentError, NonFiniteError
+from ufm import main
+from unconstrained.descent import Run, RunKey, descend, measure
+from unconstrained.experiment import SWEEP
+from unconstrained.figures import MEASURES, collapse_figure
+from unconstrained.model import UnconstrainedFeatures, make_optimizers, objective
+from unconstrained.settings import HeadName, Settings
+
+HEADS = Settings().heads
+
+
+def run(
+    head: HeadName, settings: Settings, *, lr: float = 0.03, seed: int = 0, file: Path | None = None
+) -> Run:
+    pytest.importorskip("geoopt")
+    return descend(RunKey(settings.classes[0], head, lr, seed), settings, file)
+
+
+@pytest.mark.parametrize(("loss", "lr"), [("ce", 0.15), ("mse", 1.0)])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_ends_at_an_etf(head: HeadName, loss: Any, lr: float) -> None:
+    settings = Settings(classes=(4,), per_class=3, steps=200, loss=loss, spacing=4)
+    history = run(head, settings, lr=lr).history
+    first, last = history[0], history[-1]
+    assert last["step"] == 200
+    assert last["accuracy"] == 1
+    assert last["loss"] < first["loss"]
+    assert last["etf_distance"] < 0.1 * first["etf_distance"]
+    assert last["nc1_trace"] < 0.01 * first["nc1_trace"]
+
+
+def test_nearest_is_first() -> None:
+    """For one seed: in at most half the steps of the fixed head and a fifth of those of the standard one."""
+    reached = run("nearest", Settings(classes=(10,), steps=60)).steps_to(0.05)
+    assert reached is not None
+    for head, factor in (("fixed", 2), ("standard", 5)):
+        assert run(head, Settings(classes=(10,), steps=factor * reached)).steps_to(0.05) is None
+
+
+def test_step_follows_the_loss_of_each_sample() -> None:
+    """A feature moves by ``-lr`` times the gradient of its own loss, written out, whatever N and K."""
+    settings = Settings(classes=(3,), per_class=2, features=5)
+    model = UnconstrainedFeatures("fixed", 3, 0, settings).double()
+    before, targets = model.features.detach().clone(), model.targets
+    objective(model, model(), settings).backward()
+    for optimizer in make_optimizers(model, 0.25, settings):
+        optimizer.step()
+
+    assert model.head.scale == 5
+    frame, scale = model.head.weight, 5
+    length = before.norm(dim=-1, keepdim=True)
+    units = before / length
+    error = (scale * units @ frame.mT).softmax(-1) - F.one_hot(targets, 3)
+    gradient = scale * error @ frame
+    gradient = (gradient - (gradient * units).sum(-1, keepdim=True) * units) / length
+    torch.testing.assert_close(model.features.detach(), before - 0.25 * gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_standard_head_steps_by_the_mean_of_each_class() -> None:
+    settings = Settings(classes=(3,), per_class=2, classifier_rate=0.5)
+    model = UnconstrainedFeatures("standard", 3, 0, settings).double()
+    weight = model.head.weight
+    before = weight.detach().clone()
+    objective(model, model(), settings).backward()
+    gradient = weight.grad.clone()
+    _, optimizer = make_optimizers(model, 0.25, settings)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), before - 0.25 * 0.5 * 3 * gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_objective_is_its_definition(loss: Any) -> None:
+    settings = Settings(classes=(3,), per_class=2, loss=loss, feature_decay=0.1, weight_decay=0.2)
+    model = UnconstrainedFeatures("standard", 3, 0, settings).double()
+    logits = model()
+    h, w = model.features.detach().numpy(), model.head.weight.detach().numpy()
+    z = logits.detach().numpy()
+    scale = 5 if loss == "ce" else 0.5
+    unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (h, w)]
+    np.testing.assert_allclose(z, scale * unit[0] @ unit[1].T, rtol=1e-12)
+    total = 0.0
+    for row, target in zip(z, model.targets.tolist(), strict=True):
+        if loss == "ce":
+            total += math.log(sum(math.exp(v) for v in row)) - row[target]
+        else:
+            total += sum((v - (k == target)) ** 2 for k, v in enumerate(row)) / 2
+    expected = total / len(z) + 0.05 * (h**2).sum() + 0.1 * (w**2).sum()
+    assert objective(model, logits, settings).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_is_that_of_a_procrustes_fit() -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    settings = Settings(classes=(5,), features=7, per_class=4)
+    model = UnconstrainedFeatures("standard", 5, 1, settings).double()
+    logits = model()
+    row = measure(model, 0, objective(model, logits, settings), logits)
+
+    means = F.normalize(model.features.detach(), dim=-1).view(5, 4, 7).mean(1)
+    rows = (means - means.mean(0)).numpy()
+    frame = simplex_etf(5, 7, dtype=torch.float64).numpy()
+    rotation, _ = linalg.orthogonal_procrustes(frame, rows)
+    expected = np.linalg.norm(rows / np.linalg.norm(rows) - frame @ rotation / np.sqrt(5))
+    assert row["etf_distance"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_seed_decides_everything() -> None:
+    settings = Settings(classes=(4,), per_class=3, steps=10)
+    assert run("learned", settings).history == run("learned", settings).history
+    assert run("learned", settings).history != run("learned", settings, seed=1).history
+    starts = [UnconstrainedFeatures(head, 4, 7, settings).features for head in HEADS]
+    assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("head", ["standard", "nearest", "learned"])
+def test_resumed_run_ends_with_the_same_numbers(head: HeadName, tmp_path: Path) -> None:
+    pytest.importorskip("geoopt")
+
+    def kill(step: int) -> None:
+        if step == 16:
+            raise KilledError
+
+    options: dict[str, Any] = {"classes": (4,), "per_class": 3, "steps": 23, "sgd_momentum": 0.5}
+    key = RunKey(4, head, 0.1, 0)
+    whole = descend(key, Settings(**options), tmp_path / "whole.pt")
+    broken = Settings(**options, checkpoint_every=7, resume=True)
+    with pytest.raises(KilledError):
+        descend(key, broken, tmp_path / "broken.pt", kill)
+    first: list[int] = []
+    continued = descend(key, broken, tmp_path / "broken.pt", first.append)
+    assert first[0] == 14  # the last checkpoint before the kill
+    assert continued.history == whole.history
+    expected, got = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "broken"))
+    for part in ("model", "optimizers"):
+        torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
+
+    descend(key, broken, tmp_path / "broken.pt", lambda step: pytest.fail("a finished run is not redone"))
+    with pytest.raises(InvalidArgumentError, match=r"per_class was 3, is 5"):
+        descend(key, Settings(**{**options, "per_class": 5}, resume=True), tmp_path / "broken.pt")
+
+
+def test_outputs(tmp_path: Path) -> None:
+    heads = ("fixed", "nearest")
+    command = ["--classes", "4", "3", "--heads", *heads, "--steps", "20", "--seeds", "0", "1"]
+    command += ["--spacing", "1.5", "--lr", "0.1", "--lr-grid", "0.01", "0.3", "--out", str(tmp_path)]
+    assert main(command) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = Settings(steps=20, spacing=1.5).measured_steps()
+    # For each K and head two seeds at the common rate, the grid for one seed, the best of it for the other.
+    assert len(rows) == 2 * len(heads) * 5 * len(measured)
+
+    def first_steps(entry: dict[str, Any], lr: float, seeds: str, distance: float) -> list[float]:
+        steps = []
+        for seed in seeds:
+            key = (str(entry["classes"]), entry["head"], str(lr), seed)
+            same = [row for row in rows if (row["classes"], row["head"], row["lr"], row["seed"]) == key]
+            assert [int(row["step"]) for row in same] == measured
+            near = [int(row["step"]) for row in same if float(row["etf_distance"]) <= distance]
+            steps.append(min(near, default=math.inf))
+        return steps
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("common", "selected"):
+        assert [(e["classes"], e["head"]) for e in summary[name]] == [(k, h) for k in (4, 3) for h in heads]
+        for entry in summary[name]:
+            middle = median(first_steps(entry, entry["lr"], "01", 0.05))
+            assert entry["steps_to_0.05"] == (None if middle == math.inf else middle)
+    assert {entry["lr"] for entry in summary["common"]} == {0.1}
+    for entry in summary["selected"]:
+        tried = [first_steps(entry, lr, "0", 0.01) for lr in (0.01, 0.3)]
+        assert first_steps(entry, entry["lr"], "0", 0.01) == min(tried)
+    for name in ("distance", "collapse"):
+        for rate in ("common", "selected"):
+            assert (tmp_path / f"{name}-{rate}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_sample_a_class_has_no_nc1_to_draw() -> None:
+    history = run("fixed", Settings(classes=(3,), per_class=1, steps=3)).history
+    assert all(row["nc1_trace"] == 0 for row in history)
+    figure = collapse_figure([Run(RunKey(3, "fixed", 0.03, 0), history, 0.0)])
+    assert [axes.get_title() for axes in figure.axes] == [
+        MEASURES["nc2_gram_means"],
+        MEASURES["nc3_distance"],
+    ]
+    assert all(axes.lines for axes in figure.axes)
+
+
+def test_sweep(tmp_path: Path) -> None:
+    command = ["--sweep", "--classes", "3", "--steps", "5", "--seeds", "0", "--out", str(tmp_path)]
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "sweep.json").read_text())["sweep"]
+    assert [row["options"] for row in rows] == list(SWEEP)
+    ends = [row["last_etf_distance"] for row in rows]
+    assert len(set(ends)) == len(ends)  # every option has a say
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "1"], "--classes must be at least 2"),
+        (["--classes", "3", "3"], "none twice"),
+        (["--features", "5"], "K - 1 = 99"),
+        (["--lr", "0"], "must be positive"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--spacing", "1"], "greater than 1"),
+        (["--sgd-momentum", "1"], "--sgd-momentum must lie in"),
+        (["--weight-decay", "-1"], "--weight-decay must be a finite number"),
+        (["--classifier-rate", "-1"], "--classifier-rate must be"),
+        (["--seeds", "-1"], "--seeds must lie"),
+        (["--sweep", "--theory"], "two experiments"),
+        (["--heads", "nearest", "--proximity", "-1"], "proximity must be"),
+    ],
+)
+def test_bad_input_is_explained(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*options, "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_divergence_is_an_error() -> None:
+    settings = Settings(classes=(3,), steps=200, loss="mse", normalize=False, scale=10)
+    with pytest.raises(NonFiniteError, match="take a lower --lr"):
+        run("standard", settings, lr=100)
+
+
+def test_unnormalised_features_decay() -> None:
+    """With decay the lengths of free features have an optimum, and all features of a class find it."""
+    settings = Settings(
+        classes=(3,), per_class=2, steps=700, spacing=4, normalize=False, scale=1, feature_decay=0.01
+    )
+    history = run("fixed", settings, lr=0.6).history
+    assert history[-1]["etf_distance"] < 1e-3
+    assert history[-1]["nc1_trace"] < 1e-6
