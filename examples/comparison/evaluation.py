@@ -16,7 +16,7 @@ from comparison.data import ImageData, Split
 from comparison.heads import captured_features, head_of
 from comparison.ranks import share_of_split
 from etflayers.errors import InvalidArgumentError, NonFiniteError
-from etflayers.metrics import ClassStatistics, CosineMargins, NeuralCollapse
+from etflayers.metrics import ClassStatistics, CosineMargins, NeuralCollapse, read_classifier
 
 EVALUATION_BATCH = 500
 
@@ -91,7 +91,7 @@ def measure(
     statistics.update(answer.features, answer.targets)
     own = statistics.statistics()
     margins = CosineMargins().to(answer.features.device)
-    margins.update(answer.features, answer.targets, head_of(model).weight)
+    margins.update(answer.features, answer.targets, read_classifier(head_of(model)).weight)
     try:
         collapse = NeuralCollapse(
             data.num_classes,

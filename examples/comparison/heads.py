@@ -37,9 +37,17 @@ class StandardHead(nn.Linear):
     def num_classes(self) -> int:
         return self.out_features
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         inputs = F.normalize(features, dim=-1) if self.normalize else features
         return self.scale * F.linear(inputs, F.normalize(self.weight, dim=-1))
+
+    @torch.no_grad()
+    def to_linear(self, *, normalized_inputs: bool = False) -> nn.Linear:
+        """The weight that decides, for the metrics, as from the heads of the library."""
+        require(normalized_inputs or not self.normalize, "the logits are linear in normalised features only")
+        linear = nn.Linear(self.in_features, self.out_features, bias=False).to(self.weight)
+        linear.weight.copy_(self.scale * F.normalize(self.weight, dim=-1))
+        return linear
 
 
 class ProjectedHead(nn.Module):

@@ -23,7 +23,7 @@ from comparison.sampling import epoch_order
 from comparison.settings import HeadName, Settings
 from etflayers.errors import ManifoldError, NonFiniteError, require
 from etflayers.functional import nearest_etf
-from etflayers.metrics import frame_distance
+from etflayers.metrics import frame_distance, read_classifier
 
 FITTED = 0.999  # train accuracy at which a run counts as fitted
 
@@ -171,7 +171,7 @@ class Trainer:
     def _keep(self, train: Measures, test: Measures) -> None:
         now = {
             "class_means": train.statistics.means,
-            "frame": head_of(self.model).weight.detach().clone(),
+            "frame": read_classifier(head_of(self.model)).weight.clone(),
             "train_margins": train.margins,
             "test_margins": test.margins,
         }

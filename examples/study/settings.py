@@ -28,7 +28,7 @@ class StudySettings(Settings):
     through the frame."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training of each head for each seed."""
-    epochs: int = 30
+    epochs: int = 20
     """Passes over the training set."""
     devices: int = 1
     """Processes that share every batch, each on a device of its own: CUDA with nccl, the CPU with gloo."""

@@ -42,8 +42,8 @@ HEADLINES = (
     Headline("test_accuracy", "test\nacc. %", ".2f", percent=True),
     Headline("epochs_to_100", "100%\nepoch", ".1f"),
     Headline("train_nc1_trace", "NC1\ntrace", ".2g"),
-    Headline("train_nc2_etf_distance_means", "NC2\nETF"),
-    Headline("train_nc3_distance", "NC3\ndual"),
+    Headline("train_nc2_etf_distance_means", "NC2\nETF", ".2g"),
+    Headline("train_nc3_distance", "NC3\ndual", ".2g"),
     Headline("test_nc4_disagreement", "NC4\ntest %", ".2f", percent=True),
     Headline("train_margin_mean", "cosine\nmargin"),
 )

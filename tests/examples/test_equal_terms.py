@@ -12,13 +12,14 @@ from torch import nn
 
 from comparison.data import ImageData, load
 from comparison.evaluation import centred_cosines, measure
-from comparison.heads import captured_features, head_of, make_classifier
+from comparison.heads import StandardHead, captured_features, head_of, make_classifier
 from comparison.models import GreyAsRGB
 from comparison.optimizers import make_optimizers, set_learning_rate
 from comparison.settings import Settings
 from comparison.training import Trainer, shifted
 from etflayers import simplex_etf
 from etflayers.geometry import is_stiefel
+from etflayers.metrics import equinorm, read_classifier
 
 HEADS = ("linear", "fixed", "nearest", "learned")
 SETTINGS = Settings(data="digits", shift=1, flip=True, epochs=2)
@@ -146,6 +147,15 @@ def test_network_without_class_means_loses_its_metrics_and_not_the_run(digits: I
         measures = measure(model, nn.CrossEntropyLoss(), digits.train, digits)
     assert measures.row.keys() == {"loss", "accuracy"}
     assert measures.row["loss"] == pytest.approx(math.log(10))
+
+
+def test_standard_head_is_measured_by_the_weight_that_decides() -> None:
+    head = StandardHead(5, 3, scale=2.0, normalize=False)
+    with torch.no_grad():
+        head.weight *= torch.tensor([[1.0], [10.0], [100.0]])
+    features = torch.randn(4, 5)
+    torch.testing.assert_close(read_classifier(head).logits(features), head(features).detach())
+    assert equinorm(read_classifier(head).weight) < 1e-6
 
 
 def test_cosines_are_those_of_centred_rows() -> None:
