@@ -115,10 +115,13 @@ def collapse_figure(runs: Sequence[Run], title: str) -> Figure:
     for axes, (name, label) in zip(panels, COLLAPSE.items(), strict=True):
         draw_curves(axes, runs, name)
         axes.set_title(label)
-        if name in ("train_nc1_trace", "test_nc4_disagreement"):
-            axes.set_yscale("symlog", linthresh=1e-2) if "nc4" in name else axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].minorticks_off()
+    for axes in panels[1:]:
+        axes.set_ylim(bottom=0)
+    panels[3].set_yscale("symlog", linthresh=1e-2)
+    panels[3].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     panels[0].legend(loc="upper right")
     return figure
 
