@@ -23,7 +23,9 @@ from benchmarks import (
     bench_nearest_etf,
     bench_peers,
     bench_scaling,
+    bench_solvers,
     bench_step,
+    bench_stiefel,
 )
 from benchmarks.environment import environment
 from benchmarks.figure import draw_scaling
@@ -32,7 +34,9 @@ from benchmarks.report import Claim, Report, Table
 
 SUITES: dict[str, Callable[[bool], Report]] = {
     "nearest_etf": bench_nearest_etf.run,
+    "solvers": bench_solvers.run,
     "peers": bench_peers.run,
+    "stiefel": bench_stiefel.run,
     "step": bench_step.run,
     "memory": bench_memory.run,
     "accuracy": bench_accuracy.run,

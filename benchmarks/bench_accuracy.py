@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.bench_nearest_etf import forward_backward
 from benchmarks.report import Check, Claim, Report, Table
 from etflayers import SVD, GramEigh, nearest_etf
-from etflayers.errors import NonFiniteError
+from etflayers.errors import ConvergenceError, NonFiniteError
+from etflayers.solvers import NewtonSchulz
 from etflayers.testing import means_with_condition, relative_error, svd_frame
 
 KAPPAS = (1.01, 3.0, 6.0, 10.0, 1e2, 1e3)
@@ -28,6 +29,7 @@ FRAMES: dict[str, Callable[[Tensor], Tensor]] = {
     "SVD()": partial(nearest_etf, solver=SVD()),
     "GramEigh()": partial(nearest_etf, solver=GramEigh()),
     "GramEigh(float32)": partial(nearest_etf, solver=GramEigh(torch.float32)),
+    "NewtonSchulz()": partial(nearest_etf, solver=NewtonSchulz()),
     "differentiated SVD": svd_frame,
 }
 # Upper bounds on the error of our gradient, by the largest kappa at which they hold.
@@ -47,7 +49,7 @@ def errors_against(
 ) -> tuple[float, float]:
     try:
         frame, gradient = forward_backward(frame_of, means)()
-    except NonFiniteError:
+    except (NonFiniteError, ConvergenceError):
         return math.inf, math.inf
     return relative_error(frame, exact_frame), relative_error(gradient, exact_gradient)
 

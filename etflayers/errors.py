@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ConvergenceError",
     "EtfLayersError",
     "InvalidArgumentError",
     "ManifoldError",
@@ -23,6 +24,7 @@ __all__ = [
     "NonFiniteError",
     "reads_values",
     "require",
+    "require_concrete",
     "require_finite",
     "require_floating",
     "require_module",
@@ -40,6 +42,10 @@ class InvalidArgumentError(EtfLayersError, ValueError):
 
 class NonFiniteError(EtfLayersError, ArithmeticError):
     """A tensor holds NaN or infinity where the mathematics needs finite numbers."""
+
+
+class ConvergenceError(EtfLayersError, ArithmeticError):
+    """An iterative solver stopped before its answer was accurate enough."""
 
 
 class ManifoldError(EtfLayersError, RuntimeError):
@@ -85,11 +91,23 @@ def reads_values(tensor: Tensor) -> bool:
     device), under ``torch.compile`` or ``torch.export`` (the branch would break the graph), inside a
     ``torch.func`` transform and for fake or meta tensors (there is no value to read).
     """
-    return (
-        not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and not isinstance(tensor, torch._subclasses.FakeTensor)
+    return tensor.device.type == "cpu" and _is_concrete(tensor)
+
+
+def _is_concrete(tensor: Tensor) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+    )
+
+
+def require_concrete(tensor: Tensor, what: str, instead: str) -> None:
+    """Raise :class:`InvalidArgumentError` if ``tensor`` has no values yet, because it is being traced."""
+    require(
+        _is_concrete(tensor),
+        f"{what} needs the values of its input, which torch.compile and torch.func.vmap do not have while "
+        f"they trace it: {instead}",
     )
 
 

@@ -1,14 +1,24 @@
 """How a gradient flows through a minimiser. No solver code lives here."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from etflayers.adjoints.implicit import Implicit
+from etflayers.adjoints.stationary import LinearSolve, ParametricObjective
 from etflayers.adjoints.unrolled import Detached, Unrolled
 from etflayers.solvers import FrameSolver
 
-__all__ = ["Adjoint", "Detached", "Implicit", "Unrolled"]
+__all__ = [
+    "Adjoint",
+    "Detached",
+    "Implicit",
+    "LinearSolve",
+    "ParametricObjective",
+    "StiefelAdjoint",
+    "Unrolled",
+]
 
 
 class Adjoint(Protocol):
@@ -16,4 +26,14 @@ class Adjoint(Protocol):
 
     def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
         """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
+        ...
+
+
+class StiefelAdjoint(Protocol):
+    """A way to make a minimiser on the Stiefel manifold a differentiable function of its inputs."""
+
+    def attach(
+        self, objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, LinearSolve | None]:
+        """The minimiser ``point`` (``(B, d, n)``) with its derivative, and a record of the backward pass."""
         ...

@@ -25,12 +25,14 @@ minimum-norm derivative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from etflayers.adjoints.stationary import LinearSolve, ParametricObjective, implicit_point
 from etflayers.adjoints.sylvester import solve_sylvester
 from etflayers.geometry import centred, etf_radius
 from etflayers.precision import full_precision
@@ -132,11 +134,29 @@ def _nearest_frame(linear: Tensor, solver: FrameSolver) -> Tensor:
 class Implicit:
     """Differentiate the optimality condition: exact, independent of the solver, stable at collapse.
 
-    Twice and more differentiable, in reverse and forward mode. For rank-deficient means the derivative is the
-    minimum-norm one.
+    For the nearest ETF a closed form, twice and more differentiable, in reverse and forward mode; for
+    rank-deficient means the derivative is the minimum-norm one. For a general objective (``attach``) the
+    implicit function theorem, in reverse mode, to any order that the objective allows, with a linear system
+    to solve on the way back. What is not solved well enough is said in a
+    :class:`~etflayers.status.SolveWarning`.
+
+    Args:
+        tolerance: of that system: its relative residual; ``None``: eps^(3/4).
+        max_iterations: of conjugate gradients.
     """
+
+    tolerance: float | None = None
+    max_iterations: int = 500
 
     def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
         """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
         frame: Tensor = _nearest_frame(linear, solver)
         return frame
+
+    def attach(
+        self, objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, LinearSolve]:
+        """The minimiser ``point`` as a differentiable function of ``inputs``; the record of its backward."""
+        return implicit_point(
+            objective, point, inputs, tolerance=self.tolerance, max_iterations=self.max_iterations
+        )

@@ -1,16 +1,23 @@
-"""Pure functions: the nearest ETF, class means, logits and losses."""
+"""Pure functions: nearest ETFs, minimisers on the Stiefel manifold, class means, logits and losses."""
 
 from etflayers.functional.class_means import class_means, class_sums
+from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.functional.logits import canonical_etf_logits
 from etflayers.functional.losses import dot_regression_loss
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
+from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 
 __all__ = [
+    "CriticalPoint",
     "NearestETFSolution",
     "canonical_etf_logits",
     "class_means",
     "class_sums",
     "dot_regression_loss",
+    "huber_nearest_etf",
+    "mahalanobis_nearest_etf",
     "nearest_etf",
     "solve_nearest_etf",
+    "solve_stiefel",
+    "stiefel_argmin",
 ]

@@ -25,7 +25,7 @@ from etflayers.adjoints import Adjoint, Implicit
 from etflayers.errors import require, require_finite, require_floating, require_values
 from etflayers.geometry import centred_basis_apply, etf_radius, require_etf_dims
 from etflayers.precision import full_precision, working_dtype
-from etflayers.solvers import ByRegime, FrameSolver, rank_cutoff
+from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, rank_cutoff
 from etflayers.status import Status
 
 __all__ = ["NearestETFSolution", "nearest_etf", "solve_nearest_etf"]
@@ -66,7 +66,7 @@ def nearest_etf(
     weights: Tensor | None = None,
     anchor: Tensor | None = None,
     proximity: float | Tensor = 0.0,
-    solver: FrameSolver | None = None,
+    solver: FrameSolver | StiefelSolver | None = None,
     adjoint: Adjoint | None = None,
 ) -> Tensor:
     r"""Minimise ``sum_k omega_k |x_k - w_k - t|^2 + delta |W - A|^2`` over simplex ETFs W and translations t.
@@ -80,7 +80,8 @@ def nearest_etf(
         weights: omega >= 0, ``(..., K)``; default all ones. A class of weight zero is ignored.
         anchor: A, ``(..., K, d)``; needed when ``proximity`` is not zero.
         proximity: delta >= 0, a number or a tensor ``(...)``, in units of the (weighted) means.
-        solver: how the polar factor is found; default :class:`~etflayers.solvers.ByRegime`.
+        solver: how the polar factor is found; default :class:`~etflayers.solvers.ByRegime`. One for any
+            objective on the Stiefel manifold serves as well, in :class:`~etflayers.solvers.Iterative`.
         adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
 
     Returns:
@@ -102,7 +103,7 @@ def nearest_etf(
     """
     linear = _linear_form(means, weights, anchor, proximity)
     require_finite(linear, f"means: {Status.NON_FINITE.message}")
-    frame = (adjoint or Implicit())(linear, solver or ByRegime())
+    frame = (adjoint or Implicit())(linear, as_frame_solver(solver or ByRegime()))
     return frame.to(means.dtype)
 
 
@@ -112,7 +113,7 @@ def solve_nearest_etf(
     weights: Tensor | None = None,
     anchor: Tensor | None = None,
     proximity: float | Tensor = 0.0,
-    solver: FrameSolver | None = None,
+    solver: FrameSolver | StiefelSolver | None = None,
     adjoint: Adjoint | None = None,
 ) -> NearestETFSolution:
     """The frame of :func:`nearest_etf` with a status for each member of the batch instead of an exception.
@@ -142,7 +143,7 @@ def solve_nearest_etf(
     linear = _linear_form(means, weights, anchor, proximity)
     finite = torch.isfinite(linear).all(-1).all(-1)
     linear = torch.where(finite[..., None, None], linear, 0)
-    frame = (adjoint or Implicit())(linear, solver or ByRegime())
+    frame = (adjoint or Implicit())(linear, as_frame_solver(solver or ByRegime()))
 
     # The diagnostics do not trust the solver: they are computed anew, in float64.
     with torch.no_grad(), full_precision(linear):

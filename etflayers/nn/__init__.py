@@ -1,10 +1,12 @@
 """Layers: classifier heads whose weight is a simplex ETF, what feeds them, and how they get into a model."""
 
 from etflayers.nn.averages import FeatureMovingAverage
+from etflayers.nn.distances import HuberNearestETF, MahalanobisNearestETF
 from etflayers.nn.heads import ETFHead, FixedETFHead
 from etflayers.nn.learned import LearnedETFHead
 from etflayers.nn.losses import DotRegressionLoss
 from etflayers.nn.nearest import NearestETFHead
+from etflayers.nn.stiefel import StiefelNode
 from etflayers.nn.surgery import provide_targets, replace_classifier
 
 __all__ = [
@@ -12,8 +14,11 @@ __all__ = [
     "ETFHead",
     "FeatureMovingAverage",
     "FixedETFHead",
+    "HuberNearestETF",
     "LearnedETFHead",
+    "MahalanobisNearestETF",
     "NearestETFHead",
+    "StiefelNode",
     "provide_targets",
     "replace_classifier",
 ]

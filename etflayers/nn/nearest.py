@@ -16,7 +16,7 @@ from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn.averages import ClassStatistics, FeatureMovingAverage, Momentum, keep_precision
 from etflayers.nn.heads import ETFHead
 from etflayers.precision import full_precision, working_dtype
-from etflayers.solvers import FrameSolver
+from etflayers.solvers import FrameSolver, StiefelSolver
 
 __all__ = ["NearestETFHead"]
 
@@ -110,7 +110,7 @@ class NearestETFHead(ETFHead):
         ignore_index: int = -100,
         synchronize: bool = True,
         process_group: dist.ProcessGroup | None = None,
-        solver: FrameSolver | None = None,
+        solver: FrameSolver | StiefelSolver | None = None,
         adjoint: Adjoint | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,

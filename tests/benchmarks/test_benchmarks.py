@@ -12,6 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 pytest.importorskip("rich")
 pytest.importorskip("pymanopt")
 pytest.importorskip("geoopt")
+pytest.importorskip("cvxpylayers")
 
 from benchmarks import (
     bench_accuracy,
@@ -19,6 +20,7 @@ from benchmarks import (
     bench_nearest_etf,
     bench_peers,
     bench_scaling,
+    bench_solvers,
     bench_step,
 )
 from benchmarks.__main__ import main
@@ -48,6 +50,25 @@ def test_node_suite_checks_what_it_times(benchmark: BenchmarkFixture, rival: str
 @pytest.mark.parametrize("solver", ["etflayers", *bench_peers.BOUNDS])
 def test_peers_reach_the_same_accuracy(benchmark: BenchmarkFixture, solver: str) -> None:
     bench_peers.test_forward(benchmark, solver, TINY)
+
+
+TINY_CASE = bench_solvers.Case(*TINY, torch.float64, 3.0)
+TINY_RIVALS = [(name, kind) for name, kind, _ in bench_solvers.rivals(TINY_CASE)]
+
+
+@pytest.mark.parametrize(("name", "kind"), TINY_RIVALS)
+def test_every_solver_is_checked_before_it_is_timed(
+    benchmark: BenchmarkFixture, name: str, kind: str
+) -> None:
+    bench_solvers.test_solver(benchmark, TINY_CASE, name, kind)
+
+
+def test_a_wrong_solver_or_a_wrong_oracle_fails_its_check() -> None:
+    oracle = bench_solvers.Oracle.of(TINY_CASE)
+    assert oracle.check(TINY_CASE).passed
+    assert not oracle._replace(gradient=1.001 * oracle.gradient).check(TINY_CASE).passed
+    wrong = bench_nearest_etf.forward_backward(lambda x: svd_frame(x) * 1.001, TINY_CASE.means())
+    assert not any(c.passed for c in oracle.checks(TINY_CASE, "wrong", bench_solvers.IMPLICIT, wrong))
 
 
 @pytest.mark.parametrize("head", bench_step.HEADS)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from etflayers import SVD, ByRegime, Detached, GramEigh, Implicit, Unrolled, nearest_etf, simplex_etf
+from etflayers import SVD, Detached, Unrolled, nearest_etf, simplex_etf
 from etflayers.errors import NonFiniteError
 from etflayers.testing import adjoint_identity_error, means_with_condition, relative_error, svd_frame
 
@@ -97,32 +97,6 @@ def test_float32_gradient_against_float64(num_classes, in_features, kappa, bound
     (grad,) = torch.autograd.grad(nearest_etf(means), means, cotangent)
     (reference,) = torch.autograd.grad(svd_frame(exact), exact, cotangent.double())
     assert relative_error(grad, reference) <= bound
-
-
-@pytest.mark.parametrize("solver", [SVD(), GramEigh(), ByRegime()], ids=repr)
-@pytest.mark.parametrize("adjoint", [Implicit(), Unrolled()], ids=repr)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("num_classes", "in_features"), [(2, 4), (5, 4), (5, 9), (40, 48)])
-def test_every_solver_with_every_adjoint(solver, adjoint, weighted, num_classes, in_features):
-    means = torch.randn(num_classes, in_features, dtype=torch.float64, requires_grad=True)
-    options = {}
-    if weighted:
-        options = {
-            "weights": torch.rand(num_classes, dtype=torch.float64) + 0.1,
-            "anchor": simplex_etf(num_classes, in_features, dtype=torch.float64),
-            "proximity": 0.3,
-        }
-    cotangent = torch.randn(num_classes, in_features, dtype=torch.float64)
-    frame = nearest_etf(means, solver=solver, adjoint=adjoint, **options)
-    (grad,) = torch.autograd.grad(frame, means, cotangent)
-    linear = means
-    if weighted:
-        weights = options["weights"][:, None]
-        linear = weights * (means - (weights * means).sum(0) / weights.sum()) + 0.3 * options["anchor"]
-    reference = svd_frame(linear)
-    (expected,) = torch.autograd.grad(reference, means, cotangent)
-    assert relative_error(frame, reference) < 1e-6
-    assert relative_error(grad, expected) < 1e-6
 
 
 def test_detached_has_no_gradient():

@@ -6,9 +6,11 @@ from scipy import linalg
 from etflayers import SVD, ByRegime, GramEigh
 from etflayers.errors import NonFiniteError
 from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius, is_simplex_etf
+from etflayers.solvers import QRSVD, NewtonSchulz
 from etflayers.testing import means_with_condition, relative_error
 
-SOLVERS = [SVD(), GramEigh(), ByRegime()]
+ANY_RANK = [SVD(), QRSVD(), ByRegime()]
+SOLVERS = [*ANY_RANK, GramEigh(), NewtonSchulz()]
 SHAPES = [(2, 1), (2, 5), (5, 4), (5, 5), (5, 9), (40, 39), (40, 64)]
 
 
@@ -33,16 +35,17 @@ def test_factors_satisfy_their_definitions(solver, num_classes, in_features):
     left, values, _ = torch.linalg.svd(centred, full_matrices=False)
     radius = etf_radius(num_classes)
     root = radius * left @ torch.diag_embed(values) @ left.mT
-    torch.testing.assert_close(centred @ frame.mT, root)
+    exact = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(centred @ frame.mT, root, **exact)
     # `inverse` may hold anything along 1: compare what it does to centred rows, which is all it is used for.
-    torch.testing.assert_close(inverse @ root @ centred, radius**2 * centred)
-    torch.testing.assert_close(inverse @ centred, frame)
+    torch.testing.assert_close(inverse @ root @ centred, radius**2 * centred, **exact)
+    torch.testing.assert_close(inverse @ centred, frame, **exact)
     # The basis diagonalises T, and the divisors are those of its eigenvalues: Y solves T Y + Y T = B for a B
     # that does not see 1.
     rhs = centred @ torch.randn(3, in_features, num_classes, dtype=torch.float64)
     rhs = rhs - rhs.mean(-1, keepdim=True)
     solution = basis @ ((basis.mT @ rhs @ basis) * divisors) @ basis.mT
-    torch.testing.assert_close(root @ solution + solution @ root, rhs)
+    torch.testing.assert_close(root @ solution + solution @ root, rhs, **exact)
 
 
 @pytest.mark.parametrize("kappa", [1.0, 4.4, 4.6, 1e3, 9e4, 2e5, 1e6])
@@ -63,7 +66,7 @@ def test_regime_chooses_precision_by_condition():
     assert dtype_of(3.0, 5) == torch.float64
 
 
-@pytest.mark.parametrize("solver", [SVD(), ByRegime()], ids=repr)
+@pytest.mark.parametrize("solver", ANY_RANK, ids=repr)
 @pytest.mark.parametrize("num_classes", [5, 40, 520])
 @pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e38])
 def test_nothing_overflows_at_the_ends_of_float32(solver, num_classes, factor):
@@ -79,10 +82,11 @@ def test_gram_refuses_rank_deficient_rows():
         GramEigh()(linear)
 
 
-@pytest.mark.parametrize("solver", [SVD(), ByRegime()], ids=repr)
+@pytest.mark.parametrize("solver", ANY_RANK, ids=repr)
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_rank_deficient_rows_still_give_a_simplex(solver, rank):
-    linear = torch.randn(5, rank, dtype=torch.float64) @ torch.randn(rank, 8, dtype=torch.float64)
+@pytest.mark.parametrize("in_features", [8, 24])  # without and with a QR decomposition in the default
+def test_rank_deficient_rows_still_give_a_simplex(solver, rank, in_features):
+    linear = torch.randn(5, rank, dtype=torch.float64) @ torch.randn(rank, in_features, dtype=torch.float64)
     factors = solver(linear)
     assert is_simplex_etf(factors.frame).ok
     assert all(bool(torch.isfinite(part).all()) for part in factors)

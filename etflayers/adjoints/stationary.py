@@ -1,0 +1,233 @@
+r"""The derivative of a minimiser on the Stiefel manifold, from the condition that its gradient vanishes.
+
+**First order.** For inputs x the minimiser Q satisfies grad f(Q, x) = 0. Differentiate: with the Riemannian
+Hessian H at Q and the tangent projection P (see ``solvers.stiefel``),
+
+    H dQ = -P (d_x G)[dx],      G the Euclidean gradient of f in Q.
+
+H is symmetric and, at a strict minimum, positive definite on the tangent space. Going back from a cotangent Z
+of Q, <Z, dQ> = -<v, (d_x G)[dx]> with
+
+    H v = P Z,                  so x receives  -d_x <G(Q, x), v>,  v held constant.                       (*)
+
+H is never formed: conjugate gradients need its products, two backward passes through f each. The memory is a
+few d x n matrices and the graph of one gradient.
+
+**Higher orders.** (*) is a function of Q, x and Z, so it can be differentiated again, once its linear solve
+can. Extend H to all d x n matrices by A = P H P + (I - P), symmetric and positive definite with H; no
+manifold is left to think of. Differentiate A v = Z:
+
+    A dv = dZ - dA v,   so for a cotangent Y of v, with A z = Y:   Z gets z,   (Q, x) get -d <z, A(Q, x) v>,
+
+which holds one such solve again, and so on to any order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etflayers.geometry import project_tangent, retract_stiefel
+from etflayers.precision import full_precision
+from etflayers.solvers.conjugate_gradients import conjugate_gradients
+from etflayers.solvers.curvature import extreme_curvatures
+from etflayers.solvers.stiefel import default_tolerance, local_model, norm
+from etflayers.status import SolveWarning, Status
+
+__all__ = ["LinearSolve", "ParametricObjective", "implicit_point", "unrolled_point"]
+
+ParametricObjective = Callable[..., Tensor]
+"""Q, ``(B, d, n)``, and the tensors on which the objective depends, to ``(B,)``."""
+
+
+@dataclass
+class LinearSolve:
+    r"""How the latest backward pass solved H v = P Z; before the first one, nothing is known.
+
+    Attributes:
+        residual: \|H v - P Z\| / \|P Z\|, ``(B,)``.
+        codes: :class:`~etflayers.status.Status` codes, ``(B,)``. Where the residual is above the tolerance, H
+            was found to be indefinite (a saddle), singular (degenerate), or there were too few iterations.
+        iterations: Hessian-vector products.
+    """
+
+    residual: Tensor | None = None
+    codes: Tensor | None = None
+    iterations: int = 0
+
+
+@dataclass(frozen=True)
+class _System:
+    """The objective and how to solve its linear systems: what all orders of differentiation share."""
+
+    objective: ParametricObjective
+    tolerance: float | None
+    max_iterations: int
+    record: LinearSolve
+
+    def solve(self, rhs: Tensor, point: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """v with A v = ``rhs``."""
+        model = local_model(lambda q: self.objective(q, *inputs), point)
+        # Twice, because the rounding error of one projection would be a direction in which H vanishes.
+        tangent = project_tangent(point, project_tangent(point, rhs))
+        tolerance = default_tolerance(point.dtype) if self.tolerance is None else self.tolerance
+        size = norm(tangent)
+        found = conjugate_gradients(
+            model.hessian, tangent, stop=tolerance * size, max_iterations=self.max_iterations
+        )
+        residual = found.residual / torch.where(size > 0, size, 1)
+        flat = torch.finfo(point.dtype).eps ** 0.5
+        codes = torch.full_like(residual, Status.CONVERGED, dtype=torch.int64)
+        codes[residual > tolerance] = Status.NOT_CONVERGED
+        codes[(residual > tolerance) & (found.curvature < flat)] = Status.DEGENERATE
+        codes[(residual > tolerance) & (found.curvature < -flat)] = Status.SADDLE
+        codes[~torch.isfinite(residual)] = Status.NON_FINITE
+        self.record.residual, self.record.codes, self.record.iterations = residual, codes, found.iterations
+        status = Status(int(codes.max()))
+        if status is not Status.CONVERGED:
+            warnings.warn(
+                f"the gradient of the minimiser is uncertain (its linear system was solved to "
+                f"{float(residual.max()):.1e} instead of {tolerance:.1e}): {status.message}",
+                SolveWarning,
+                stacklevel=2,
+            )
+        return found.solution + (rhs - tangent)
+
+    def gradient(self, point: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """G, as a function of the point and the inputs."""
+        (euclidean,) = torch.autograd.grad(
+            self.objective(point, *inputs).sum(), point, create_graph=True, materialize_grads=True
+        )
+        return euclidean
+
+    def pairing(self, tangent: Tensor, point: Tensor, *inputs: Tensor) -> Tensor:
+        """<G, v>."""
+        return (self.gradient(point, inputs) * tangent).sum()
+
+    def form(self, z: Tensor, v: Tensor, point: Tensor, *inputs: Tensor) -> Tensor:
+        """<z, A v>."""
+        euclidean = self.gradient(point, inputs)
+        product = point.mT @ euclidean
+        along = project_tangent(point, v)
+        curved = -along @ ((product + product.mT) / 2)
+        if euclidean.requires_grad:
+            (second,) = torch.autograd.grad(
+                euclidean, point, along, create_graph=True, materialize_grads=True
+            )
+            curved = curved + second
+        return (project_tangent(point, z) * curved).sum() + (z * (v - along)).sum()
+
+
+def _partial(
+    scalar: Callable[..., Tensor], variables: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The derivatives of ``scalar(*variables)`` in the wanted variables, each by itself.
+
+    The variables may be functions of each other; here they are independent, and nothing behind them is
+    reached. The result can be differentiated again where a graph is being recorded.
+    """
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [
+            v.view_as(v) if recorded and v.requires_grad else v.detach().requires_grad_(v.is_floating_point())
+            for v in variables
+        ]
+        value = scalar(*own)
+        targets = [v for v, w in zip(own, wanted, strict=True) if w]
+        found = iter(
+            torch.autograd.grad(value, targets, create_graph=recorded, materialize_grads=True)
+            if value.requires_grad and targets
+            else [torch.zeros_like(v) for v in targets]
+        )
+    return [next(found) if w else None for w in wanted]
+
+
+class _Solve(torch.autograd.Function):
+    # v with A(Q, x) v = rhs, as a function of rhs, Q and x.
+
+    @staticmethod
+    def forward(ctx: Any, system: _System, rhs: Tensor, point: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.system = system
+        solution = system.solve(rhs, point, inputs)
+        ctx.save_for_backward(solution, point, *inputs)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        solution, *variables = ctx.saved_tensors
+        with full_precision(grad):
+            z = _solve(ctx.system, grad, *variables)
+            changes = _partial(
+                lambda *own: -ctx.system.form(z, solution, *own), variables, ctx.needs_input_grad[2:]
+            )
+        return None, z, *changes
+
+
+def _solve(system: _System, rhs: Tensor, *variables: Tensor) -> Tensor:
+    solution: Tensor = _Solve.apply(system, rhs, *variables)  # type: ignore[no-untyped-call]
+    return solution
+
+
+class _StationaryPoint(torch.autograd.Function):
+    # x -> Q, with the derivative (*).
+
+    @staticmethod
+    def forward(ctx: Any, system: _System, point: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.system = system
+        point = point.clone()
+        ctx.save_for_backward(point, *inputs)
+        return point
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        variables = ctx.saved_tensors
+        with full_precision(grad):
+            tangent = project_tangent(variables[0], _solve(ctx.system, grad, *variables))
+            _, *changes = _partial(
+                lambda *own: -ctx.system.pairing(tangent, *own),
+                variables,
+                (False, *ctx.needs_input_grad[2:]),
+            )
+        return None, None, *changes
+
+
+def implicit_point(
+    objective: ParametricObjective,
+    point: Tensor,
+    inputs: Sequence[Tensor],
+    *,
+    tolerance: float | None,
+    max_iterations: int,
+) -> tuple[Tensor, LinearSolve]:
+    """``point``, a minimiser, as a differentiable function of the inputs, and the record of its backward."""
+    record = LinearSolve()
+    system = _System(objective, tolerance, max_iterations, record)
+    found: Tensor = _StationaryPoint.apply(system, point, *inputs)  # type: ignore[no-untyped-call]
+    return found, record
+
+
+def unrolled_point(
+    objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor], *, steps: int
+) -> Tensor:
+    r"""``point`` followed by gradient steps, which are differentiated.
+
+    With steps of length t, the error of a derivative shrinks by \|I - t H\| each time. The longest safe
+    step is t = 1 / (largest eigenvalue of H).
+    """
+    if not torch.is_grad_enabled():
+        return point
+    model = local_model(lambda q: objective(q, *inputs), point)
+    _, largest = extreme_curvatures(model.hessian, point)
+    length = 1 / largest[:, None, None]
+    point = point.detach().requires_grad_()
+    for _ in range(steps):
+        (euclidean,) = torch.autograd.grad(objective(point, *inputs).sum(), point, create_graph=True)
+        # Not the polar retraction: the derivative of an SVD does not exist where singular values coincide,
+        # and here all of them are 1.
+        point = retract_stiefel(point, -length * project_tangent(point, euclidean), method="qr")
+    return point

@@ -1,0 +1,280 @@
+r"""The minimiser of a smooth objective on the Stiefel manifold, as a function of what the objective reads.
+
+    Q(x) = argmin f(Q, x)   over   Q in St(d, n) = {d x n matrices with Q'Q = I},
+
+a local minimiser: the one to which the solver is led from the start. How it is found and how the gradient
+flows are arguments, and neither knows the other.
+
+**What f reads.** Its inputs and, if it is an ``nn.Module``, its parameters. Both are handed over explicitly;
+buffers come as copies, so that every evaluation sees the same function and leaves no trace. Anything else
+that a plain function closes over is invisible to the derivative; if it requires a gradient, that is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from etflayers.adjoints import Implicit, LinearSolve, StiefelAdjoint
+from etflayers.errors import NonFiniteError, require, require_floating
+from etflayers.geometry import is_stiefel, project_stiefel
+from etflayers.precision import full_precision, working_dtype
+from etflayers.solvers import RiemannianNewton, StiefelSolution, StiefelSolver, extreme_curvatures
+from etflayers.solvers.stiefel import local_model
+from etflayers.status import SolveWarning, Status
+
+__all__ = ["CriticalPoint", "solve_stiefel", "stiefel_argmin"]
+
+
+@dataclass(frozen=True)
+class CriticalPoint:
+    """A critical point, how it was reached and whether it is a minimum; one entry for each batch member.
+
+    Attributes:
+        point: Q, ``(B, d, n)``; NaN where the objective was not finite.
+        value: f(Q), ``(B,)``.
+        gradient_norm: Frobenius norm of the Riemannian gradient, ``(B,)``.
+        smallest_curvature: estimate of the smallest eigenvalue of the Riemannian Hessian, ``(B,)``.
+        largest_curvature: and of its largest.
+        codes: :class:`~etflayers.status.Status` codes, ``(B,)`` int64.
+        iterations: of the solver.
+        linear_solve: how the backward pass went, once there was one; ``None`` without a linear system.
+    """
+
+    point: Tensor
+    value: Tensor
+    gradient_norm: Tensor
+    smallest_curvature: Tensor
+    largest_curvature: Tensor
+    codes: Tensor
+    iterations: int
+    linear_solve: LinearSolve | None
+
+    @property
+    def status(self) -> Status:
+        """The worst status in the batch (waits for the device)."""
+        return Status(int(self.codes.max())) if self.codes.numel() else Status.CONVERGED
+
+    @property
+    def message(self) -> str:
+        """What the worst status means and what to do about it."""
+        return self.status.message
+
+
+# Iterations that depend on values are nothing to compile: the graph breaks here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def stiefel_argmin(
+    objective: Callable[..., Tensor],
+    *inputs: Tensor,
+    start: Tensor,
+    solver: StiefelSolver | None = None,
+    adjoint: StiefelAdjoint | None = None,
+) -> Tensor:
+    r"""Minimise ``f(Q, x)`` over Q with orthonormal columns, by a differentiable function of x.
+
+    Differentiable in reverse mode, to any order, in every input and, if the objective is an ``nn.Module``, in
+    every parameter. ``torch.func`` transforms and forward mode are not supported; ``torch.compile`` leaves
+    the node to eager mode.
+
+    Args:
+        objective: ``(Q, *inputs)`` to ``(B,)`` in plain PyTorch, twice differentiable, deterministic, each
+            value a function of its own member of the batch alone.
+        inputs: tensors; those that belong to members of the batch lead with B.
+        start: where the solver starts, ``(B, d, n)`` with orthonormal columns.
+        solver: how the minimiser is found; default :class:`~etflayers.solvers.RiemannianNewton`.
+        adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
+
+    Returns:
+        Q, ``(B, d, n)``, in the widest dtype of inputs and parameters (half precision is computed in
+        float32).
+
+    Raises:
+        InvalidArgumentError: shapes or dtypes that do not fit, a start off the manifold, an objective that
+            closes over a tensor that requires a gradient.
+        NonFiniteError: the objective or its gradient is NaN or infinite.
+
+    Warns:
+        SolveWarning: the solver or, in the backward pass, the linear solve did not converge.
+
+    Reference:
+        Gould, Hartley, Campbell (2019), Deep declarative networks, arXiv 1909.04866.
+
+    >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 5.0])).requires_grad_()
+    >>> def rayleigh_quotient(q, matrix):
+    ...     return (q * (matrix @ q)).sum((-2, -1))
+    >>> start = torch.full((1, 3, 1), 3**-0.5)
+    >>> q = stiefel_argmin(rayleigh_quotient, matrix, start=start)
+    >>> torch.allclose(q[0], torch.eye(3, 1), atol=1e-4)
+    True
+    """
+    point, solution, _ = _solve(_Problem(objective, inputs), start, solver, adjoint)
+    status = Status(int(solution.codes.max()))
+    if status is Status.NON_FINITE:
+        raise NonFiniteError(f"objective: {status.message}")
+    if status is not Status.CONVERGED:
+        warnings.warn(
+            f"stiefel_argmin: {status.message} (gradient norm {float(solution.gradient_norm.max()):.1e} "
+            f"after {solution.iterations} iterations)",
+            SolveWarning,
+            stacklevel=2,
+        )
+    return point
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def solve_stiefel(
+    objective: Callable[..., Tensor],
+    *inputs: Tensor,
+    start: Tensor,
+    solver: StiefelSolver | None = None,
+    adjoint: StiefelAdjoint | None = None,
+) -> CriticalPoint:
+    """The minimiser of :func:`stiefel_argmin` with a status instead of an exception, judged to second order.
+
+    Args:
+        objective: as in :func:`stiefel_argmin`.
+        inputs: as in :func:`stiefel_argmin`.
+        start: as in :func:`stiefel_argmin`.
+        solver: as in :func:`stiefel_argmin`.
+        adjoint: as in :func:`stiefel_argmin`.
+
+    Returns:
+        The solution record; its ``point`` is differentiable, its diagnostics are not.
+
+    Raises:
+        InvalidArgumentError: as in :func:`stiefel_argmin`.
+
+    Reference:
+        Gould, Hartley, Campbell (2019), Deep declarative networks, arXiv 1909.04866.
+
+    >>> def height(q):
+    ...     return q[:, 2, 0]
+    >>> solve_stiefel(height, start=torch.tensor([[[0.6], [0.0], [0.8]]])).status
+    <Status.CONVERGED: 0>
+    >>> solve_stiefel(height, start=torch.tensor([[[0.0], [0.0], [1.0]]])).status  # the north pole
+    <Status.SADDLE: 3>
+    """
+    problem = _Problem(objective, inputs)
+    point, solution, linear_solve = _solve(problem, start, solver, adjoint)
+    with full_precision(point), torch.inference_mode(False):
+        model = local_model(problem.frozen(), solution.point)
+        smallest, largest = extreme_curvatures(model.hessian, solution.point)
+    finite = solution.codes != Status.NON_FINITE
+    return CriticalPoint(
+        point=torch.where(finite[:, None, None], point, torch.nan),
+        value=solution.value,
+        gradient_norm=solution.gradient_norm,
+        smallest_curvature=smallest,
+        largest_curvature=largest,
+        codes=_second_order_codes(solution, smallest, largest),
+        iterations=solution.iterations,
+        linear_solve=linear_solve,
+    )
+
+
+def _second_order_codes(solution: StiefelSolution, smallest: Tensor, largest: Tensor) -> Tensor:
+    _, dim, num_frames = solution.point.shape
+    if dim == num_frames == 1:  # two points without a tangent: both are minima
+        return solution.codes
+    flat = torch.finfo(solution.point.dtype).eps ** 0.5 * torch.maximum(smallest.abs(), largest.abs())
+    codes = torch.where(smallest > flat, int(Status.CONVERGED), int(Status.DEGENERATE))
+    codes = torch.where(smallest < -flat, int(Status.SADDLE), codes)
+    return torch.maximum(solution.codes, codes)
+
+
+class _Problem:
+    """The objective as a function of Q and of everything that it reads, in one precision."""
+
+    def __init__(self, objective: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        for index, tensor in enumerate(inputs):
+            require(
+                isinstance(tensor, Tensor),
+                f"inputs must be tensors, but number {index} is {type(tensor).__name__}: bind what is not a "
+                "tensor to the objective with functools.partial",
+            )
+        self.objective = objective
+        self.names: tuple[str, ...] = ()
+        parameters: tuple[nn.Parameter, ...] = ()
+        if isinstance(objective, nn.Module) and any(True for _ in objective.parameters()):
+            self.names, parameters = zip(*objective.named_parameters(), strict=True)
+        self.num_inputs = len(inputs)
+        floating = [t.dtype for t in (*inputs, *parameters) if t.dtype.is_floating_point]
+        self.dtype = functools.reduce(torch.promote_types, floating) if floating else None
+        self.tensors = tuple(self._converted(t) for t in (*inputs, *parameters))
+
+    def __call__(self, point: Tensor, *tensors: Tensor) -> Tensor:
+        """The value of the objective, ``(B,)``, at Q with the given inputs and parameters."""
+        inputs = tensors[: self.num_inputs]
+        if not isinstance(self.objective, nn.Module):
+            return self.objective(point, *inputs)
+        own = dict(zip(self.names, tensors[self.num_inputs :], strict=True))
+        buffers = {name: self._converted(b).clone() for name, b in self.objective.named_buffers()}
+        value: Tensor = torch.func.functional_call(self.objective, {**buffers, **own}, (point, *inputs))
+        return value
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(working_dtype(self.dtype))
+
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """The objective as a function of Q alone."""
+        # An inference tensor cannot enter a graph, not even as a constant; a copy of it can.
+        constants = [t.clone() if t.is_inference() else t.detach() for t in self.tensors]
+        return lambda point: self(point, *constants)
+
+
+def _solve(
+    problem: _Problem, start: Tensor, solver: StiefelSolver | None, adjoint: StiefelAdjoint | None
+) -> tuple[Tensor, StiefelSolution, LinearSolve | None]:
+    """The differentiable point, in the dtype of the result, and the records of solver and adjoint."""
+    require(
+        not torch._C._are_functorch_transforms_active(),
+        "the Stiefel node cannot run inside torch.func transforms (vmap, grad, jvp): use its batch dimension "
+        "and torch.autograd.grad",
+    )
+    _check_start(start)
+    result_dtype = start.dtype if problem.dtype is None else problem.dtype
+    dtype = working_dtype(result_dtype)
+    with full_precision(start), torch.inference_mode(False):
+        begin = start.clone() if start.is_inference() else start.detach()
+        begin = begin if begin.dtype == dtype else project_stiefel(begin.to(dtype))
+        objective = problem.frozen()
+        _check_objective(objective, begin)
+        solution = (solver or RiemannianNewton())(objective, begin)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors)):
+        return solution.point.to(result_dtype), solution, None
+    with full_precision(start):
+        point, record = (adjoint or Implicit()).attach(problem, solution.point, problem.tensors)
+    return point.to(result_dtype), solution, record
+
+
+def _check_start(start: Tensor) -> None:
+    require_floating("start", start.dtype)
+    require(start.ndim == 3, f"start must have shape (batch, dim, num_frames), got {tuple(start.shape)}")
+    on_manifold = is_stiefel(start)
+    require(
+        on_manifold.ok,
+        f"start must have orthonormal columns, but {on_manifold.reason}: project it with "
+        "etflayers.geometry.project_stiefel",
+    )
+
+
+def _check_objective(objective: Callable[[Tensor], Tensor], point: Tensor) -> None:
+    with torch.enable_grad():
+        value = objective(point)
+    require(
+        value.shape == point.shape[:1] and value.is_floating_point(),
+        f"objective must return one value for each member of the batch, shape ({len(point)},), got "
+        f"{tuple(value.shape)} of {value.dtype}: reduce over the last two dimensions of Q only",
+    )
+    require(
+        not value.requires_grad,
+        "objective closes over a tensor that requires a gradient, which the node could not give: pass the "
+        "tensor as an input, or make the objective an nn.Module with that tensor as a parameter",
+    )
