@@ -44,6 +44,9 @@ class NearestETFHead(ETFHead):
     fine, and a resumed run continues with the same numbers. A training pass changes them, under
     ``torch.no_grad`` too, as in BatchNorm. Gradient checkpointing would run it twice: keep the head outside.
 
+    The defaults come from a sweep on images and on free features (``docs/study.md``). ``normalize=True`` with
+    ``scale=5`` collapses further at the same accuracy, and later; the other options matter less.
+
     Args:
         in_features: d >= K - 1.
         num_classes: K >= 2.
