@@ -19,11 +19,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
+from comparison.command import command
 from comparison.ranks import launch, launched
-from etflayers.errors import EtfLayersError
 from study.settings import StudySettings
 from study.study import study
 
@@ -31,16 +30,17 @@ from study.study import study
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a study from the command line and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    settings = tyro.cli(StudySettings, args=arguments)
-    try:
+    status = 0
+
+    def run(settings: StudySettings) -> None:
+        nonlocal status
         settings.check()
         if settings.devices > 1 and not launched():
-            return launch(__file__, arguments, settings.devices)
-        study(settings, Console(), shlex.join(["python", "examples/collapse_study.py", *arguments]))
-    except EtfLayersError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            status = launch(__file__, arguments, settings.devices)
+        else:
+            study(settings, Console(), shlex.join(["python", "examples/collapse_study.py", *arguments]))
+
+    return command(StudySettings, run, arguments) or status
 
 
 if __name__ == "__main__":

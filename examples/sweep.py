@@ -13,22 +13,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
-from etflayers.errors import EtfLayersError
+from comparison.command import command
 from study.sweep import SweepSettings, sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep from the command line and return the exit status."""
-    settings = tyro.cli(SweepSettings, args=argv)
-    try:
-        sweep(settings, Console())
-    except EtfLayersError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(SweepSettings, lambda settings: sweep(settings, Console()), argv)
 
 
 if __name__ == "__main__":

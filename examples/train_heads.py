@@ -16,23 +16,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
+from comparison.command import command
 from comparison.compare import compare
 from comparison.settings import ComparisonSettings
-from etflayers.errors import EtfLayersError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a comparison from the command line and return the exit status."""
-    settings = tyro.cli(ComparisonSettings, args=argv)
-    try:
-        compare(settings, Console())
-    except EtfLayersError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(ComparisonSettings, lambda settings: compare(settings, Console()), argv)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import tyro
 from rich.console import Console
 
-from etflayers.errors import EtfLayersError
+from comparison.command import command
 from unconstrained.experiment import compare, sweep
 from unconstrained.landscape_report import check_theory
 from unconstrained.settings import Settings
@@ -26,14 +25,12 @@ from unconstrained.settings import Settings
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the experiments from the command line and return the exit status."""
-    settings = tyro.cli(Settings, args=argv)
-    experiment = check_theory if settings.theory else sweep if settings.sweep else compare
-    try:
-        experiment(settings, Console())
-    except EtfLayersError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def experiment(settings: Settings) -> None:
+        chosen = check_theory if settings.theory else sweep if settings.sweep else compare
+        chosen(settings, Console())
+
+    return command(Settings, experiment, argv)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from etflayers.adjoints import StiefelAdjoint
 from etflayers.errors import require, require_finite, require_floating, require_values
-from etflayers.functional.nearest import nearest_etf
+from etflayers.functional.nearest import nearest_etf, require_means
 from etflayers.functional.stiefel import stiefel_argmin
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius, require_etf_dims
+from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import StiefelSolver
 
@@ -177,13 +177,7 @@ def _nearest(
 
 def _checked(means: Tensor) -> Tensor:
     """The means as a batch ``(B, K, d)`` in the working precision, after checks."""
-    require_floating("means", means.dtype)
-    require(
-        means.ndim >= 2,
-        f"means must have shape (..., num_classes, in_features), one row for each class, "
-        f"got {tuple(means.shape)}",
-    )
-    require_etf_dims(means.shape[-2], means.shape[-1])
+    require_means(means)
     require_finite(means, "means hold NaN or infinity: look for an overflow in what produced them")
     return means.to(working_dtype(means.dtype)).reshape(-1, *means.shape[-2:])
 

@@ -178,13 +178,7 @@ def _linear_form(
     means: Tensor, weights: Tensor | None, anchor: Tensor | None, proximity: float | Tensor
 ) -> Tensor:
     """M of the module's derivation, in the working precision, after checking every argument."""
-    require_floating("means", means.dtype)
-    require(
-        means.ndim >= 2,
-        f"means must have shape (..., num_classes, in_features), one row for each class, "
-        f"got {tuple(means.shape)}",
-    )
-    require_etf_dims(means.shape[-2], means.shape[-1])
+    require_means(means)
     dtype = working_dtype(means.dtype)
     linear = means.to(dtype)
     if weights is not None:
@@ -201,6 +195,17 @@ def _linear_form(
             f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
         )
     return linear
+
+
+def require_means(means: Tensor) -> None:
+    """Raise unless ``means`` are floating point, ``(..., K, d)`` with d >= K - 1."""
+    require_floating("means", means.dtype)
+    require(
+        means.ndim >= 2,
+        f"means must have shape (..., num_classes, in_features), one row for each class, "
+        f"got {tuple(means.shape)}",
+    )
+    require_etf_dims(means.shape[-2], means.shape[-1])
 
 
 def _weighted(means: Tensor, weights: Tensor) -> Tensor:

@@ -11,14 +11,7 @@ from etflayers.solvers import RiemannianDescent, RiemannianNewton, TrustRegions
 from etflayers.status import SolveWarning, Status
 from etflayers.testing import relative_error
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are small: threads that wait for each other are most of the time on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SOLVERS = [RiemannianNewton(), RiemannianDescent(), TrustRegions()]
