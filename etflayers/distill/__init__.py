@@ -1,0 +1,48 @@
+"""Learned data: through unrolled training or in closed form."""
+
+from etflayers.distill.adjoints import KeptGraph, StepAdjoint
+from etflayers.distill.distilled_set import DistilledSet
+from etflayers.distill.image_grid import image_grid, write_png
+from etflayers.distill.infinite_width import NNGPKernel, NTKKernel
+from etflayers.distill.initialisation import kmeans_centres, partial_means, per_class, random_samples
+from etflayers.distill.inner_loop import InnerSolution, UnrolledInnerLoop, unrolled_inner_loop
+from etflayers.distill.kernel_ridge import KernelRidgeInnerLoop, centred_one_hot, kernel_ridge, solve_labels
+from etflayers.distill.kernels import FeatureKernel, Kernel, LinearKernel, RBFKernel
+from etflayers.distill.memory import memory_forecast
+from etflayers.distill.objective import cross_entropy
+from etflayers.distill.optimizers import SGD, Adam, AdamW
+from etflayers.distill.windows import last_window, moving_window, random_window, truncation_cosine
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "DistilledSet",
+    "FeatureKernel",
+    "InnerSolution",
+    "KeptGraph",
+    "Kernel",
+    "KernelRidgeInnerLoop",
+    "LinearKernel",
+    "NNGPKernel",
+    "NTKKernel",
+    "RBFKernel",
+    "StepAdjoint",
+    "UnrolledInnerLoop",
+    "centred_one_hot",
+    "cross_entropy",
+    "image_grid",
+    "kernel_ridge",
+    "kmeans_centres",
+    "last_window",
+    "memory_forecast",
+    "moving_window",
+    "partial_means",
+    "per_class",
+    "random_samples",
+    "random_window",
+    "solve_labels",
+    "truncation_cosine",
+    "unrolled_inner_loop",
+    "write_png",
+]

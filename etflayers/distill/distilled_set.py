@@ -1,0 +1,344 @@
+"""The learned data set as a module: inputs, labels, learning rates, and what it takes to see and keep them.
+
+Learning rates have to stay positive, so their logarithms are the parameters. A step on a logarithm changes a
+rate by a proportion: the same step suits rates of 1e-3 and of 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from etflayers.distill.image_grid import image_grid
+from etflayers.distill.initialisation import Representatives, per_class, random_samples
+from etflayers.distill.kernel_ridge import centred_one_hot
+from etflayers.distill.storage import read_tensors, write_tensors
+from etflayers.errors import InvalidArgumentError, require, require_finite, require_floating, require_values
+
+__all__ = ["DistilledSet", "LabelKind"]
+
+LabelKind = Literal["hard", "one-hot", "centred"]
+
+
+class DistilledSet(nn.Module):
+    r"""Inputs, labels and learning rates, learned so that training on them serves for training on real data.
+
+    Args:
+        inputs: ``(n, ...)``, as the network sees them (normalised); they become a parameter.
+        labels: class indices ``(n,)``, which become a buffer, or soft labels ``(n, K)``, which become a
+            parameter.
+        rates: learning rates > 0, one for each step, ``(T,)``, or a number; their logarithms become a
+            parameter. ``None``: none are learned.
+        num_classes: K; default the largest class index plus 1, or the length of a soft label.
+        mean: of the normalisation of the inputs, a number or one for each channel, ``(C,)``.
+        std: of the normalisation, > 0, likewise: real images are ``inputs * std + mean``.
+        metadata: what else to keep in the file: anything that JSON can hold.
+
+    Attributes:
+        inputs: parameter ``(n, ...)``.
+        labels: buffer ``(n,)`` int64 or parameter ``(n, K)``.
+        log_rates: parameter ``(T,)`` or ``()``, or ``None``.
+        mean: buffer ``(C,)`` or ``()``; so is ``std``.
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or values that do not fit.
+        NonFiniteError: NaN or infinity in the inputs or the soft labels.
+
+    Reference:
+        Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959; soft labels: Sucholutsky, Schonlau (2019), arXiv
+        1910.02551.
+
+    >>> distilled = DistilledSet.from_noise((1, 8, 8), num_classes=10, count=2, rates=torch.full((5,), 0.02))
+    >>> distilled.inputs.shape, distilled.labels[:3], distilled.rates[0]
+    (torch.Size([20, 1, 8, 8]), tensor([0, 1, 2]), tensor(0.0200, grad_fn=<SelectBackward0>))
+    >>> len(distilled.dataset()), distilled.images().shape
+    (20, torch.Size([1, 22, 102]))
+    """
+
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        rates: Tensor | float | None = None,
+        num_classes: int | None = None,
+        mean: Tensor | float = 0.0,
+        std: Tensor | float = 1.0,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        require_floating("inputs", inputs.dtype)
+        require(
+            inputs.ndim >= 2 and inputs.numel() > 0,
+            f"inputs must have shape (n, ...) and not be empty, got {tuple(inputs.shape)}",
+        )
+        require_finite(inputs, "inputs must be finite, got NaN or infinity")
+        self.num_classes = _checked_labels(labels, len(inputs), num_classes)
+        self.inputs = nn.Parameter(inputs.detach().clone())
+        if labels.dtype.is_floating_point:
+            self.labels = nn.Parameter(labels.detach().clone())
+        else:
+            self.register_buffer("labels", labels.detach().to(torch.int64, copy=True))
+        self.log_rates = None if rates is None else nn.Parameter(_logarithms(rates, inputs))
+        self.register_buffer("mean", _channels("mean", mean, inputs))
+        self.register_buffer("std", _channels("std", std, inputs))
+        require_values((self.std > 0).all(), f"std must be positive, got {std}")
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def from_noise(
+        cls,
+        shape: tuple[int, ...],
+        num_classes: int,
+        *,
+        count: int,
+        labels: LabelKind = "hard",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> DistilledSet:
+        """A set of standard normal inputs.
+
+        Args:
+            shape: of one input.
+            num_classes: K.
+            count: inputs of each class, which follow each other in turn.
+            labels: ``"hard"`` class indices, or vectors to be learned that start ``"one-hot"``, or
+                ``"centred"`` (one-hot minus 1/K, for regression).
+            generator: of the noise.
+            device: of the set.
+            dtype: of the inputs.
+            options: the other arguments of :class:`DistilledSet`.
+
+        Returns:
+            The set, with ``count * K`` inputs.
+
+        Raises:
+            InvalidArgumentError: arguments out of range.
+
+        >>> DistilledSet.from_noise((4,), 3, count=2, labels="one-hot").labels.shape
+        torch.Size([6, 3])
+        """
+        require(count >= 1, f"count must be at least 1, got {count}")
+        require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+        inputs = torch.randn(count * num_classes, *shape, generator=generator, device=device, dtype=dtype)
+        classes = torch.arange(num_classes, device=device).repeat(count)
+        return cls(inputs, _labels(classes, num_classes, labels, inputs), num_classes=num_classes, **options)
+
+    @classmethod
+    def from_data(
+        cls,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        count: int,
+        representatives: Representatives = random_samples,
+        labels: LabelKind = "hard",
+        num_classes: int | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> DistilledSet:
+        """A set that starts from real data: samples of it, class means or centres of k-means.
+
+        Args:
+            images: ``(N, ...)``, real ones as the network sees them (normalised).
+            targets: ``(N,)``, integers in [0, K).
+            count: inputs of each class, which follow each other in turn.
+            representatives: :func:`random_samples`, :func:`partial_means` or :func:`kmeans_centres` of
+                ``etflayers.distill``, or any function like them.
+            labels: as in :meth:`from_noise`.
+            num_classes: K; default the largest target plus 1.
+            generator: on the CPU, for all that is random.
+            options: the other arguments of :class:`DistilledSet`.
+
+        Returns:
+            The set, with ``count * K`` inputs.
+
+        Raises:
+            InvalidArgumentError: shapes, dtypes or values that do not fit, a class with less than ``count``
+                images.
+            NonFiniteError: NaN or infinity in the images.
+
+        >>> images, targets = torch.tensor([[5.0], [7.0], [6.0]]), torch.tensor([1, 0, 1])
+        >>> DistilledSet.from_data(images, targets, count=1).labels
+        tensor([0, 1])
+        """
+        inputs, classes = per_class(
+            images,
+            targets,
+            count=count,
+            num_classes=num_classes,
+            representatives=representatives,
+            generator=generator,
+        )
+        num_classes = len(inputs) // count
+        return cls(inputs, _labels(classes, num_classes, labels, inputs), num_classes=num_classes, **options)
+
+    @property
+    def rates(self) -> Tensor:
+        """The learning rates, positive and differentiable, ``(T,)`` or ``()``."""
+        if self.log_rates is None:
+            raise InvalidArgumentError("this set was made without rates: give it rates= to learn them")
+        return self.log_rates.exp()
+
+    def batches(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels split in order into equal batches, one for each step of an epoch.
+
+        Classes follow each other in turn, so batches of a multiple of K inputs are balanced.
+
+        Args:
+            steps: S, a divisor of n.
+
+        Returns:
+            Inputs ``(S, n / S, ...)`` and labels ``(S, n / S)`` or ``(S, n / S, K)``, differentiable.
+
+        Raises:
+            InvalidArgumentError: the inputs cannot be split equally.
+
+        >>> inputs, labels = DistilledSet.from_noise((4,), 2, count=3).batches(3)
+        >>> inputs.shape, labels.tolist()
+        (torch.Size([3, 2, 4]), [[0, 1], [0, 1], [0, 1]])
+        """
+        count = len(self.inputs)
+        require(
+            steps >= 1 and count % steps == 0,
+            f"steps must divide the {count} inputs into equal batches, got {steps}",
+        )
+        shape = (steps, count // steps)
+        inputs = self.inputs.view(*shape, *self.inputs.shape[1:])
+        return inputs, self.labels.view(*shape, *self.labels.shape[1:])
+
+    def denormalised(self) -> Tensor:
+        """The inputs in the units of the real data, ``inputs * std + mean``."""
+        shape = (-1, *[1] * (self.inputs.ndim - 2))
+        return self.inputs * self.std.view(shape) + self.mean.view(shape)
+
+    def images(self, *, columns: int | None = None, padding: int = 2) -> Tensor:
+        """The inputs as one picture, see :func:`image_grid`; by default with a column for each class.
+
+        Args:
+            columns: images in a row; default K.
+            padding: pixels between them and around.
+
+        Returns:
+            ``(C, height, width)``, uint8: :func:`write_png` makes a file of it.
+
+        Raises:
+            InvalidArgumentError: the inputs are not images.
+        """
+        return image_grid(
+            self.denormalised(), columns=self.num_classes if columns is None else columns, padding=padding
+        )
+
+    def dataset(self) -> TensorDataset:
+        """A copy of the inputs, as the network sees them, and their labels, as an ordinary data set."""
+        return TensorDataset(self.inputs.detach().clone(), self.labels.detach().clone())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set to a safetensors file, whole or not at all.
+
+        Args:
+            path: of the file; one that exists is replaced.
+
+        Raises:
+            InvalidArgumentError: metadata that JSON cannot hold.
+            MissingDependencyError: safetensors is not installed.
+        """
+        write_tensors(path, self.state_dict(), {"num_classes": self.num_classes, "metadata": self.metadata})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> DistilledSet:
+        """Read a set that :meth:`save` has written.
+
+        Args:
+            path: of the file.
+            device: of the set; default the CPU.
+
+        Returns:
+            The set, with the same tensors to the bit.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            InvalidArgumentError: the file holds something else, or is damaged.
+            MissingDependencyError: safetensors is not installed.
+        """
+        tensors, record = read_tensors(path)
+        try:
+            logarithms = tensors.pop("log_rates", None)
+            loaded = cls(**tensors, num_classes=record["num_classes"], metadata=record["metadata"])
+        except (KeyError, TypeError) as error:
+            raise InvalidArgumentError(f"{path} does not hold a distilled set: {error}") from error
+        # Set as they are: through exp and log they would come back with another last digit.
+        loaded.log_rates = None if logarithms is None else nn.Parameter(logarithms)
+        return loaded.to(device)
+
+    def extra_repr(self) -> str:
+        """The shapes."""
+        kind = "soft" if self.labels.dtype.is_floating_point else "hard"
+        rates = None if self.log_rates is None else tuple(self.log_rates.shape)
+        return (
+            f"inputs={tuple(self.inputs.shape)}, num_classes={self.num_classes}, labels={kind}, rates={rates}"
+        )
+
+
+def _checked_labels(labels: Tensor, count: int, num_classes: int | None) -> int:
+    """The number of classes, after checking the labels against it."""
+    if labels.dtype.is_floating_point:
+        require(
+            labels.ndim == 2 and len(labels) == count and labels.shape[1] == (num_classes or labels.shape[1]),
+            f"soft labels must have shape (n, num_classes) = ({count}, {num_classes or 'K'}), "
+            f"got {tuple(labels.shape)}",
+        )
+        require_finite(labels, "labels must be finite, got NaN or infinity")
+        return labels.shape[1]
+    require(
+        labels.shape == (count,) and labels.dtype != torch.bool and not labels.dtype.is_complex,
+        f"labels must be {count} class indices or soft labels ({count}, K), "
+        f"got {labels.dtype} of shape {tuple(labels.shape)}",
+    )
+    num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    require(
+        int(labels.min()) >= 0 and int(labels.max()) < num_classes,
+        f"labels must lie in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}",
+    )
+    return num_classes
+
+
+def _labels(classes: Tensor, num_classes: int, kind: LabelKind, inputs: Tensor) -> Tensor:
+    require(
+        kind in ("hard", "one-hot", "centred"), f"labels must be 'hard', 'one-hot' or 'centred', got {kind!r}"
+    )
+    if kind == "hard":
+        return classes
+    centred = centred_one_hot(classes, num_classes, dtype=inputs.dtype)
+    return centred if kind == "centred" else (centred > 0).to(inputs.dtype)
+
+
+def _logarithms(rates: Tensor | float, inputs: Tensor) -> Tensor:
+    values = torch.as_tensor(rates, device=inputs.device).detach()
+    values = values if values.dtype.is_floating_point else values.to(inputs.dtype)
+    require(values.ndim <= 1, f"rates must be a number or have shape (T,), got {tuple(values.shape)}")
+    require_values(
+        ((values > 0) & values.isfinite()).all(), "rates must be finite numbers > 0, one for each step"
+    )
+    return values.log()
+
+
+def _channels(name: str, value: Tensor | float, inputs: Tensor) -> Tensor:
+    values = torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device).detach().clone()
+    require(
+        values.ndim == 0 or values.shape == inputs.shape[1:2],
+        f"{name} must be a number or one for each channel, ({inputs.shape[1]},), got {tuple(values.shape)}",
+    )
+    require_finite(values, f"{name} must be finite, got NaN or infinity")
+    return values

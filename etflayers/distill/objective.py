@@ -1,0 +1,124 @@
+"""The inner loss as a pure function of parameters, buffers and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from etflayers.distill.layout import FlatLayout
+from etflayers.errors import InvalidArgumentError, require
+
+__all__ = ["Buffers", "InnerLoss", "InnerObjective", "cross_entropy"]
+
+Buffers = dict[str, Tensor]
+# (model, images, labels) -> scalar; `model` is called like the module, with the parameters of the step.
+InnerLoss = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
+
+
+def cross_entropy(model: Callable[..., Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of ``model(images)`` for hard labels ``(B,)`` or soft labels ``(B, K)``.
+
+    >>> cross_entropy(nn.Identity(), torch.zeros(2, 4), torch.tensor([0, 3])).exp()
+    tensor(4.)
+    """
+    return F.cross_entropy(model(images), labels)
+
+
+@dataclass(frozen=True)
+class InnerObjective:
+    """The loss with everything that a step does not change: model, constants and the precision.
+
+    Buffers go in and come out: the model works on copies, and what comes out is no part of a graph, as in
+    training by hand. Autocast is that of the place where the objective was made, also when a step is
+    re-derived later, from within a backward pass.
+    """
+
+    model: nn.Module
+    loss: InnerLoss
+    layout: FlatLayout
+    device: torch.device
+    autocast: torch.dtype | None
+
+    @classmethod
+    def here(
+        cls, model: nn.Module, loss: InnerLoss, layout: FlatLayout, device: torch.device
+    ) -> InnerObjective:
+        """The objective under the autocast that is in force now."""
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return cls(model, loss, layout, device, autocast)
+
+    def __call__(
+        self, theta: Tensor, buffers: Buffers, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Buffers]:
+        """The loss, and the buffers after the model has run."""
+        frozen = {name: value.detach() for name, value in self.model.named_parameters()}
+        state: Mapping[str, Tensor] = {
+            **frozen,
+            **self.layout.unflatten(theta),
+            **{name: value.clone() for name, value in buffers.items()},
+        }
+        version = theta._version
+
+        def model(*args: object, **kwargs: object) -> Tensor:
+            output: Tensor = functional_call(self.model, state, args, kwargs)  # type: ignore[arg-type]
+            return output
+
+        # Without a cache: what a cast remembers must not outlive the graph of its step.
+        with (
+            _stateless(self.model),
+            torch.autocast(
+                self.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
+            ),
+        ):
+            try:
+                loss = self.loss(model, images, labels)
+            finally:  # also if autograd has noticed first, in words that name no parameter
+                require(
+                    theta._version == version,
+                    "model changes its parameters in place while it runs, which cannot be differentiated: "
+                    "compute the changed weights by torch.nn.utils.parametrize instead",
+                )
+        _require_scalar_loss(loss)
+        return loss, {name: state[name].detach() for name in buffers}
+
+
+def _require_scalar_loss(loss: object) -> None:
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InvalidArgumentError(
+            f"loss(model, images, labels) must return a scalar tensor, got {shape}: take the mean over the "
+            "batch"
+        )
+    require(
+        loss.requires_grad or not torch.is_grad_enabled(),
+        "loss(model, images, labels) does not depend on the parameters that are trained: call `model` in it, "
+        "outside torch.no_grad()",
+    )
+
+
+@contextmanager
+def _stateless(model: nn.Module) -> Iterator[None]:
+    """Raise if the model changes a tensor that is neither parameter nor buffer."""
+    before = _plain_tensors(model)
+    yield
+    changed = [name for name, mark in _plain_tensors(model).items() if before.get(name) != mark]
+    require(
+        not changed,
+        f"model changes the tensors {changed} while it runs, and a step that is re-derived would find them "
+        "changed: register them with register_buffer, or do not keep them",
+    )
+
+
+def _plain_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        f"{path}.{name}" if path else name: (id(value), value._version)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
