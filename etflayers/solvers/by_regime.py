@@ -23,7 +23,7 @@ class ByRegime(FrameSolver):
     """The cheapest accurate way: look at the condition number kappa of the centred means, then choose.
 
     The error of a Gram matrix is about kappa^2 eps of the precision in which it is formed. So, for float32
-    data: in float32 while kappa < 4 (6 from 512 classes on; fewer than 32 classes skip this step), in
+    data: in float32 while kappa < 4.4 (6 from 512 classes on; fewer than 32 classes skip this step), in
     float64 while kappa < 1e5, else an SVD in float64, after a QR decomposition if d >= 4 K. For float64
     data: a Gram matrix while kappa < 8, else an SVD. Where values cannot be read for free (on an accelerator,
     under ``torch.compile``, inside ``torch.func`` transforms) the choice is the SVD, always. The numbers come
@@ -55,4 +55,4 @@ def _ladder(linear: Tensor) -> list[tuple[torch.dtype, float]]:
     wider = [(torch.float64, 1e5)]
     if num_classes < _SMALL:
         return wider
-    return [(torch.float32, 4.0 if num_classes < 512 else 6.0), *wider]
+    return [(torch.float32, 4.4 if num_classes < 512 else 6.0), *wider]
