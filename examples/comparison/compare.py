@@ -7,11 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from comparison import data, reporting
+from comparison import reporting
 from comparison.costs import memory_report, step_times
 from comparison.figures import write_figures
-from comparison.models import LABELS
-from comparison.progress import threads, train_with_bar
+from comparison.progress import load_and_tell, threads, train_with_bar
 from comparison.settings import Settings
 from comparison.training import Run
 
@@ -29,12 +28,7 @@ def compare(settings: Settings, console: Console) -> list[Run]:
     folder, plain = settings.folder, settings.fingerprint()
     files: list[Path] = []
     with threads(settings.cpu_threads):
-        images = data.load(settings).to(settings.torch_device)
-        title = f"{LABELS.get(settings.model, settings.model)} on {images.name}"
-        console.print(
-            f"{title}: {len(images.train)} images to train, {len(images.test)} to test, "
-            f"{images.num_classes} classes; epochs: {settings.epochs}, device: {settings.torch_device}"
-        )
+        images, title = load_and_tell(settings, console)
         if settings.feature_dim is not None:
             sizes = memory_report(settings, images)
             console.print(reporting.memory_table(sizes, settings.batch_size))

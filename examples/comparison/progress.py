@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from comparison.data import ImageData
+from comparison.data import ImageData, load
 from comparison.evaluation import Row
+from comparison.models import LABELS
 from comparison.settings import HeadName, Settings
 from comparison.training import Run, run_name, train
 
@@ -52,6 +53,17 @@ def train_with_bar(
         highlight=False,
     )
     return run
+
+
+def load_and_tell(settings: Settings, console: Console) -> tuple[ImageData, str]:
+    """The data on the device of the settings, announced, and a title for what is trained on it."""
+    images = load(settings).to(settings.torch_device)
+    title = f"{LABELS.get(settings.model, settings.model)} on {images.name}"
+    console.print(
+        f"{title}: {len(images.train)} images to train, {len(images.test)} to test, "
+        f"{images.num_classes} classes; epochs: {settings.epochs}, device: {settings.torch_device}"
+    )
+    return images, title
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from comparison import data
-from comparison.models import LABELS
-from comparison.progress import threads, train_with_bar
+from comparison.data import ImageData
+from comparison.progress import load_and_tell, threads, train_with_bar
 from comparison.ranks import process_group, rank
 from comparison.reporting import write_json, write_run
 from comparison.settings import HeadName
@@ -39,12 +38,7 @@ def study(settings: StudySettings, console: Console, command: str) -> list[Run]:
     with process_group(settings.torch_device), threads(settings.cpu_threads):
         console = console if rank() == 0 else Console(quiet=True)
         started = time.perf_counter()
-        images = data.load(settings).to(settings.torch_device)
-        title = f"{LABELS.get(settings.model, settings.model)} on {images.name}"
-        console.print(
-            f"{title}: {len(images.train)} images to train, {len(images.test)} to test, "
-            f"{images.num_classes} classes; epochs: {settings.epochs}, device: {settings.torch_device}"
-        )
+        images, title = load_and_tell(settings, console)
         runs = [
             _train(head, seed, settings, images, console) for seed in settings.seeds for head in settings.head
         ]
@@ -54,9 +48,7 @@ def study(settings: StudySettings, console: Console, command: str) -> list[Run]:
     return runs
 
 
-def _train(
-    head: HeadName, seed: int, settings: StudySettings, images: data.ImageData, console: Console
-) -> Run:
+def _train(head: HeadName, seed: int, settings: StudySettings, images: ImageData, console: Console) -> Run:
     if rank() > 0:
         return train_with_bar(head, seed, settings, images, console)
     loggers = open_loggers(settings, run_name(head, seed))

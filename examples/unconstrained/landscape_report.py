@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from comparison.reporting import write_csv
+from comparison.reporting import make_table, write_csv
 from unconstrained import landscape as theory
 from unconstrained.landscape import Landscape
 from unconstrained.settings import Settings
@@ -60,14 +59,8 @@ def landscape_rows(landscape: Landscape, settings: Settings) -> list[dict[str, A
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="Critical points of the regularised model",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    headings = (
+    table = make_table(
+        "Critical points of the regularised model",
         "loss",
         "rank",
         "seed",
@@ -78,8 +71,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "pre-\ndicted",
         "NC1-3",
     )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["loss"],

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comparison.heads import StandardHead
+from comparison.losses import HalfSquaredError
 from etflayers import FixedETFHead, LearnedETFHead, NearestETFHead
 from etflayers.errors import require_module
 from unconstrained.settings import HeadName, Settings
@@ -71,8 +72,7 @@ def objective(model: UnconstrainedFeatures, logits: Tensor, settings: Settings) 
     if settings.loss == "ce":
         loss = F.cross_entropy(logits, model.targets)
     else:
-        wanted = F.one_hot(model.targets, logits.shape[-1]).to(logits.dtype)
-        loss = 0.5 * (logits - wanted).square().sum(-1).mean()
+        loss = HalfSquaredError()(logits, model.targets)
     if settings.feature_decay > 0:
         loss = loss + settings.feature_decay / 2 * model.features.square().sum()
     if settings.weight_decay > 0 and isinstance(model.head, StandardHead):

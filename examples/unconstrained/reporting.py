@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from comparison.reporting import write_csv, write_json
+from comparison.reporting import make_table, write_csv, write_json
 from unconstrained.descent import Run
 from unconstrained.settings import Settings
 
@@ -69,9 +68,7 @@ def summary_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def summary_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The rows of :func:`summary_rows` for reading: median, lowest-highest, and the ratios of medians."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = make_table(title)
     named = "options" if "options" in rows[0] else "head"
     table.add_column(named, no_wrap=True)
     table.add_column("lr", justify="right", no_wrap=True)
