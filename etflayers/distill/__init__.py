@@ -1,16 +1,26 @@
 """Learned data: through unrolled training or in closed form."""
 
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
+from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
 from etflayers.distill.image_grid import image_grid, write_png
 from etflayers.distill.infinite_width import NNGPKernel, NTKKernel
-from etflayers.distill.initialisation import kmeans_centres, partial_means, per_class, random_samples
+from etflayers.distill.initial_states import (
+    FixedInitialisation,
+    InitialState,
+    OnlinePool,
+    RandomInitialisation,
+    StoredPool,
+    stack_states,
+)
 from etflayers.distill.inner_loop import InnerSolution, UnrolledInnerLoop, unrolled_inner_loop
 from etflayers.distill.kernel_ridge import KernelRidgeInnerLoop, centred_one_hot, kernel_ridge, solve_labels
 from etflayers.distill.kernels import FeatureKernel, Kernel, LinearKernel, RBFKernel
 from etflayers.distill.memory import memory_forecast
 from etflayers.distill.objective import cross_entropy
 from etflayers.distill.optimizers import SGD, Adam, AdamW
+from etflayers.distill.ranks import average_gradients
+from etflayers.distill.representatives import kmeans_centres, partial_means, per_class, random_samples
 from etflayers.distill.windows import last_window, moving_window, random_window, truncation_cosine
 
 __all__ = [
@@ -19,6 +29,8 @@ __all__ = [
     "AdamW",
     "DistilledSet",
     "FeatureKernel",
+    "FixedInitialisation",
+    "InitialState",
     "InnerSolution",
     "KeptGraph",
     "Kernel",
@@ -26,9 +38,14 @@ __all__ = [
     "LinearKernel",
     "NNGPKernel",
     "NTKKernel",
+    "OnlinePool",
     "RBFKernel",
+    "RandomInitialisation",
+    "RunningNormClip",
     "StepAdjoint",
+    "StoredPool",
     "UnrolledInnerLoop",
+    "average_gradients",
     "centred_one_hot",
     "cross_entropy",
     "image_grid",
@@ -42,6 +59,7 @@ __all__ = [
     "random_samples",
     "random_window",
     "solve_labels",
+    "stack_states",
     "truncation_cosine",
     "unrolled_inner_loop",
     "write_png",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from etflayers.distill.image_grid import image_grid
-from etflayers.distill.initialisation import Representatives, per_class, random_samples
 from etflayers.distill.kernel_ridge import centred_one_hot
+from etflayers.distill.representatives import Representatives, per_class, random_samples
 from etflayers.distill.storage import read_tensors, write_tensors
 from etflayers.errors import InvalidArgumentError, require, require_finite, require_floating, require_values
 

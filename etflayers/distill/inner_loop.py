@@ -56,6 +56,7 @@ def unrolled_inner_loop(
     window: range | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
+    initialisations: int | None = None,
 ) -> InnerSolution:
     r"""The parameters ``theta_T`` of ``theta_{t+1} = U(theta_t, grad l(theta_t; x_t, y_t); eta_t)``.
 
@@ -79,9 +80,13 @@ def unrolled_inner_loop(
         window: steps through which it flows, ``range(start, stop)``; training ends at ``stop``. Default all.
         buffers: the initial buffers, by name; those not given are the model's.
         generator: source of the random seeds of the steps; default the global one.
+        initialisations: n, to train from n initial states at once by ``torch.func.vmap``: ``params``, and
+            ``buffers`` if they are given, are then stacked, ``(n, ...)`` each, as by
+            :func:`~etflayers.distill.stack_states`. Random numbers differ between the states.
 
     Returns:
-        The final parameters and buffers, and the loss before each step.
+        The final parameters and buffers, and the loss before each step; of n initial states stacked
+        parameters and buffers, and the mean loss.
 
     Raises:
         InvalidArgumentError: shapes that do not fit, a loss that is not scalar, state changed in place.
@@ -107,7 +112,11 @@ def unrolled_inner_loop(
         "torch.inference_mode() forbids the gradients that the inner loop takes: use torch.no_grad()",
     )
     optimizer = SGD() if optimizer is None else optimizer
-    layout = FlatLayout.of(params, model)
+    require(
+        initialisations is None or (isinstance(initialisations, int) and initialisations >= 1),
+        f"initialisations must be None or an integer >= 1, got {initialisations!r}",
+    )
+    layout = FlatLayout.of(params, model, initialisations)
     theta = layout.flatten(params)
     steps = _checked_steps(images, labels, epochs)
     rates = _checked_rates(lr, theta, len(images), steps)
@@ -116,16 +125,21 @@ def unrolled_inner_loop(
         window = range(window.stop, window.stop)
     values = hyperparameters(optimizer)
     problem = InnerProblem(
-        objective=InnerObjective.here(model, loss, layout, theta.device),
+        objective=InnerObjective.here(model, loss, layout, theta.device, initialisations),
         optimizer=optimizer,
         names=tuple(values),
         seeds=_seeds(steps, generator),
     )
     trained = (StepAdjoint() if adjoint is None else adjoint)(
-        problem, theta, _initial_buffers(model, buffers), (images, labels, rates, *values.values()), window
+        problem,
+        theta,
+        _initial_buffers(model, buffers, initialisations),
+        (images, labels, rates, *values.values()),
+        window,
     )
     _require_finite_training(trained.losses, trained.theta)
-    return InnerSolution(layout.unflatten(trained.theta), trained.buffers, trained.losses)
+    losses = trained.losses if initialisations is None else trained.losses / initialisations
+    return InnerSolution(layout.unflatten(trained.theta), trained.buffers, losses)
 
 
 class UnrolledInnerLoop(nn.Module):
@@ -182,6 +196,7 @@ class UnrolledInnerLoop(nn.Module):
         buffers: Mapping[str, Tensor] | None = None,
         window: range | None = None,
         generator: torch.Generator | None = None,
+        initialisations: int | None = None,
     ) -> InnerSolution:
         """Train from ``params``, by default the model's own parameters: see :func:`unrolled_inner_loop`."""
         return unrolled_inner_loop(
@@ -197,6 +212,7 @@ class UnrolledInnerLoop(nn.Module):
             window=window,
             buffers=buffers,
             generator=generator,
+            initialisations=initialisations,
         )
 
     def extra_repr(self) -> str:
@@ -245,8 +261,9 @@ def _checked_window(window: range | None, steps: int) -> range:
     return window
 
 
-def _initial_buffers(model: nn.Module, given: Mapping[str, Tensor] | None) -> Buffers:
-    buffers = dict(model.named_buffers())
+def _initial_buffers(model: nn.Module, given: Mapping[str, Tensor] | None, copies: int | None) -> Buffers:
+    stack = () if copies is None else (copies,)
+    buffers = {name: value.expand((*stack, *value.shape)) for name, value in model.named_buffers()}
     for name, value in (given or {}).items():
         require(
             name in buffers and value.shape == buffers[name].shape,

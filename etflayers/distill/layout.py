@@ -20,8 +20,8 @@ class FlatLayout:
     shapes: Mapping[str, torch.Size]
 
     @classmethod
-    def of(cls, params: Mapping[str, Tensor], model: nn.Module) -> FlatLayout:
-        """The layout of ``params``, checked against the parameters of ``model``."""
+    def of(cls, params: Mapping[str, Tensor], model: nn.Module, copies: int | None = None) -> FlatLayout:
+        """The layout of ``params``, checked against the parameters of ``model``, or of stacked copies."""
         require(bool(params), "params is empty: there is nothing to train")
         known = dict(model.named_parameters(remove_duplicate=False))
         unknown = [name for name in params if name not in known]
@@ -30,10 +30,11 @@ class FlatLayout:
             f"params has names that are no parameters of the model: {unknown}; they are named as in "
             "model.named_parameters()",
         )
+        stack = () if copies is None else (copies,)
         for name, value in params.items():
+            shape = (*stack, *known[name].shape)
             require(
-                value.shape == known[name].shape,
-                f"params[{name!r}] must have shape {tuple(known[name].shape)}, got {tuple(value.shape)}",
+                value.shape == shape, f"params[{name!r}] must have shape {shape}, got {tuple(value.shape)}"
             )
             require_floating(f"params[{name!r}]", value.dtype)
         kinds = {(value.dtype, value.device) for value in params.values()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
 from etflayers.distill.layout import FlatLayout
 from etflayers.errors import InvalidArgumentError, require
@@ -34,9 +34,14 @@ def cross_entropy(model: Callable[..., Tensor], images: Tensor, labels: Tensor) 
 class InnerObjective:
     """The loss with everything that a step does not change: model, constants and the precision.
 
+    With ``copies`` the parameters and buffers are those of so many networks, stacked, and the loss is the sum
+    of theirs. The networks do not see each other: the derivative of the sum for each one's parameters is that
+    of its own loss, and update rules are elementwise. So all of them are trained as one, by vmap, and what
+    walks back through the steps need not know.
+
     Buffers go in and come out: the model works on copies, and what comes out is no part of a graph, as in
-    training by hand. Autocast is that of the place where the objective was made, also when a step is
-    re-derived later, from within a backward pass.
+    training by hand. Autocast, and the training or eval mode of each module, are those of the place where the
+    objective was made, also when a step is re-derived later, from within a backward pass.
     """
 
     model: nn.Module
@@ -44,48 +49,72 @@ class InnerObjective:
     layout: FlatLayout
     device: torch.device
     autocast: torch.dtype | None
+    modes: tuple[bool, ...]
+    copies: int | None = None
 
     @classmethod
     def here(
-        cls, model: nn.Module, loss: InnerLoss, layout: FlatLayout, device: torch.device
+        cls,
+        model: nn.Module,
+        loss: InnerLoss,
+        layout: FlatLayout,
+        device: torch.device,
+        copies: int | None = None,
     ) -> InnerObjective:
-        """The objective under the autocast that is in force now."""
+        """The objective under the autocast and in the modes that are in force now."""
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return cls(model, loss, layout, device, autocast)
+        modes = tuple(module.training for module in model.modules())
+        return cls(model, loss, layout, device, autocast, modes, copies)
 
     def __call__(
         self, theta: Tensor, buffers: Buffers, images: Tensor, labels: Tensor
     ) -> tuple[Tensor, Buffers]:
         """The loss, and the buffers after the model has run."""
-        frozen = {name: value.detach() for name, value in self.model.named_parameters()}
-        state: Mapping[str, Tensor] = {
-            **frozen,
-            **self.layout.unflatten(theta),
-            **{name: value.clone() for name, value in buffers.items()},
-        }
+        params = self.layout.unflatten(theta)
         version = theta._version
-
-        def model(*args: object, **kwargs: object) -> Tensor:
-            output: Tensor = functional_call(self.model, state, args, kwargs)  # type: ignore[arg-type]
-            return output
-
         # Without a cache: what a cast remembers must not outlive the graph of its step.
         with (
+            _in_modes(self.model, self.modes),
             _stateless(self.model),
             torch.autocast(
                 self.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
             ),
         ):
             try:
-                loss = self.loss(model, images, labels)
+                if self.copies is None:
+                    loss, buffers = self._of_one(params, buffers, images, labels)
+                else:
+                    each = vmap(self._of_one, in_dims=(0, 0, None, None), randomness="different")
+                    losses, buffers = each(params, buffers, images, labels)
+                    loss = losses.sum()
             finally:  # also if autograd has noticed first, in words that name no parameter
                 require(
                     theta._version == version,
                     "model changes its parameters in place while it runs, which cannot be differentiated: "
                     "compute the changed weights by torch.nn.utils.parametrize instead",
                 )
+        require(
+            loss.requires_grad or not torch.is_grad_enabled(),
+            "loss(model, images, labels) does not depend on the parameters that are trained: call `model` in "
+            "it, outside torch.no_grad()",
+        )
+        return loss, {name: value.detach() for name, value in buffers.items()}
+
+    def _of_one(
+        self, params: Mapping[str, Tensor], buffers: Buffers, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Buffers]:
+        """Loss and buffers of one network."""
+        frozen = {name: value.detach() for name, value in self.model.named_parameters()}
+        after = {name: value.clone() for name, value in buffers.items()}
+        state = {**frozen, **params, **after}
+
+        def model(*args: object, **kwargs: object) -> Tensor:
+            output: Tensor = functional_call(self.model, state, args, kwargs)
+            return output
+
+        loss = self.loss(model, images, labels)
         _require_scalar_loss(loss)
-        return loss, {name: state[name].detach() for name in buffers}
+        return loss, {name: state[name] for name in buffers}
 
 
 def _require_scalar_loss(loss: object) -> None:
@@ -95,11 +124,20 @@ def _require_scalar_loss(loss: object) -> None:
             f"loss(model, images, labels) must return a scalar tensor, got {shape}: take the mean over the "
             "batch"
         )
-    require(
-        loss.requires_grad or not torch.is_grad_enabled(),
-        "loss(model, images, labels) does not depend on the parameters that are trained: call `model` in it, "
-        "outside torch.no_grad()",
-    )
+
+
+@contextmanager
+def _in_modes(model: nn.Module, modes: tuple[bool, ...]) -> Iterator[None]:
+    """Each module in the mode given for it, and afterwards as it was."""
+    modules = list(model.modules())
+    before = [module.training for module in modules]
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.training = mode
 
 
 @contextmanager
