@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from etflayers.distill import SGD, Adam, KeptGraph, StepAdjoint, UnrolledInnerLoop, memory_forecast
+from etflayers.distill import (
+    SGD,
+    Adam,
+    InitialState,
+    KeptGraph,
+    StepAdjoint,
+    UnrolledInnerLoop,
+    memory_forecast,
+    stack_states,
+)
 from etflayers.distill.adjoints import InnerAdjoint
 from etflayers.distill.memory import PeakMemory
 from etflayers.distill.optimizers import InnerOptimizer
@@ -43,6 +52,19 @@ def test_a_forecast_is_what_the_run_takes(name: str, steps: int) -> None:
     loop = loop_of(ADJOINTS[name], steps, Adam())
     forecast = memory_forecast(loop, *data(), lr=0.01)
     assert forecast == pytest.approx(peak_of(loop), rel=0.03)
+
+
+def test_a_forecast_counts_every_initial_state() -> None:
+    loop, (images, labels) = loop_of(StepAdjoint(), 9), data()
+    start = stack_states([InitialState.of(loop.model)] * 3)
+    forecast = memory_forecast(
+        loop, images, labels, lr=0.01, params=start.params, buffers=start.buffers, initialisations=3
+    )
+    with PeakMemory() as memory:
+        trained = loop(images, labels, lr=0.01, params=start.params, buffers=start.buffers, initialisations=3)
+        sum(value.square().sum() for value in trained.params.values()).backward()
+    assert forecast == pytest.approx(memory.peak, rel=0.03)
+    assert forecast > 2 * memory_forecast(loop, images, labels, lr=0.01)
 
 
 @pytest.mark.parametrize("optimizer", [SGD(), SGD(momentum=0.9), Adam()], ids=["sgd", "momentum", "adam"])
