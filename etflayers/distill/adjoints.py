@@ -12,14 +12,24 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from etflayers.distill.compiled import CompileCache, CompiledProblem
 from etflayers.distill.objective import Buffers
-from etflayers.distill.problem import Controls, InnerProblem, Mode, State
+from etflayers.distill.problem import (
+    Controls,
+    InnerProblem,
+    Mode,
+    Pulled,
+    State,
+    Step,
+    StepTaker,
+    lacks_forward_mode,
+)
 from etflayers.errors import EtfLayersError, require, require_values
 
 __all__ = ["InnerAdjoint", "KeptGraph", "StepAdjoint", "Trained"]
@@ -62,15 +72,8 @@ class KeptGraph:
         state = problem.start(theta)
         losses = []
         for t in range(window.stop):
-            chosen = problem.select(controls, t)
-            if t in window:
-                images, labels, *_ = chosen
-                loss, gradient, buffers = problem.gradient(
-                    t, state[0], buffers, images, labels, create_graph=True
-                )
-                state = problem.update(t, state, gradient, chosen)
-            else:
-                loss, state, buffers = problem.advance(t, state, buffers, chosen)
+            step = problem.step(t, state, buffers, controls)
+            loss, state, buffers = problem.advance(step, create_graph=t in window)
             losses.append(loss)
         return Trained(state[0], buffers, _stacked(losses, theta))
 
@@ -92,9 +95,14 @@ class StepAdjoint:
             re-derived in reverse.
         checkpoint_every: keep the state of every so many steps only and run the steps between them again;
             ``"sqrt"`` for the root of their number. It pays where states weigh more than the graph of a step.
+        compile: trace and compile the step and its derivative at the first call, for every t and for later
+            calls with the same model, the same ``loss`` object and the same shapes. This takes minutes for a
+            deep network; what is compiled lives in this object, and on disk in Inductor's cache. The step
+            must not draw random numbers or branch on values.
 
     Raises:
-        InvalidArgumentError: an unknown mode, or ``checkpoint_every`` < 1.
+        InvalidArgumentError: an unknown mode, or ``checkpoint_every`` < 1; when it is used, ``compile`` for a
+            step that cannot be compiled.
 
     Reference:
         Maclaurin, Duvenaud, Adams (2015), arXiv 1502.03492; Chen, Xu, Zhang, Guestrin (2016), arXiv
@@ -106,6 +114,8 @@ class StepAdjoint:
 
     mode: Mode = "reverse"
     checkpoint_every: int | Literal["sqrt"] = 1
+    compile: bool = False
+    _cache: CompileCache = field(default_factory=CompileCache, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require(
@@ -135,23 +145,19 @@ class StepAdjoint:
         theta, losses, *values = _Steps.apply(self, problem, window, buffers, theta, *controls)  # type: ignore[no-untyped-call]
         return Trained(theta, dict(zip(buffers, values, strict=True)), losses)
 
-    def pull(
-        self,
-        problem: InnerProblem,
-        step: tuple[int, State, Buffers],
-        controls: Controls,
-        cotangents: State,
-        needed: tuple[bool, ...],
-        mode: Mode,
-    ) -> tuple[Tensor, State, list[Tensor | None], Mode]:
-        """What :meth:`InnerProblem.pull` returns, and the mode that worked."""
+    def taker(self, problem: InnerProblem) -> StepTaker:
+        """What takes the steps of the problem: its own code, or the code compiled for it."""
+        return CompiledProblem(problem, self._cache) if self.compile else problem
+
+    def pull(self, taker: StepTaker, step: Step, cotangents: State, mode: Mode) -> tuple[Pulled, Mode]:
+        """What :meth:`StepTaker.pull` returns, and the mode that worked."""
         if mode == "forward":
             try:
-                return *problem.pull(*step, controls, cotangents, needed, "forward"), "forward"
+                return taker.pull(step, cotangents, "forward"), "forward"
             except EtfLayersError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                if "forward" not in str(error).lower():
+                if not lacks_forward_mode(error):
                     raise
                 warnings.warn(
                     "forward over reverse is not possible here, so the steps are re-derived in reverse "
@@ -159,7 +165,7 @@ class StepAdjoint:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        return *problem.pull(*step, controls, cotangents, needed, "reverse"), "reverse"
+        return taker.pull(step, cotangents, "reverse"), "reverse"
 
 
 class _Trajectory:
@@ -179,18 +185,21 @@ class _Trajectory:
         torch.stack(state, out=self.vectors[self.kept.index(t)])
         self.buffers.append(buffers)
 
-    def backwards(self, problem: InnerProblem, controls: Controls) -> Iterator[tuple[int, State, Buffers]]:
-        """Step, state and buffers before it, from the last step to the first."""
+    def backwards(
+        self, problem: InnerProblem, taker: StepTaker, controls: Controls, needed: tuple[bool, ...]
+    ) -> Iterator[tuple[int, Step]]:
+        """The steps with their numbers, from the last to the first."""
         stop = self.window.stop
         for index in reversed(range(len(self.kept))):
             assert self.vectors is not None
             t = self.kept[index]
-            segment = [(self.vectors[index].unbind(), self.buffers[index])]
-            for s in range(t, stop - 1):
-                _, state, buffers = problem.advance(s, *segment[-1], problem.select(controls, s))
-                segment.append((state, buffers))
-            for s in reversed(range(t, stop)):
-                yield s, *segment.pop()
+            state, buffers = self.vectors[index].unbind(), self.buffers[index]
+            segment = [problem.step(t, state, buffers, controls, needed)]
+            for s in range(t + 1, stop):
+                _, state, buffers = taker.advance(segment[-1])
+                segment.append(problem.step(s, state, buffers, controls, needed))
+            while segment:
+                yield t + len(segment) - 1, segment.pop()
             stop = t
 
 
@@ -210,12 +219,12 @@ class _Steps(torch.autograd.Function):
         state, losses = problem.start(theta.detach()), []
         ctx.save_for_backward(*controls)
         controls = tuple(value.detach() for value in controls)
-        ctx.adjoint, ctx.problem = adjoint, problem
+        ctx.adjoint, ctx.problem, ctx.taker = adjoint, problem, adjoint.taker(problem)
         ctx.trajectory = _Trajectory(window, adjoint.spacing(len(window)))
         for t in range(window.stop):
             if any(ctx.needs_input_grad):
                 ctx.trajectory.record(t, state, buffers)
-            loss, state, buffers = problem.advance(t, state, buffers, problem.select(controls, t))
+            loss, state, buffers = ctx.taker.advance(problem.step(t, state, buffers, controls))
             losses.append(loss)
         ctx.losses = _stacked(losses, theta)
         # Copies: a buffer or a parameter that no step has changed would be an input handed back.
@@ -234,16 +243,14 @@ class _Steps(torch.autograd.Function):
         skipped, needed = (None,) * 4, ctx.needs_input_grad[5:]
         if cotangent is None:
             return (*skipped, None, *(None for _ in needed))
-        problem, adjoint = ctx.problem, ctx.adjoint
+        problem, taker = ctx.problem, ctx.taker
         controls = tuple(value.detach() for value in ctx.saved_tensors)
         totals = [torch.zeros_like(c) if n else None for c, n in zip(controls, needed, strict=True)]
         cotangents = (cotangent, *(torch.zeros_like(cotangent) for _ in range(problem.optimizer.num_slots)))
-        mode = adjoint.mode
-        for t, state, buffers in ctx.trajectory.backwards(problem, controls):
-            loss, cotangents, parts, mode = adjoint.pull(
-                problem, (t, state, buffers), problem.select(controls, t), cotangents, needed, mode
-            )
-            _require_replayed(loss, ctx.losses[t], t)
+        mode = ctx.adjoint.mode
+        for t, step in ctx.trajectory.backwards(problem, taker, controls, needed):
+            (loss, cotangents, parts), mode = ctx.adjoint.pull(taker, step, cotangents, mode)
+            _require_replayed(loss, ctx.losses[t], t, taker.tolerance(loss))
             problem.accumulate(totals, parts, t)
         begins = ctx.trajectory.window.start == 0
         return (*skipped, cotangents[0] if begins and ctx.needs_input_grad[4] else None, *totals)
@@ -253,9 +260,8 @@ def _stacked(losses: list[Tensor], theta: Tensor) -> Tensor:
     return torch.stack(losses).detach() if losses else theta.detach().new_zeros(0)
 
 
-def _require_replayed(loss: Tensor, recorded: Tensor, t: int) -> None:
-    """A step that is re-derived has to be the step that was taken, up to the rounding of parallel sums."""
-    tolerance = torch.finfo(loss.dtype).eps ** 0.5
+def _require_replayed(loss: Tensor, recorded: Tensor, t: int, tolerance: float) -> None:
+    """A step that is re-derived has to be the step that was taken, up to rounding."""
     require_values(
         (loss - recorded).abs() <= tolerance * (1 + recorded.abs()),
         f"model or loss gave another value when step {t} was re-derived: keep what changes in buffers, and "

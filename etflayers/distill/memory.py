@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from etflayers.distill.adjoints import StepAdjoint
 from etflayers.distill.inner_loop import UnrolledInnerLoop
 from etflayers.distill.optimizers import hyperparameters
 
@@ -75,7 +77,8 @@ def memory_forecast(
     r"""Peak bytes of a hypergradient, ``m(2) + (h - 2) (m(3) - m(2))`` from runs of two and three steps.
 
     The number h of steps whose memory is held at once is that of all steps for a kept graph, and that of the
-    states that are kept where steps are re-derived. Counted are the tensors made by the inner loop and its
+    states that are kept where steps are re-derived; of compiled steps it is that of the same steps in eager
+    mode, an upper bound. Counted are the tensors made by the inner loop and its
     backward pass, for the variables that require a gradient; the outer loss comes on top.
 
     Args:
@@ -101,6 +104,12 @@ def memory_forecast(
     True
     """
     window = range(len(images) * loop.epochs) if window is None else window
+    if isinstance(loop.adjoint, StepAdjoint) and loop.adjoint.compile:
+        # Compiled code makes its tensors unseen, and not more of them.
+        eager = replace(loop.adjoint, compile=False)
+        loop = UnrolledInnerLoop(
+            loop.model, loss=loop.loss, optimizer=loop.optimizer, adjoint=eager, epochs=loop.epochs
+        )
 
     def peak(steps: int) -> int:
         with PeakMemory() as memory:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,14 +29,85 @@ from torch.autograd import forward_ad
 from etflayers.distill.objective import Buffers, InnerObjective
 from etflayers.distill.optimizers import InnerOptimizer
 
-__all__ = ["Controls", "InnerProblem", "Mode", "State"]
+__all__ = [
+    "Controls",
+    "InnerProblem",
+    "Mode",
+    "Pulled",
+    "State",
+    "Step",
+    "StepTaker",
+    "Taken",
+    "lacks_forward_mode",
+]
 
 Mode = Literal["reverse", "forward"]
-# The parameters as one vector (P,), then the optimiser's slots, each (P,).
+# The parameters as one vector, then the optimiser's slots, each of the same shape.
 State = tuple[Tensor, ...]
 # Images, labels, learning rates, then the optimiser's tensor fields; for all steps or for one.
 Controls = tuple[Tensor, ...]
 _DATA, _PER_STEP = 2, 3  # the loss sees the first two; the first three differ from step to step
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a step starts and what steers it.
+
+    Attributes:
+        t: its number, from 0; a tensor where the step is traced once for all t.
+        state: parameters and slots before it.
+        buffers: the model's buffers before it.
+        controls: batch, rate and hyperparameters.
+        needed: which of the controls the hypergradient is wanted for.
+    """
+
+    t: int | Tensor
+    state: State
+    buffers: Buffers
+    controls: Controls
+    needed: tuple[bool, ...] = ()
+
+    @property
+    def data(self) -> Controls:
+        """What the loss sees: images and labels."""
+        return self.controls[:_DATA]
+
+    def variables(self) -> list[Tensor]:
+        """The controls as leaves of a new graph, differentiable where that is needed."""
+        pairs = zip(self.controls, self.needed, strict=True)
+        return [value.detach().requires_grad_(need) for value, need in pairs]
+
+
+class Taken(NamedTuple):
+    """The loss before a step, and what the step leaves behind."""
+
+    loss: Tensor
+    state: State
+    buffers: Buffers
+
+
+class Pulled(NamedTuple):
+    """The loss before a step that has been re-derived, and the cotangents of its state and controls."""
+
+    loss: Tensor
+    state: State
+    controls: list[Tensor | None]
+
+
+class StepTaker(Protocol):
+    """Whatever takes a step and goes back through it."""
+
+    def advance(self, step: Step) -> Taken:
+        """Take the step, leaving no graph."""
+        ...
+
+    def pull(self, step: Step, cotangents: State, mode: Mode) -> Pulled:
+        """Take the step again, and send the cotangents of the state after it to where it started from."""
+        ...
+
+    def tolerance(self, loss: Tensor) -> float:
+        """How much a loss that is found twice may differ, relative to one plus its size."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,21 +131,27 @@ class InnerProblem:
         return (theta, *(torch.zeros_like(theta) for _ in range(self.optimizer.num_slots)))
 
     @staticmethod
-    def select(controls: Controls, t: int) -> Controls:
-        """The controls of step t: batches and rates are gone through in turn."""
+    def step(
+        t: int, state: State, buffers: Buffers, controls: Controls, needed: tuple[bool, ...] = ()
+    ) -> Step:
+        """Step t, with its own out of all controls: batches and rates are gone through in turn."""
         images, labels, rates, *rest = controls
-        return images[t % len(images)], labels[t % len(labels)], rates[t % len(rates)], *rest
+        chosen = (images[t % len(images)], labels[t % len(labels)], rates[t % len(rates)], *rest)
+        return Step(t, state, buffers, chosen, needed)
 
     @staticmethod
     def accumulate(totals: list[Tensor | None], parts: list[Tensor | None], t: int) -> None:
-        """Add the cotangents of the controls of step t to those of all steps: the adjoint of ``select``."""
+        """Add the cotangents of step t's controls to those of all controls: the adjoint of :meth:`step`."""
         for place, (total, part) in enumerate(zip(totals, parts, strict=True)):
             if total is not None and part is not None:
                 (total[t % len(total)] if place < _PER_STEP else total).add_(part)
 
     @contextmanager
-    def randomness(self, t: int) -> Iterator[None]:
+    def randomness(self, t: int | Tensor) -> Iterator[None]:
         """The random stream of step t, which is the same whenever the step runs."""
+        if isinstance(t, Tensor):  # a step that is traced for all t must not draw
+            yield
+            return
         device = self.objective.device
         if device.type == "cpu":
             with torch.random.fork_rng([]):
@@ -88,25 +165,45 @@ class InnerProblem:
                     accelerator.manual_seed(self.seeds[t])
                 yield
 
-    def gradient(
-        self,
-        t: int,
-        theta: Tensor,
-        buffers: Buffers,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        create_graph: bool = False,
+    def advance(self, step: Step, *, create_graph: bool = False) -> Taken:
+        """Take the step; without a graph, or as a differentiable function of all that it starts from."""
+        if not create_graph:
+            step = replace(
+                step,
+                state=tuple(value.detach() for value in step.state),
+                controls=tuple(value.detach() for value in step.controls),
+            )
+        loss, gradient, buffers = self._gradient(step, step.state[0], step.data, create_graph=create_graph)
+        with torch.set_grad_enabled(create_graph):
+            return Taken(loss, self._update(step.t, step.state, gradient, step.controls), buffers)
+
+    def loss(self, step: Step) -> Tensor:
+        """The loss before the step, alone."""
+        with torch.no_grad(), self.randomness(step.t):
+            return self.objective(step.state[0], step.buffers, *step.data)[0]
+
+    def tolerance(self, loss: Tensor) -> float:
+        """See :class:`StepTaker`: parallel sums round differently."""
+        return float(torch.finfo(loss.dtype).eps ** 0.5)
+
+    def pull(self, step: Step, cotangents: State, mode: Mode) -> Pulled:
+        """See :class:`StepTaker`."""
+        if mode == "forward":
+            return self._forward_over_reverse(step, cotangents)
+        return self._reverse_over_reverse(step, cotangents)
+
+    def _gradient(
+        self, step: Step, theta: Tensor, data: Controls, *, create_graph: bool
     ) -> tuple[Tensor, Tensor, Buffers]:
-        """Loss, gradient and the buffers after step t."""
-        with torch.enable_grad(), self.randomness(t):
+        """Loss, gradient and the buffers after the step."""
+        with torch.enable_grad(), self.randomness(step.t):
             if not theta.requires_grad:
                 theta = theta.detach().requires_grad_()
-            loss, buffers = self.objective(theta, buffers, images, labels)
+            loss, buffers = self.objective(theta, step.buffers, *data)
             (gradient,) = torch.autograd.grad(loss, theta, create_graph=create_graph)
         return loss.detach(), gradient, buffers
 
-    def update(self, t: int, state: State, gradient: Tensor, controls: Controls) -> State:
+    def _update(self, t: int | Tensor, state: State, gradient: Tensor, controls: Controls) -> State:
         """The rule U at step t, of which the controls are."""
         _, _, rate, *values = controls
         optimizer = self.optimizer
@@ -116,101 +213,57 @@ class InnerProblem:
         theta, slots_after = optimizer.update(theta, gradient, tuple(slots), rate, t + 1)
         return (theta, *slots_after)
 
-    def advance(
-        self, t: int, state: State, buffers: Buffers, controls: Controls
-    ) -> tuple[Tensor, State, Buffers]:
-        """Loss, state and buffers after step t, leaving no graph."""
-        with torch.no_grad():
-            data = (value.detach() for value in controls[:_DATA])
-            loss, gradient, buffers = self.gradient(t, state[0].detach(), buffers, *data)
-            return loss, self.update(t, state, gradient, controls), buffers
-
-    def pull(
-        self,
-        t: int,
-        state: State,
-        buffers: Buffers,
-        controls: Controls,
-        cotangents: State,
-        needed: tuple[bool, ...],
-        mode: Mode,
-    ) -> tuple[Tensor, State, list[Tensor | None]]:
-        """Loss, and the cotangents of the state and of the needed controls, of step t."""
-        second_order = self._forward_over_reverse if mode == "forward" else self._reverse_over_reverse
-        return second_order(t, state, buffers, controls, cotangents, needed)
-
-    def _reverse_over_reverse(
-        self,
-        t: int,
-        state: State,
-        buffers: Buffers,
-        controls: Controls,
-        cotangents: State,
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor, State, list[Tensor | None]]:
-        theta = state[0].detach().requires_grad_()
-        data = _variables(controls[:_DATA], needed[:_DATA])
-        loss, gradient, _ = self.gradient(t, theta, buffers, *data, create_graph=True)
-        state_back, direction, controls_back = self._pull_update(
-            t, state, gradient.detach(), controls, cotangents, needed
-        )
+    def _reverse_over_reverse(self, step: Step, cotangents: State) -> Pulled:
+        theta = step.state[0].detach().requires_grad_()
+        data = tuple(step.variables()[:_DATA])
+        loss, gradient, _ = self._gradient(step, theta, data, create_graph=True)
+        state_back, direction, controls_back = self._pull_update(step, gradient, cotangents)
         inputs = [theta, *(value for value in data if value.requires_grad)]
         products: list[Tensor | None] = [None] * len(inputs)
         if gradient.requires_grad:  # else the loss is linear in everything
             products = list(torch.autograd.grad(gradient, inputs, direction, allow_unused=True))
-        return loss, *_combine(state_back, controls_back, products, needed)
+        return _combined(step, loss, state_back, controls_back, products)
 
-    def _forward_over_reverse(
-        self,
-        t: int,
-        state: State,
-        buffers: Buffers,
-        controls: Controls,
-        cotangents: State,
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor, State, list[Tensor | None]]:
+    def _forward_over_reverse(self, step: Step, cotangents: State) -> Pulled:
         # The direction v has to be known before the gradient is. An affine rule has the same v everywhere.
-        if self.optimizer.affine:
-            guess = torch.zeros_like(state[0])
-        else:
-            _, guess, _ = self.gradient(t, state[0].detach(), buffers, *controls[:_DATA])
-        _, direction, _ = self._pull_update(t, state, guess, controls, cotangents, needed)
-        data = _variables(controls[:_DATA], needed[:_DATA])
-        with torch.enable_grad(), self.randomness(t), forward_ad.dual_level():
+        guess = torch.zeros_like(step.state[0])
+        if not self.optimizer.affine:
+            _, guess, _ = self._gradient(step, step.state[0].detach(), step.data, create_graph=False)
+        _, direction, _ = self._pull_update(step, guess, cotangents)
+        data = step.variables()[:_DATA]
+        with torch.enable_grad(), self.randomness(step.t), forward_ad.dual_level():
             # A copy, because the dual of a view carries a tangent of the size of its base.
-            start = state[0].detach().clone().requires_grad_()
+            start = step.state[0].detach().clone().requires_grad_()
             theta = forward_ad.make_dual(start, direction)  # type: ignore[no-untyped-call]
-            loss, _ = self.objective(theta, buffers, *data)
+            loss, _ = self.objective(theta, step.buffers, *data)
             inputs = [theta, *(value for value in data if value.requires_grad)]
             first, *others = torch.autograd.grad(loss, inputs, allow_unused=True)
             gradient, curvature = _unpacked(first)
             products = [curvature, *(None if dual is None else _unpacked(dual)[1] for dual in others)]
             loss, _ = _unpacked(loss)
-        state_back, _, controls_back = self._pull_update(t, state, gradient, controls, cotangents, needed)
-        return loss, *_combine(state_back, controls_back, products, needed)
+        state_back, _, controls_back = self._pull_update(step, gradient, cotangents)
+        return _combined(step, loss, state_back, controls_back, products)
 
     def _pull_update(
-        self,
-        t: int,
-        state: State,
-        gradient: Tensor,
-        controls: Controls,
-        cotangents: State,
-        needed: tuple[bool, ...],
+        self, step: Step, gradient: Tensor, cotangents: State
     ) -> tuple[State, Tensor, list[Tensor | None]]:
         """Cotangents of the state, the gradient and the controls through the rule alone."""
         with torch.enable_grad():
-            state = tuple(value.detach().requires_grad_() for value in state)
+            state = tuple(value.detach().requires_grad_() for value in step.state)
             gradient = gradient.detach().requires_grad_()
-            rest = _variables(controls[_DATA:], needed[_DATA:])
-            after = self.update(t, state, gradient, (*controls[:_DATA], *rest))
-            wanted = [value for value in rest if value.requires_grad]
+            controls = tuple(step.variables())
+            after = self._update(step.t, state, gradient, controls)
+            wanted = [value for value in controls[_DATA:] if value.requires_grad]
             inputs = [*state, gradient, *wanted]
             found = torch.autograd.grad(after, inputs, cotangents, allow_unused=True, materialize_grads=True)
         state_back, direction = found[: len(state)], found[len(state)]
         values = iter(found[len(state) + 1 :])
-        rest_back = [next(values) if value.requires_grad else None for value in rest]
-        return state_back, direction, [None] * _DATA + rest_back
+        return state_back, direction, [next(values) if need else None for need in step.needed[_DATA:]]
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether an operator has complained that it has no forward mode."""
+    return isinstance(error, NotImplementedError | RuntimeError) and "forward" in str(error).lower()
 
 
 def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -219,22 +272,18 @@ def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor | None]:
     return value.detach(), None if tangent is None else tangent.detach()
 
 
-def _variables(values: Controls, needed: tuple[bool, ...]) -> list[Tensor]:
-    """Leaves of a new graph, differentiable where that is needed."""
-    return [value.detach().requires_grad_(need) for value, need in zip(values, needed, strict=True)]
-
-
-def _combine(
+def _combined(
+    step: Step,
+    loss: Tensor,
     state_back: State,
     controls_back: list[Tensor | None],
     products: list[Tensor | None],
-    needed: tuple[bool, ...],
-) -> tuple[State, list[Tensor | None]]:
+) -> Pulled:
     """The rule's cotangents with the products added: H v to the parameters, the others to the data."""
     curvature, *others = products
     theta_back, *slots_back = state_back
     if curvature is not None:
         theta_back = theta_back + curvature
     values = iter(others)
-    data_back = [next(values) if need else None for need in needed[:_DATA]]
-    return (theta_back, *slots_back), [*data_back, *controls_back[_DATA:]]
+    data_back = [next(values) if need else None for need in step.needed[:_DATA]]
+    return Pulled(loss, (theta_back, *slots_back), [*data_back, *controls_back])

@@ -1,16 +1,38 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks import bench_inner_loop
+from benchmarks.convnet import Problem
 from etflayers.distill import KeptGraph, StepAdjoint
+
+TINY = {"width": 4, "blocks": 1}
 
 
 def test_the_suite_checks_what_it_times() -> None:
-    found = bench_inner_loop.checks(1, 2)
-    assert len(found) == len(bench_inner_loop.RIVALS) - 1
+    found, absent = bench_inner_loop.checks(1, 2, **TINY)
     assert all(check.passed for check in found)
+    # The kept graph is what the others are held against; compiled code is checked where it is timed.
+    assert len(found) + len(absent) == len(bench_inner_loop.RIVALS) - 2
+
+
+@pytest.mark.parametrize("name", [bench_inner_loop.HIGHER, bench_inner_loop.TORCHOPT])
+def test_a_peer_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    _, absent = bench_inner_loop.checks(1, 2, **TINY)
+    assert absent[name] == "not installed"
+
+
+def test_a_peer_that_fails_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Problem) -> bench_inner_loop.Gradient:
+        raise RuntimeError("of another time\nand more")
+
+    monkeypatch.setitem(bench_inner_loop.RIVALS, bench_inner_loop.HIGHER, broken)
+    _, absent = bench_inner_loop.checks(1, 2, **TINY)
+    assert absent[bench_inner_loop.HIGHER] == "fails with this torch: RuntimeError: of another time"
 
 
 def test_a_wrong_rival_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,21 +40,37 @@ def test_a_wrong_rival_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self, problem, theta, buffers, controls, window):  # type: ignore[no-untyped-def]
             return super().__call__(problem, theta, buffers, controls, range(1, window.stop))
 
-    monkeypatch.setattr(bench_inner_loop, "RIVALS", {bench_inner_loop.KEPT: KeptGraph(), "wrong": Wrong()})
-    assert not any(check.passed for check in bench_inner_loop.checks(1, 2))
+    rivals = {bench_inner_loop.KEPT: bench_inner_loop.by(KeptGraph()), "wrong": bench_inner_loop.by(Wrong())}
+    monkeypatch.setattr(bench_inner_loop, "RIVALS", rivals)
+    found, _ = bench_inner_loop.checks(1, 2, **TINY)
+    assert [check.passed for check in found] == [False]
 
 
 @pytest.mark.slow
 def test_the_suite_runs_and_tells_the_rivals_apart() -> None:
     report = bench_inner_loop.run(quick=True)
     assert not report.failures
-    (found,) = report.samples.values()
-    assert set(found["seconds"]) == set(found["megabytes"]) == set(bench_inner_loop.RIVALS)
-    assert all(value > 0 for value in found["megabytes"].values())
+    found, growth = report.samples.values()
+    _, absent = bench_inner_loop.checks(1, 2, **TINY)
+    assert set(found) == set(bench_inner_loop.RIVALS) - set(absent)
+    assert all(run["seconds"] > 0 for runs in found.values() for run in runs)
+    assert found[bench_inner_loop.COMPILED][0]["compile"] > 0
+    assert set(growth) == set(bench_inner_loop.GROWERS)
+
+
+def test_claims_are_those_of_the_project() -> None:
+    names = (*bench_inner_loop.OTHERS, bench_inner_loop.STEP, bench_inner_loop.COMPILED)
+    seconds = dict(zip(names, ([20.0], [14.0], [17.0], [20.0], [11.0]), strict=True))
+    extra = dict(zip(names, (6000.0, 6100.0, 6100.0, 600.0, 500.0), strict=True))
+    found = bench_inner_loop.claims("at 50 steps", 50, seconds, extra)
+    assert all(claim.met for claim in found)
+    assert [claim.value for claim in found] == pytest.approx([10.0, 12.0, 1.0, 11 / 14])
+    slower = {**seconds, bench_inner_loop.HIGHER: [13.0]}
+    assert not bench_inner_loop.claims("at 50 steps", 50, slower, extra)[-1].met
 
 
 def test_the_problem_is_one_of_distillation() -> None:
-    problem = bench_inner_loop.Problem(2, 2)
-    gradients = problem.hypergradient(StepAdjoint())
+    problem = Problem(2, 2, **TINY)
+    gradients = bench_inner_loop.RIVALS[bench_inner_loop.STEP](problem)
     assert [g.shape for g in gradients] == [problem.images.shape, problem.labels.shape, problem.rates.shape]
     assert all(torch.isfinite(g).all() and g.any() for g in gradients)
