@@ -16,6 +16,7 @@ self-adjoint: the same function is the Jacobian-vector product and the vector-Ja
 
 **Conditioning.** In the eigenbasis of T the Sylvester equation divides by tau_i + tau_j. At neural collapse
 all tau agree, and this is perfectly conditioned, where differentiating an SVD divides by tau_i - tau_j = 0.
+A solver without an eigenbasis gives T itself, and the equation is solved by products (``kernels.polar``).
 Directions absent from the data (tau below the rank cutoff) determine nothing; dropping them gives the
 minimum-norm derivative.
 
@@ -33,8 +34,10 @@ import torch
 from torch import Tensor
 
 from etflayers.adjoints.stationary import LinearSolve, ParametricObjective, implicit_point
-from etflayers.adjoints.sylvester import solve_sylvester
+from etflayers.adjoints.sylvester import Eigenbasis, Root, Spectrum, solve_sylvester
 from etflayers.geometry import centred, etf_radius
+from etflayers.kernels.dispatch import Impl
+from etflayers.kernels.polar import absent_directions, polar_adjoint
 from etflayers.precision import full_precision
 from etflayers.solvers import FrameSolver
 
@@ -42,17 +45,25 @@ __all__ = ["Implicit"]
 
 
 def _derivative(
-    direction: Tensor, linear: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor
+    direction: Tensor, linear: Tensor, frame: Tensor, inverse: Tensor, *spectrum: Tensor, impl: Impl
 ) -> Tensor:
     """dW of (*) for dM = ``direction`` (..., K, d), in its dtype."""
     with full_precision(direction):
-        change, wide_frame = centred(direction.to(basis.dtype)), frame.to(basis.dtype)
         # Forward mode may run inside a backward pass that records no graph; its tangents still have to flow.
         if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
-            d_frame = _differentiable(change, linear, wide_frame, basis, divisors)
+            d_frame = _differentiable(direction, linear, frame, _spectrum(inverse, *spectrum))
+        elif len(spectrum) == 1:
+            d_frame = polar_adjoint(direction, frame, inverse, *spectrum, impl=impl)
         else:
-            d_frame = _fused(change, wide_frame, inverse, basis, divisors)
+            d_frame = _fused(direction, frame, inverse, *spectrum)
         return d_frame.to(direction.dtype)
+
+
+def _spectrum(inverse: Tensor, *spectrum: Tensor) -> Spectrum:
+    """What the solver's factors say of T: its eigenbasis and divisors, or T alone."""
+    if len(spectrum) == 1:
+        return Root(*spectrum, absent_directions(inverse, *spectrum))
+    return Eigenbasis(*spectrum)
 
 
 def _has_complement(frame: Tensor) -> bool:
@@ -60,8 +71,9 @@ def _has_complement(frame: Tensor) -> bool:
     return frame.shape[-1] > frame.shape[-2] - 1
 
 
-def _fused(change: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
+def _fused(direction: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
     """(*) in three large products, with the solver's factors as constants."""
+    change, frame = centred(direction.to(basis.dtype)), frame.to(basis.dtype)
     inner = change @ frame.mT
     z = basis.mT @ inner @ basis
     left = basis @ ((z - z.mT) * divisors) @ basis.mT
@@ -73,18 +85,20 @@ def _fused(change: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, diviso
     return d_frame
 
 
-def _differentiable(change: Tensor, linear: Tensor, frame: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
+def _differentiable(direction: Tensor, linear: Tensor, frame: Tensor, spectrum: Spectrum) -> Tensor:
     """(*) as a function of M and W that can itself be differentiated, to any order."""
     square = etf_radius(frame.shape[-2]) ** 2
-    product = centred(linear.to(basis.dtype)) @ frame.mT
+    dtype = spectrum[0].dtype
+    change, frame = centred(direction.to(dtype)), frame.to(dtype)
+    product = centred(linear.to(dtype)) @ frame.mT
     symmetric = (product + product.mT) / 2
     inner = change @ frame.mT
-    turned = solve_sylvester(symmetric, inner - inner.mT, basis, divisors) @ frame
+    turned = solve_sylvester(symmetric, inner - inner.mT, spectrum) @ frame
     if not _has_complement(frame):
         return turned
     # c^2 T^+ is the Y of T Y + Y T = 2 c^2 I: one primitive serves both terms.
-    identity = torch.eye(frame.shape[-2], dtype=basis.dtype, device=basis.device).expand_as(symmetric)
-    inverse = solve_sylvester(symmetric, 2 * square * identity, basis, divisors)
+    identity = torch.eye(frame.shape[-2], dtype=dtype, device=frame.device).expand_as(symmetric)
+    inverse = solve_sylvester(symmetric, 2 * square * identity, spectrum)
     return turned + inverse @ (change - inner @ frame / square)
 
 
@@ -106,14 +120,18 @@ class _NearestFrame(torch.autograd.Function):
         saved = (inputs[0], *output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
+        ctx.impl = getattr(inputs[1], "impl", "auto")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None]:
-        return None if grad is None else _derivative(grad, *ctx.saved_tensors), None
+        return None if grad is None else _derivative(grad, *ctx.saved_tensors, impl=ctx.impl), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        return _derivative(tangent, *ctx.saved_tensors), None, None, None
+        return (
+            _derivative(tangent, *ctx.saved_tensors, impl=ctx.impl),
+            *[None] * (len(ctx.saved_tensors) - 2),
+        )
 
 
 # As one node of the graph, torch.compile keeps both modes and the vmap rule of the function above; traced

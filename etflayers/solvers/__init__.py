@@ -5,10 +5,18 @@ from etflayers.solvers.conjugate_gradients import conjugate_gradients
 from etflayers.solvers.convex_hull import ConvexHull
 from etflayers.solvers.curvature import extreme_curvatures
 from etflayers.solvers.gram import GramEigh
+from etflayers.solvers.gram_root import GramRoot
 from etflayers.solvers.iterative import Iterative, as_frame_solver
 from etflayers.solvers.newton import RiemannianNewton
 from etflayers.solvers.newton_schulz import NewtonSchulz
-from etflayers.solvers.polar import FrameFactors, FrameOnlySolver, FrameSolver, factors_of, rank_cutoff
+from etflayers.solvers.polar import (
+    FrameFactors,
+    FrameOnlySolver,
+    FrameSolver,
+    RootFactors,
+    factors_of,
+    rank_cutoff,
+)
 from etflayers.solvers.riemannian import RiemannianDescent
 from etflayers.solvers.stiefel import Objective, StiefelSolution, StiefelSolver
 from etflayers.solvers.svd import QRSVD, SVD
@@ -23,11 +31,13 @@ __all__ = [
     "FrameOnlySolver",
     "FrameSolver",
     "GramEigh",
+    "GramRoot",
     "Iterative",
     "NewtonSchulz",
     "Objective",
     "RiemannianDescent",
     "RiemannianNewton",
+    "RootFactors",
     "StiefelSolution",
     "StiefelSolver",
     "TrustRegions",

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from etflayers.errors import reads_values
 from etflayers.solvers.gram import GramEigh
-from etflayers.solvers.polar import FrameFactors, FrameSolver
+from etflayers.solvers.gram_root import GramRoot
+from etflayers.solvers.polar import FrameFactors, FrameSolver, RootFactors
 from etflayers.solvers.svd import QRSVD, SVD
 
 __all__ = ["ByRegime"]
@@ -26,16 +27,17 @@ class ByRegime(FrameSolver):
     data: in float32 while kappa < 4.4 (6 from 512 classes on; fewer than 32 classes skip this step), in
     float64 while kappa < 1e5, else an SVD in float64, after a QR decomposition if d >= 4 K. For float64
     data: a Gram matrix while kappa < 8, else an SVD. Where values cannot be read for free (on an accelerator,
-    under ``torch.compile``, inside ``torch.func`` transforms) the choice is the SVD, always. The numbers come
-    from ``benchmarks/bench_accuracy.py``: up to 500 classes the gradient of float32 data is then within 2e-6
-    of the exact one; beyond within 3e-6, which buys half of the time.
+    under ``torch.compile``, inside ``torch.func`` transforms) the choice is the SVD, always; but on a CUDA
+    device, where it would wait for the host, float32 data go through :class:`~etflayers.solvers.GramRoot`.
+    The numbers come from ``benchmarks/bench_accuracy.py``: up to 500 classes the gradient of float32 data is
+    then within 2e-6 of the exact one; beyond within 3e-6, which buys half of the time.
 
     >>> ByRegime()(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
     tensor([[ 0.6000,  0.8000],
             [-0.6000, -0.8000]], dtype=torch.float64)
     """
 
-    def __call__(self, linear: Tensor) -> FrameFactors:
+    def __call__(self, linear: Tensor) -> FrameFactors | RootFactors:
         """The frames for ``linear`` (``(..., K, d)``), in the precision of the regime."""
         if reads_values(linear) and linear.numel() > 0:
             for dtype, largest_kappa in _ladder(linear):
@@ -43,6 +45,8 @@ class ByRegime(FrameSolver):
                 margin = float(spectrum.margin(linear.dtype).detach().amin())
                 if margin * largest_kappa > 1:  # not so for NaN
                     return spectrum.factors()
+        if linear.device.type == "cuda" and linear.dtype == torch.float32 and linear.numel() > 0:
+            return GramRoot()(linear)
         num_classes, in_features = linear.shape[-2:]
         return (QRSVD() if in_features >= 4 * num_classes else SVD())(linear)
 

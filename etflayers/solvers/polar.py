@@ -7,7 +7,8 @@ T = c (M_c M_c')^(1/2) (K x K, T 1 = 0), this reads
     W = c^2 T^+ M_c,        T = M_c W'.
 
 **Factors.** Solvers hold no gradient code, but every derivative of W is a division in the eigenbasis of T.
-A solver that factorises M knows that basis. For one that finds only W it is the basis of T = M_c W', and
+A solver that factorises M knows that basis. One that takes matrix products only knows T instead, with which
+the adjoint solves the same equation by products. For one that finds only W it is the basis of T = M_c W', and
 taking it checks W as well: a simplex ETF is the maximiser if and only if M_c W' is symmetric and has no
 negative eigenvalue. (At the saddles of <W, M> it is symmetric with negative ones.)
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from etflayers.errors import ConvergenceError, require_values
 from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
 
-__all__ = ["FrameFactors", "FrameOnlySolver", "FrameSolver", "factors_of", "rank_cutoff"]
+__all__ = ["FrameFactors", "FrameOnlySolver", "FrameSolver", "RootFactors", "factors_of", "rank_cutoff"]
 
 
 class FrameFactors(NamedTuple):
@@ -44,10 +45,25 @@ class FrameFactors(NamedTuple):
     divisors: Tensor
 
 
+class RootFactors(NamedTuple):
+    """The maximising frame from a solver that takes products only: T itself instead of its eigenbasis.
+
+    Attributes:
+        frame: W, ``(..., K, d)``.
+        inverse: c^2 T^+, ``(..., K, K)`` float64; along 1 it may hold anything.
+        root: T, ``(..., K, K)`` float64, zero along absent directions; along 1 it may hold any positive
+        number.
+    """
+
+    frame: Tensor
+    inverse: Tensor
+    root: Tensor
+
+
 class FrameSolver(Protocol):
     """Anything that finds the simplex ETFs that maximise <W, M> for a batch of M."""
 
-    def __call__(self, linear: Tensor) -> FrameFactors:
+    def __call__(self, linear: Tensor) -> FrameFactors | RootFactors:
         """The frames for ``linear`` (``(..., K, d)``, d >= K - 1, float32 or float64), and their factors."""
         ...
 

@@ -1,0 +1,1 @@
+"""Triton kernels and the operators that launch them; imported only where one is about to run."""
