@@ -14,6 +14,7 @@ from etflayers.functional import (
 from etflayers.geometry import simplex_etf
 from etflayers.nn import (
     DotRegressionLoss,
+    ETFCrossEntropy,
     ETFHead,
     FeatureMovingAverage,
     FixedETFHead,
@@ -31,6 +32,7 @@ from etflayers.solvers import (
     ByRegime,
     ConvexHull,
     GramEigh,
+    GramRoot,
     Iterative,
     NewtonSchulz,
     RiemannianDescent,
@@ -49,10 +51,12 @@ __all__ = [
     "CriticalPoint",
     "Detached",
     "DotRegressionLoss",
+    "ETFCrossEntropy",
     "ETFHead",
     "FeatureMovingAverage",
     "FixedETFHead",
     "GramEigh",
+    "GramRoot",
     "HuberNearestETF",
     "Implicit",
     "Iterative",

@@ -1,8 +1,7 @@
-r"""Sums and means of the features of each class, as one product with the one-hot matrix of the targets.
+r"""Sums and means of the features of each class.
 
-With T (B x K), ``T[i, k] = 1`` where sample i has class k, the sums are T'F and the counts 1'T. A product is
-deterministic where a scatter adds with float atomics in any order, and it reads no value on the host. A row
-whose target is ``ignore_index`` is a zero row of T and drops out by itself.
+On a CPU they are one product with the one-hot matrix of the targets, on a GPU with Triton one kernel: see
+``kernels.class_sums``.
 """
 
 from __future__ import annotations
@@ -18,21 +17,32 @@ from etflayers.errors import (
     require_floating,
     require_values,
 )
-from etflayers.precision import full_precision, working_dtype
+from etflayers.kernels import Impl
+from etflayers.kernels import class_sums as kernels
+from etflayers.precision import working_dtype
 
-__all__ = ["class_means", "class_sums", "ignored_targets", "require_target_for_each"]
+__all__ = [
+    "class_means",
+    "class_sums",
+    "ignored_targets",
+    "require_class_indices",
+    "require_same_device",
+    "require_target_for_each",
+]
 
 
 def class_sums(
-    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100
+    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
     r"""Sum the features of each class: ``s_k = sum_{i: y_i = k} f_i`` and ``n_k = #{i: y_i = k}``.
 
     Args:
-        features: F, ``(B, d)``; every row finite, the ignored ones too (0 times NaN is NaN).
+        features: F, ``(B, d)``; every row finite, the ignored ones too (0 times NaN is NaN). The Triton
+            kernel does not read ignored rows, and so does not complain of them.
         targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``.
         num_classes: K.
         ignore_index: target of the rows to leave out; it may be one of the classes.
+        impl: which path to take: see :func:`etflayers.kernels.describe`.
 
     Returns:
         The sums ``(K, d)``, in float32 for half-precision features and in their own dtype otherwise, and the
@@ -54,19 +64,18 @@ def class_sums(
             "flatten the leading dimensions"
         )
     require_target_for_each(features, targets)
+    require_class_indices(targets)
+    if kernels.sums_use_triton(features, num_classes, impl):
+        require_same_device(features, targets)
+        sums, counts = kernels.class_sums(features, targets, num_classes, ignore_index)
+        return sums, counts
     ignored = ignored_targets(targets, num_classes, ignore_index)
     _require_summable(features)
-
-    dtype = working_dtype(features.dtype)
-    classes = torch.arange(num_classes, device=features.device)
-    members = torch.where(ignored, -1, targets).unsqueeze(-1) == classes
-    with full_precision(features):
-        sums = members.to(dtype).mT @ features.to(dtype)
-    return sums, members.sum(0)
+    return kernels.class_sums_reference(features, targets, num_classes, ignored)
 
 
 def class_means(
-    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100
+    features: Tensor, targets: Tensor, num_classes: int, *, ignore_index: int = -100, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
     r"""Average the features of each class: ``m_k = s_k / n_k``, and 0 where n_k = 0.
 
@@ -75,6 +84,7 @@ def class_means(
         targets: as in :func:`class_sums`.
         num_classes: as in :func:`class_sums`.
         ignore_index: as in :func:`class_sums`.
+        impl: as in :func:`class_sums`.
 
     Returns:
         The means ``(K, d)``, zero rows for absent classes, and the counts ``(K,)``, as in :func:`class_sums`.
@@ -87,7 +97,7 @@ def class_means(
     >>> class_means(features, torch.tensor([0, 0, 2]), num_classes=3)
     (tensor([[2., 0.], [0., 0.], [0., 5.]]), tensor([2, 0, 1]))
     """
-    sums, counts = class_sums(features, targets, num_classes, ignore_index=ignore_index)
+    sums, counts = class_sums(features, targets, num_classes, ignore_index=ignore_index, impl=impl)
     return sums / counts.clamp(min=1).unsqueeze(-1), counts
 
 
@@ -98,6 +108,24 @@ def require_target_for_each(features: Tensor, targets: Tensor) -> None:
             f"targets must have shape (B,) = ({features.shape[0]},), one for each row of features, "
             f"got {tuple(targets.shape)}"
         )
+
+
+def require_same_device(features: Tensor, targets: Tensor) -> None:
+    """Raise unless both are on one device: a kernel would read foreign memory."""
+    require(
+        targets.device == features.device,
+        f"targets must be on the device of features, {features.device}, got {targets.device}",
+    )
+
+
+def require_class_indices(targets: Tensor) -> None:
+    """Raise unless ``targets`` has an integer dtype."""
+    dtype = targets.dtype
+    require(
+        not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
+        f"targets must be integers (class indices), got {dtype}: convert them with .long(), "
+        "one-hot targets with .argmax(-1)",
+    )
 
 
 def ignored_targets(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -114,12 +142,7 @@ def ignored_targets(targets: Tensor, num_classes: int, ignore_index: int) -> Ten
     Raises:
         InvalidArgumentError: a dtype that is not an integer, or a value outside [0, K).
     """
-    dtype = targets.dtype
-    require(
-        not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
-        f"targets must be integers (class indices), got {dtype}: convert them with .long(), "
-        "one-hot targets with .argmax(-1)",
-    )
+    require_class_indices(targets)
     # In int64, because uint8 would take ignore_index = -100 for class 156.
     targets = targets.long()
     ignored = targets == ignore_index

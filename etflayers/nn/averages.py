@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etflayers.errors import InvalidArgumentError, MissingTargetsError, require, require_floating
-from etflayers.functional.class_means import class_sums
+from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
+from etflayers.kernels.class_sums import averages_use_triton, class_averages
 from etflayers.nn.distributed import all_reduce_sum, world_size
 from etflayers.precision import working_dtype
 
@@ -172,13 +173,25 @@ class FeatureMovingAverage(nn.Module):
                 f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
                 f"got {tuple(targets.shape)}"
             )
-        sums, counts = class_sums(
-            features.reshape(-1, self.in_features),
-            targets.reshape(-1),
-            self.num_classes,
-            ignore_index=self.ignore_index,
-        )
-        if self.synchronize and world_size(self.process_group) > 1:
+        features, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
+        distributed = self.synchronize and world_size(self.process_group) > 1
+        if not distributed and averages_use_triton(features, self.means):
+            # Sums, counts, all checks and the update in one launch.
+            require_class_indices(targets)
+            require_same_device(features, targets)
+            return ClassStatistics(
+                *class_averages(
+                    features,
+                    targets,
+                    self.means,
+                    self.counts,
+                    self.updates,
+                    self.ignore_index,
+                    self.momentum,
+                )
+            )
+        sums, counts = class_sums(features, targets, self.num_classes, ignore_index=self.ignore_index)
+        if distributed:
             # One collective: counts below 2^24 are exact in float32.
             packed = torch.cat((sums, counts.unsqueeze(-1).to(sums.dtype)), dim=-1)
             packed = all_reduce_sum(packed, self.process_group)

@@ -59,7 +59,11 @@ class ETFHead(nn.Module, ABC):
         Raises:
             InvalidArgumentError: features of another width or dtype.
         """
-        return self._logits(features, self._inputs(features), self.weight)
+        return self._logits(features, *self._linear_form(features, targets))
+
+    def _linear_form(self, features: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z, W and m of the logits ``s (z - m) W'``; what a training pass changes has been changed."""
+        return self._inputs(features), self.weight, None
 
     @torch.no_grad()
     def to_linear(self, *, normalized_inputs: bool = False) -> nn.Linear:

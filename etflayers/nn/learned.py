@@ -105,9 +105,12 @@ class LearnedETFHead(ETFHead):
             InvalidArgumentError: features of another width or dtype.
             ManifoldError: ``rotation`` has left the Stiefel manifold.
         """
+        return super().forward(features)
+
+    def _linear_form(self, features: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = self._inputs(features)
         self._require_on_manifold()
-        return self._logits(features, inputs, self.weight)
+        return inputs, self.weight, None
 
     def _require_on_manifold(self) -> None:
         rotation = self.rotation

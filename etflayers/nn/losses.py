@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.errors import require
+from etflayers.functional.cross_entropy import (
+    etf_cross_entropy,
+    linear_cross_entropy,
+    require_loss_options,
+)
 from etflayers.functional.losses import dot_regression_loss, positive_lengths
+from etflayers.kernels import Impl
+from etflayers.nn.heads import ETFHead, FixedETFHead
 
-__all__ = ["DotRegressionLoss"]
+__all__ = ["DotRegressionLoss", "ETFCrossEntropy"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -67,3 +74,87 @@ class DotRegressionLoss(nn.Module):
         """The arguments."""
         lengths = "per class" if isinstance(self.lengths, torch.Tensor) else self.lengths
         return f"lengths={lengths}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+class ETFCrossEntropy(nn.Module):
+    r"""Cross-entropy of an ETF head, from features: ``F.cross_entropy(head(f, y), y)`` with less memory.
+
+    Logits and probabilities ``(B, K)`` never exist as a whole, forward or backward. The canonical frame of
+    :class:`~etflayers.nn.FixedETFHead` takes one pass over the features
+    (:func:`~etflayers.functional.etf_cross_entropy`), any other frame a few rows of logits at a time
+    (:func:`~etflayers.functional.linear_cross_entropy`). It pays where B K is large.
+
+    In training the loss takes the place of the head, whose state it updates; where logits are wanted, call
+    the head. The head is shared, not copied: a model that contains it already holds its parameters. Hooks
+    of the head do not run.
+
+    Args:
+        head: any ETF head.
+        label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
+        ignore_index: target of the samples to leave out of the loss; give the head the same.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        chunk_size: samples whose logits exist at a time, where there are logits.
+        impl: which path to take: see :func:`etflayers.kernels.describe`.
+
+    Raises:
+        InvalidArgumentError: a head that is not an ETF head, or an option out of its range.
+
+    >>> loss = ETFCrossEntropy(FixedETFHead(in_features=4, num_classes=3))
+    >>> loss(torch.tensor([[3.0, 0.0, 0.0, 7.0]]), torch.tensor([0]))
+    tensor(0.0495)
+    """
+
+    def __init__(
+        self,
+        head: ETFHead,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        chunk_size: int | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        require(isinstance(head, ETFHead), f"head must be an ETF head, got {type(head).__name__}")
+        require_loss_options(head.scale, label_smoothing, reduction, chunk_size)
+        self.head = head
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.chunk_size = chunk_size
+        self.impl: Impl = impl
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """The loss of features ``(..., d)`` for ``targets`` ``(...)``; in training the head learns."""
+        head = self.head
+        if isinstance(head, FixedETFHead) and head.frame is None:
+            return etf_cross_entropy(
+                head._inputs(features),
+                targets,
+                head.num_classes,
+                scale=head.scale,
+                label_smoothing=self.label_smoothing,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                impl=self.impl,
+            )
+        inputs, frame, centre = head._linear_form(features, targets)
+        # Before the product, as in the head.
+        return linear_cross_entropy(
+            inputs if centre is None else inputs - centre,
+            frame,
+            targets,
+            scale=head.scale,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            chunk_size=self.chunk_size,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )

@@ -179,13 +179,14 @@ class NearestETFHead(ETFHead):
             InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
             NonFiniteError: NaN or infinity in the features.
         """
+        return super().forward(features, targets)
+
+    def _linear_form(self, features: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         inputs = self._inputs(features)
         if not self.training:
             # A graph keeps the frame for its backward pass, and the next training pass overwrites the buffer.
             keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
-            return self._logits(
-                features, inputs, self.frame.clone() if keeps_graph else self.frame, self.centre
-            )
+            return inputs, self.frame.clone() if keeps_graph else self.frame, self.centre
         targets = self._provided_targets if targets is None else targets
         if targets is None:
             raise MissingTargetsError(
@@ -199,7 +200,7 @@ class NearestETFHead(ETFHead):
             centre = None if self.centre is None else _mean_over(statistics.means, seen)
         # Nothing is stored before everything has been checked and computed.
         self._commit(statistics, frame, centre)
-        return self._logits(features, inputs, frame, centre)
+        return inputs, frame, centre
 
     def _nearest(self, means: Tensor, seen: Tensor) -> Tensor:
         weights = seen.to(means.dtype)

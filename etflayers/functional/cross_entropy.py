@@ -1,0 +1,196 @@
+r"""Cross-entropy of simplex-ETF logits without the ``(B, K)`` matrices of logits and probabilities.
+
+The logits of the canonical frame are centred features times c, ``z = s c (f_{1:K} - mean)``, and a softmax
+does not see what is common to all logits. So the loss is that of the features,
+``u = s c f_{1:K}``,
+
+    l = log sum_k exp u_k - (1 - e) u_y - e mean_k u_k,
+
+and its gradient ``s c (p - (1 - e) 1_y - e / K)`` sums to zero, as the gradient through the centring does.
+Both take one pass over the features, and the backward pass needs two numbers a sample besides them: see
+``kernels.cross_entropy``. Any other frame takes the logits a few rows at a time, and makes them again on the
+way back.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from etflayers.errors import InvalidArgumentError, require, require_floating
+from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
+from etflayers.functional.logits import linear_dtype
+from etflayers.geometry import centred_basis_adjoint, etf_radius, require_etf_dims
+from etflayers.kernels import Impl
+from etflayers.kernels.cross_entropy import (
+    cross_entropy_uses_triton,
+    linear_softmax_losses,
+    softmax_losses,
+)
+from etflayers.precision import working_dtype
+
+__all__ = ["Reduction", "etf_cross_entropy", "linear_cross_entropy", "require_loss_options"]
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def etf_cross_entropy(
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    *,
+    scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Cross-entropy of the logits of the canonical simplex ETF, ``s c (f_{1:K} - mean(f_{1:K}))``.
+
+    The same as ``F.cross_entropy(s * canonical_etf_logits(features, K), targets)`` and its gradient, in
+    float32 or better, with memory for the features and their gradient alone (for d = K - 1, where the frame
+    is a Householder reflection, the reflected features too). Differentiable to any order and in both modes.
+
+    Args:
+        features: f, ``(..., d)`` with d >= K - 1. NaN gives a NaN loss, but for ignored samples.
+        targets: y, ``(...)``, integers in [0, K) or ``ignore_index``.
+        num_classes: K >= 2.
+        scale: s > 0, the inverse temperature: that of the head.
+        label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
+        ignore_index: target of the samples to leave out.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        impl: which path to take: see :func:`etflayers.kernels.describe`.
+
+    Returns:
+        A scalar, or ``(...)`` for ``"none"`` with 0 for ignored samples; float32 for half-precision features.
+        If all samples are ignored the mean is 0 with a zero gradient (``F.cross_entropy`` returns NaN there).
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or options that do not fit, or targets out of range.
+
+    >>> features = torch.tensor([[3.0, 0.0, 0.0, 7.0], [0.0, 1.0, 0.0, 0.0]])
+    >>> etf_cross_entropy(features, torch.tensor([0, 0]), num_classes=3)
+    tensor(0.8683)
+    """
+    require_floating("features", features.dtype)
+    if features.ndim == 0:
+        raise InvalidArgumentError("features must have shape (..., in_features), got a scalar")
+    require_etf_dims(num_classes, features.shape[-1])
+    require_loss_options(scale, label_smoothing, reduction)
+    _require_target_for_each(features, targets)
+
+    rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
+    factor = scale * etf_radius(num_classes)
+    triton = cross_entropy_uses_triton(rows, num_classes, impl)
+    if triton:
+        require_same_device(features, targets)
+    else:
+        ignored_targets(labels, num_classes, ignore_index)
+    if rows.shape[-1] == num_classes - 1:
+        reflected = rows.to(working_dtype(rows.dtype)).unsqueeze(-1)
+        rows = centred_basis_adjoint(reflected).squeeze(-1)
+    losses = softmax_losses(rows, labels, num_classes, factor, label_smoothing, ignore_index, triton)
+    return _reduced(losses, targets, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    features: Tensor,
+    frame: Tensor,
+    targets: Tensor,
+    *,
+    scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    r"""Cross-entropy of the logits ``s W f`` of any frame, of which only a few rows exist at a time.
+
+    The same as ``F.cross_entropy(s * F.linear(features, frame), targets)`` and its gradients in both, with
+    logits that are computed once more in the backward pass instead of kept. The products have the dtype that
+    ``F.linear`` would use, losses are float32 or better. Differentiable to any order and in both modes;
+    derivatives other than the first in reverse mode do make all logits.
+
+    Args:
+        features: f, ``(..., d)``. NaN gives a NaN loss; in an ignored sample only a NaN gradient in the
+            frame, 0 times NaN, as with ``F.linear``.
+        frame: W, ``(K, d)``: any matrix.
+        targets: as in :func:`etf_cross_entropy`.
+        scale: as in :func:`etf_cross_entropy`.
+        label_smoothing: as in :func:`etf_cross_entropy`.
+        ignore_index: as in :func:`etf_cross_entropy`.
+        reduction: as in :func:`etf_cross_entropy`.
+        chunk_size: samples whose logits exist at a time; ``None``: as many as keep the device busy.
+        impl: of the softmax of a chunk: see :func:`etflayers.kernels.describe`, operation
+            ``"cross_entropy"``.
+
+    Returns:
+        As :func:`etf_cross_entropy`.
+
+    Raises:
+        InvalidArgumentError: shapes, dtypes or options that do not fit, or targets out of range.
+
+    >>> frame = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    >>> linear_cross_entropy(torch.tensor([[0.5, 9.0]]), frame, torch.tensor([0]))
+    tensor(0.3133)
+    """
+    require_floating("features", features.dtype)
+    require_floating("frame", frame.dtype)
+    if frame.ndim != 2 or frame.shape[0] < 1 or features.shape[-1:] != frame.shape[1:]:
+        raise InvalidArgumentError(
+            "features and frame must have shapes (..., in_features) and (num_classes, in_features), "
+            f"got {tuple(features.shape)} and {tuple(frame.shape)}"
+        )
+    require_loss_options(scale, label_smoothing, reduction, chunk_size)
+    _require_target_for_each(features, targets)
+
+    rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
+    dtype = torch.promote_types(features.dtype, frame.dtype)
+    if torch.is_autocast_enabled(features.device.type):
+        dtype = linear_dtype(features.to(dtype))
+    ignored_targets(labels, frame.shape[0], ignore_index)
+    losses = linear_softmax_losses(
+        rows.to(dtype),
+        frame.to(dtype),
+        labels,
+        scale,
+        label_smoothing,
+        ignore_index,
+        chunk_size,
+        impl,
+    )
+    return _reduced(losses, targets, ignore_index, reduction)
+
+
+def require_loss_options(
+    scale: float, label_smoothing: float, reduction: str, chunk_size: int | None = None
+) -> None:
+    """Raise unless the options of a cross-entropy are in their ranges."""
+    require(0 < scale < float("inf"), f"scale must be positive and finite, got {scale}")
+    require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    require(
+        reduction in ("mean", "sum", "none"),
+        f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}",
+    )
+    require(chunk_size is None or chunk_size >= 1, f"chunk_size must be at least 1 or None, got {chunk_size}")
+
+
+def _require_target_for_each(features: Tensor, targets: Tensor) -> None:
+    if targets.shape != features.shape[:-1]:
+        raise InvalidArgumentError(
+            f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    require_class_indices(targets)
+
+
+def _reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return losses.view(targets.shape)
+    if reduction == "sum":
+        return losses.sum()
+    # In int64, because uint8 would take ignore_index = -100 for class 156.
+    return losses.sum() / (targets.long() != ignore_index).sum().clamp(min=1)

@@ -1,0 +1,16 @@
+"""GPU kernels, each beside an eager reference, and the choice between the two."""
+
+from etflayers.kernels import class_sums, cross_entropy, polar
+from etflayers.kernels.dispatch import Call, Choice, Impl, describe, register, use_triton
+
+__all__ = [
+    "Call",
+    "Choice",
+    "Impl",
+    "class_sums",
+    "cross_entropy",
+    "describe",
+    "polar",
+    "register",
+    "use_triton",
+]

@@ -1,0 +1,108 @@
+"""The cross-entropy from features against the head and ``F.cross_entropy``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from etflayers import ETFCrossEntropy, ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead
+from etflayers.errors import InvalidArgumentError, MissingTargetsError
+
+IGNORE = -100
+HEADS = {
+    "canonical": lambda **o: FixedETFHead(6, 4, scale=2.0, **o),
+    "canonical, d = K - 1": lambda **o: FixedETFHead(6, 7, scale=2.0, **o),
+    "haar": lambda **o: FixedETFHead(6, 4, rotation="haar", scale=2.0, **o),
+    "learned": lambda **o: LearnedETFHead(6, 4, scale=2.0, **o),
+    "nearest": lambda **o: NearestETFHead(6, 4, scale=2.0, momentum=0.3, **o),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request: pytest.FixtureRequest) -> ETFHead:
+    torch.manual_seed(0)
+    made: ETFHead = HEADS[request.param](dtype=torch.float64, normalize=True)
+    return made
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0, 1, 2, 3, IGNORE, 1, 1, IGNORE, 0])
+    return torch.randn(9, 6, generator=generator, dtype=torch.float64).to(dtype), targets
+
+
+def gradients(loss: Tensor, features: Tensor, head: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [features, *head.parameters()]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_gradients_and_state_are_those_of_the_head(
+    head: ETFHead, training: bool, reduction: Any
+) -> None:
+    features, targets = problem()
+    features.requires_grad_()
+    twin = copy.deepcopy(head).train(training)
+    criterion = ETFCrossEntropy(head, label_smoothing=0.1, reduction=reduction, chunk_size=4).train(training)
+    for _ in range(2):
+        loss = criterion(features, targets)
+        expected = F.cross_entropy(twin(features, targets), targets, label_smoothing=0.1, reduction=reduction)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            gradients(loss, features, head), gradients(expected, features, twin), rtol=1e-9, atol=1e-12
+        )
+    torch.testing.assert_close(head.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    head = HEADS[name]()
+    features, targets = problem(torch.float32)
+    features.requires_grad_()
+    exact_head = copy.deepcopy(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ETFCrossEntropy(head)(features, targets)
+    exact = F.cross_entropy(exact_head(features, targets), targets)
+    assert loss.dtype == torch.float32
+    # Logits of size about 5, each wrong by no more than a rounding to 8 bits.
+    torch.testing.assert_close(loss, exact, rtol=0, atol=5 * 2**-8)
+    (gradient,) = torch.autograd.grad(loss, features)
+    (exact_gradient,) = torch.autograd.grad(exact, features)
+    torch.testing.assert_close(gradient, exact_gradient, rtol=0, atol=0.03)
+
+
+def test_compiles_as_one_graph(head: ETFHead) -> None:
+    features, targets = problem()
+    expected = ETFCrossEntropy(copy.deepcopy(head))(features, targets)
+    compiled = torch.compile(ETFCrossEntropy(head), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features, targets), expected)
+
+
+def test_the_head_is_shared_and_follows_the_mode_of_the_loss() -> None:
+    head = NearestETFHead(6, 4)
+    criterion = ETFCrossEntropy(head).eval()
+    assert not head.training
+    assert criterion.head is head
+    features, targets = problem(torch.float32)
+    criterion.train()(features, targets)
+    assert int(head.averages.updates.sum()) == 4
+
+
+def test_invalid_arguments_are_refused() -> None:
+    head = FixedETFHead(6, 4)
+    with pytest.raises(InvalidArgumentError, match="head must be an ETF head, got Linear"):
+        ETFCrossEntropy(nn.Linear(3, 3))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=r"label_smoothing must be in \[0, 1\], got 2"):
+        ETFCrossEntropy(head, label_smoothing=2)
+    with pytest.raises(InvalidArgumentError, match="chunk_size must be at least 1"):
+        ETFCrossEntropy(head, chunk_size=0)
+    with pytest.raises(InvalidArgumentError, match="features must have shape"):
+        ETFCrossEntropy(head)(torch.ones(2, 5), torch.tensor([0, 1]))
+    with pytest.raises(MissingTargetsError):
+        ETFCrossEntropy(NearestETFHead(6, 4))(torch.ones(2, 6), None)  # type: ignore[arg-type]
