@@ -1,0 +1,59 @@
+"""Learn a few images such that networks trained on them do well on real ones, and study what they do.
+
+    python examples/distill.py images --quick                       under a minute: ten digits for one network
+    python examples/distill.py images --seeds 0 1 2                 ten images for one LeNet, MNIST
+    python examples/distill.py images --initialisation random --networks 4 --per-class 10 --steps 10 \
+        --epochs 1 --optimizer adam --other-networks convnet mlp    a hundred, for networks nobody has seen
+    python examples/distill.py images --initialisation pretrained --source digits --image-size 28
+    python examples/distill.py images --initialisation pretrained --outer misclassify --attacked 0 --target 1
+    python examples/distill.py kernel                               in closed form: kernel inducing points
+    python examples/distill.py linear                               how many images a linear model needs
+    python examples/distill.py collapse --sets runs/distill-images/seed0.safetensors
+                                                                    neural collapse on distilled data
+    python examples/distill.py images --resume                      continue what was killed
+    python examples/distill.py images --help                        everything else
+
+The output folder of `images` gets the sets (seedN.safetensors, seedN-images.png), every outer step
+(seedN-history.csv), what networks trained on them and on the baselines make of the test images (seedN.json,
+summary.csv and .json), figures and checkpoints. What the studies have found: docs/distill-example.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from comparison.command import command
+from distillation.collapse.settings import CollapseSettings
+from distillation.collapse.study import collapse_study
+from distillation.images.settings import ImagesSettings
+from distillation.images.study import learn_images
+from distillation.kernel.settings import KernelSettings
+from distillation.kernel.study import learn_kernel_set
+from distillation.linear.case import LinearSettings, linear_case
+
+STUDIES = {
+    ImagesSettings: learn_images,
+    KernelSettings: learn_kernel_set,
+    LinearSettings: linear_case,
+    CollapseSettings: collapse_study,
+}
+Settings = (
+    Annotated[ImagesSettings, tyro.conf.subcommand("images")]
+    | Annotated[KernelSettings, tyro.conf.subcommand("kernel")]
+    | Annotated[LinearSettings, tyro.conf.subcommand("linear")]
+    | Annotated[CollapseSettings, tyro.conf.subcommand("collapse")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the studies from the command line and return the exit status."""
+    return command(Settings, lambda settings: STUDIES[type(settings)](settings, Console()), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Neural collapse of networks trained on distilled and on real images."""

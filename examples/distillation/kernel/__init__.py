@@ -1,0 +1,1 @@
+"""Images and labels learned in closed form: kernel inducing points."""

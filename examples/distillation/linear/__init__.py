@@ -1,0 +1,1 @@
+"""How many images a linear model needs: the bound and what is learned."""
