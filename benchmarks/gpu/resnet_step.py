@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.timing import DEVICE, eager_seconds, graph_seconds, medians
 from benchmarks.report import Check, Claim, Report, Table, milliseconds, number
-from benchmarks.resnet import resnet18_features
+from benchmarks.resnet import resnet18_features, resnet50_features
 from etflayers.nn import FixedETFHead, NearestETFHead
 
 BATCH, SIDE = 256, 32
@@ -22,47 +22,6 @@ NUM_CLASSES = (10, 100)
 # Upper bounds on what NearestETFHead adds to the step of ResNet-18, in per cent, by number of classes.
 BOUNDS = {10: 3.0, 100: 5.0}
 OURS, PLAIN = "NearestETFHead", "nn.Linear"
-
-
-class _Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut (He, Zhang, Ren, Sun 2016, arXiv 1512.03385)."""
-
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        out_channels = 4 * width
-        self.residual = nn.Sequential(
-            nn.Conv2d(in_channels, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, out_channels, 1, bias=False),
-            nn.BatchNorm2d(out_channels),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.residual(x) + self.shortcut(x), inplace=True)
-
-
-def resnet50_features(channels: int) -> nn.Module:
-    """(B, channels, H, W) to (B, 2048): a 3x3 stem without pooling, four stages, a global mean."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(channels, 64, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(inplace=True),
-    ]
-    before = 64
-    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-        for index in range(blocks):
-            layers.append(_Bottleneck(before, width, stride if index == 0 else 1))
-            before = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 BACKBONES: dict[str, tuple[Callable[[int], nn.Module], int]] = {
