@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table as RichTable
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from benchmarks import (
@@ -31,7 +30,8 @@ from benchmarks import (
 from benchmarks.environment import environment
 from benchmarks.figure import draw_scaling
 from benchmarks.record import merge, write
-from benchmarks.report import Claim, Report, Table
+from benchmarks.report import Report
+from benchmarks.terminal import rendered, verdict
 
 SUITES: dict[str, Callable[[bool], Report]] = {
     "nearest_etf": bench_nearest_etf.run,
@@ -72,37 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 reports.append(SUITES[name](options.quick))
             console.rule(f"{name}, {time.perf_counter() - start:.0f} s")
             for table in reports[-1].tables:
-                console.print(_rendered(table))
+                console.print(rendered(table))
     if not options.quick:
         write(merge(options.output / "cpu.json", reports, where), list(SUITES), options.output)
         for report in reports:
             if report.suite == "scaling":
                 draw_scaling(report, options.output / "time.png")
         console.print(f"\nwritten to {options.output}")
-    return _verdict(reports, console)
-
-
-def _rendered(table: Table) -> RichTable:
-    rendered = RichTable(*table.columns, title=table.title, caption=table.note or None)
-    for row in table.rows:
-        rendered.add_row(*row)
-    return rendered
-
-
-def _verdict(reports: Sequence[Report], console: Console) -> int:
-    """Print the claims, missed bounds last, and the failed checks; 1 if there are any of these."""
-    claims = sorted((claim for report in reports for claim in report.claims), key=lambda claim: not claim.met)
-    if claims:
-        rows = [claim.cells() for claim in claims]
-        console.print(_rendered(Table("Against the bounds of the project", list(Claim.COLUMNS), rows)))
-    checks = [check for report in reports for check in report.checks]
-    failures = [check for report in reports for check in report.failures]
-    console.print(f"{len(checks) - len(failures)} of {len(checks)} checks of correctness passed")
-    for check in failures:
-        console.print(f"[red]wrong[/red]: {check.what}: error {check.error:.2e} > {check.limit:g}")
-    missed = sum(not claim.met for claim in claims)
-    console.print(f"{len(claims) - missed} of {len(claims)} bounds met")
-    return 1 if failures else 0
+    return verdict(reports, console)
 
 
 if __name__ == "__main__":

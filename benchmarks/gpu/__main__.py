@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.__main__ import _rendered, _verdict
 from benchmarks.environment import environment
 from benchmarks.record import merge, to_markdown
+from benchmarks.terminal import rendered, verdict
 
 # A suite is a module of this folder with a function `run(quick: bool) -> Report`.
 SUITES = ("ceilings", "class_sums", "cross_entropy", "node", "resnet_step")
@@ -50,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         console.rule(f"{name}, {time.perf_counter() - start:.0f} s")
         for table in reports[-1].tables:
-            console.print(_rendered(table))
+            console.print(rendered(table))
         if not options.quick:
             # After each suite, so that a run that is cut short leaves what it has measured.
             _write(options.output, reports[-1:], where)
-    return _verdict(reports, console)
+    return verdict(reports, console)
 
 
 def _device() -> dict[str, str]:
