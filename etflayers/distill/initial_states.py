@@ -269,7 +269,7 @@ def _seeded(seed: int) -> Iterator[None]:
     if accelerator is None:
         devices, kind = [], "cuda"
     else:
-        devices, kind = [torch.accelerator.current_device_index()], accelerator.type
+        devices, kind = [torch.get_device_module(accelerator).current_device()], accelerator.type
     with torch.random.fork_rng(devices, device_type=kind):
         torch.manual_seed(seed)
         yield
