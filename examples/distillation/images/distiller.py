@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from comparison import checkpoints
 from distillation.data import RealData
 from distillation.images.outer import Measures, OuterObjective
 from distillation.images.settings import ImagesSettings
 from distillation.images.starts import Starts, main_factory
 from distillation.networks import seeded
+from distillation.outer_loop import Learned, OuterRun, Row
 from distillation.settings import StartName
 from etflayers.distill import (
     SGD,
@@ -43,18 +41,8 @@ from etflayers.distill import (
 from etflayers.distill.optimizers import InnerOptimizer
 from etflayers.errors import NonFiniteError
 
-Row = dict[str, Any]
 REPRESENTATIVES = {"real": random_samples, "kmeans": kmeans_centres, "means": partial_means}
 MOMENTUM = 0.9
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A finished run: the set, every outer step, and the seconds they took."""
-
-    distilled: DistilledSet
-    history: list[Row]
-    seconds: float
 
 
 def inner_optimizer(settings: ImagesSettings) -> InnerOptimizer:
@@ -112,31 +100,18 @@ def learn(
         InvalidArgumentError: arguments that do not fit, or a checkpoint of a run with other settings.
         NonFiniteError: the inner or the outer training has diverged.
     """
-    run = _Run(settings, seed, data, starts, objective)
-    fingerprint = {**settings.fingerprint(), "seed": seed}
-    if checkpoint is not None:
-        if settings.resume and checkpoint.exists():
-            run.load(checkpoints.load(checkpoint, fingerprint, settings.torch_device))
-        else:
-            checkpoint.unlink(missing_ok=True)
-
-    def save() -> None:
-        if checkpoint is not None:
-            checkpoints.save(checkpoint, {"fingerprint": fingerprint, **run.state()})
-
-    first = run.step
-    while run.step < settings.outer_steps:
-        row = run.advance()
-        if run.step % settings.checkpoint_every == 0 and run.step < settings.outer_steps:
-            save()
-        progress(run.step, row)
-    if run.step > first:
-        save()
-    return Learned(run.distilled, run.history, run.seconds)
+    return _Run(settings, seed, data, starts, objective).finish(
+        checkpoint,
+        {**settings.fingerprint(), "seed": seed},
+        resume=settings.resume,
+        every=settings.checkpoint_every,
+        device=settings.torch_device,
+        progress=progress,
+    )
 
 
-class _Run:
-    """Everything that changes from one outer step to the next."""
+class _Run(OuterRun):
+    """Hypergradients through unrolled training."""
 
     def __init__(
         self,
@@ -155,51 +130,31 @@ class _Run:
         # outer loss sees the trained network as its user would.
         factory = main_factory(settings, data)
         self.trainee, self.judge = seeded(factory, seed).train(), seeded(factory, seed).eval()
-        self.distilled = first_set(settings, data, settings.start, seed)
-        groups = [
-            {"params": [self.distilled.inputs], "lr": settings.image_rate},
-            {"params": [self.distilled.log_rates], "lr": settings.log_rate},
+        distilled = first_set(settings, data, settings.start, seed)
+        groups: list[dict[str, Any]] = [
+            {"params": [distilled.inputs], "lr": settings.image_rate},
+            {"params": [distilled.log_rates], "lr": settings.log_rate},
         ]
-        if isinstance(self.distilled.labels, nn.Parameter):
-            groups.append({"params": [self.distilled.labels], "lr": settings.label_rate})
-        self.optimizer = torch.optim.Adam(groups)
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if isinstance(distilled.labels, nn.Parameter):
+            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
         self.clip = RunningNormClip(factor=settings.clip)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.step = 0
-        self.seconds = 0.0
-        self.history: list[Row] = []
+        super().__init__(distilled, groups, settings.outer_steps, torch.Generator().manual_seed(seed))
 
     def state(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "distilled": self.distilled.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "clip": self.clip.state_dict(),
-            "generator": self.generator.get_state(),
-            "pool": self.source.state_dict() if isinstance(self.source, OnlinePool) else None,
-        }
+        pool = self.source.state_dict() if isinstance(self.source, OnlinePool) else None
+        return {**super().state(), "clip": self.clip.state_dict(), "pool": pool}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on with what :meth:`state` returned."""
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.distilled.load_state_dict(state["distilled"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load(state)
         self.clip.load_state_dict(state["clip"])
-        self.generator.set_state(state["generator"].cpu())
         if isinstance(self.source, OnlinePool):
             self.source.load_state_dict(state["pool"])
 
-    def advance(self) -> Row:
-        """One outer step: the mean hypergradient over some networks, clipped, and a step of Adam."""
-        started = time.perf_counter()
+    def update(self) -> Row:
+        """The mean hypergradient over some networks, clipped, and a step of Adam."""
         settings = self.settings
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * self.step / settings.outer_steps))
-        self.optimizer.zero_grad()
         row: Row = {"step": self.step, "loss": 0.0}
         together = settings.together and settings.networks > 1 and not isinstance(self.source, OnlinePool)
         # One by one, the graph of a network is gone before that of the next is made.
@@ -221,9 +176,6 @@ class _Run:
         row["gradient_norm"] = float(self.clip(self.distilled.parameters()))
         self.optimizer.step()
         row["mean_rate"] = self.distilled.rates.mean().item()
-        self.step += 1
-        self.seconds += time.perf_counter() - started
-        self.history.append(row)
         return row
 
     def _outer(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Measures]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from comparison import checkpoints
 from comparison.training import shifted
 from distillation.data import Images, RealData
 from distillation.images.distiller import REPRESENTATIVES
 from distillation.kernel.settings import KernelSettings
+from distillation.outer_loop import Learned, OuterRun, Row
 from etflayers.distill import (
     DistilledSet,
     Kernel,
@@ -29,17 +28,7 @@ from etflayers.distill import (
 )
 from etflayers.errors import NonFiniteError
 
-Row = dict[str, Any]
 PREDICTION_BATCH = 1000
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A finished run: the set, every outer step, and the seconds they took."""
-
-    distilled: DistilledSet
-    history: list[Row]
-    seconds: float
 
 
 def make_loop(settings: KernelSettings, data: RealData) -> KernelRidgeInnerLoop:
@@ -112,66 +101,37 @@ def learn(
         InvalidArgumentError: arguments that do not fit, or a checkpoint of a run with other settings.
         NonFiniteError: learning has diverged.
     """
-    run = _Run(settings, per_class, seed, data)
-    fingerprint = {**settings.fingerprint(), "images of a class": per_class, "seed": seed}
-    if checkpoint is not None:
-        if settings.resume and checkpoint.exists():
-            run.load(checkpoints.load(checkpoint, fingerprint, settings.torch_device))
-        else:
-            checkpoint.unlink(missing_ok=True)
-    while run.step < settings.outer_steps:
-        row = run.advance()
-        last = run.step == settings.outer_steps
-        if checkpoint is not None and (last or run.step % settings.checkpoint_every == 0):
-            checkpoints.save(checkpoint, {"fingerprint": fingerprint, **run.state()})
-        progress(run.step, row)
+    learned = _Run(settings, per_class, seed, data).finish(
+        checkpoint,
+        {**settings.fingerprint(), "images of a class": per_class, "seed": seed},
+        resume=settings.resume,
+        every=settings.checkpoint_every,
+        device=settings.torch_device,
+        progress=progress,
+    )
     if settings.labels == "solved":
-        run.distilled = with_solved_labels(run.loop, run.distilled, data.train)
-    return Learned(run.distilled, run.history, run.seconds)
+        solved = with_solved_labels(make_loop(settings, data), learned.distilled, data.train)
+        return replace(learned, distilled=solved)
+    return learned
 
 
-class _Run:
-    """Everything that changes from one outer step to the next."""
+class _Run(OuterRun):
+    """Gradients of the error of the regression."""
 
     def __init__(self, settings: KernelSettings, per_class: int, seed: int, data: RealData) -> None:
         self.settings = settings
         self.data = data
         self.loop = make_loop(settings, data)
         # A stream for every size, so that none depends on which others are asked for.
-        self.generator = torch.Generator().manual_seed(1000 * seed + per_class)
-        self.distilled = representatives(settings.start, per_class, data, data.train, self.generator)
-        groups = [{"params": [self.distilled.inputs], "lr": settings.image_rate}]
+        generator = torch.Generator().manual_seed(1000 * seed + per_class)
+        distilled = representatives(settings.start, per_class, data, data.train, generator)
+        groups: list[dict[str, Any]] = [{"params": [distilled.inputs], "lr": settings.image_rate}]
         if settings.labels == "learned":
-            groups.append({"params": [self.distilled.labels], "lr": settings.label_rate})
-        self.optimizer = torch.optim.Adam(groups)
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.step = 0
-        self.seconds = 0.0
-        self.history: list[Row] = []
+            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
+        super().__init__(distilled, groups, settings.outer_steps, generator)
 
-    def state(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "distilled": self.distilled.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on with what :meth:`state` returned."""
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.distilled.load_state_dict(state["distilled"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-
-    def advance(self) -> Row:
-        """One outer step: the loss of the regression on a batch of real images, and a step of Adam."""
-        started = time.perf_counter()
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * self.step / self.settings.outer_steps))
+    def update(self) -> Row:
+        """The loss of the regression on a batch of real images, and a step of Adam."""
         inputs, classes = self._batch()
         targets = centred_one_hot(classes, self.data.num_classes)
         support, labels = self.distilled.inputs, self.distilled.labels
@@ -185,15 +145,10 @@ class _Run:
                 f"the loss of step {self.step} is {loss.item()}: take a smaller --image-rate or a larger "
                 "--ridge"
             )
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         accuracy = (outputs.argmax(-1) == classes).double().mean().item()
-        row: Row = {"step": self.step, "loss": loss.item(), "accuracy": accuracy}
-        self.step += 1
-        self.seconds += time.perf_counter() - started
-        self.history.append(row)
-        return row
+        return {"step": self.step, "loss": loss.item(), "accuracy": accuracy}
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         inputs, classes = self.data.train.batch(self.settings.outer_batch, self.generator)
