@@ -39,7 +39,7 @@ Solver = Callable[[Tensor, float], OracleSolution]
 
 
 def published_objective(frame: Tensor, means: Tensor) -> float:
-    """|Y - W'/(c sqrt(K-1))|^2 of the centred class means Y', in float64."""
+    """|Y - W'/(c sqrt(K-1))|^2 of the centered class means Y', in float64."""
     target = means.double() - means.double().mean(0)
     return float(
         (target - frame.double() / (etf_radius(len(means)) * (len(means) - 1) ** 0.5)).square().sum()

@@ -20,7 +20,7 @@ from benchmarks.report import Check, Report, Table, milliseconds
 from benchmarks.timing import interleaved, medians
 from etflayers import SVD, ByRegime, Detached, GramEigh, Implicit, Unrolled, nearest_etf
 from etflayers.adjoints import Adjoint
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.solvers import (
     QRSVD,
     ConvexHull,
@@ -99,8 +99,8 @@ DIFFERENCES_LIMIT = 1e-4
 
 
 def scipy_frame(means: Tensor) -> Tensor:
-    factor, _ = linalg.polar(centred_basis_apply(means).numpy())
-    return etf_radius(len(means)) * centred_basis_adjoint(torch.from_numpy(np.ascontiguousarray(factor)))
+    factor, _ = linalg.polar(centered_basis_apply(means).numpy())
+    return etf_radius(len(means)) * centered_basis_adjoint(torch.from_numpy(np.ascontiguousarray(factor)))
 
 
 def differences_error(gradient: Tensor, means: Tensor) -> float:

@@ -19,7 +19,7 @@ from benchmarks.bench_memory import peak_mb
 from benchmarks.report import Check, Claim, Report, Table, milliseconds
 from benchmarks.timing import interleaved, median_ratio, medians
 from etflayers.functional import stiefel_argmin
-from etflayers.geometry import centred_basis_apply, random_stiefel
+from etflayers.geometry import centered_basis_apply, random_stiefel
 from etflayers.solvers import RiemannianDescent, RiemannianNewton, StiefelSolver, TrustRegions
 from etflayers.testing import relative_error
 
@@ -52,7 +52,7 @@ def problem(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     means = torch.randn(1, k, d, generator=generator, dtype=torch.float64) / d**0.5
     scales = torch.linspace(0.7, 1.3, d, dtype=torch.float64)[:, None]
     start = random_stiefel(d, k - 1, batch=(1,), generator=generator, dtype=torch.float64)
-    return centred_basis_apply(means), scales, start
+    return centered_basis_apply(means), scales, start
 
 
 def drifted(coordinates: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def run(quick: bool = False) -> Report:
             "Forward and backward pass of the general node, float64",
             ["(d, K)", "forward, warm (ms)", "backward (ms)", "backward / forward"],
             backward,
-            f"Warm start: the minimiser for class means that were {DRIFT:.0%} different.",
+            f"Warm start: the minimizer for class means that were {DRIFT:.0%} different.",
         ),
         _memory_table(report, quick),
     ]

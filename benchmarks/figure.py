@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.report import Report
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 
 __all__ = ["draw_scaling"]
 
@@ -19,10 +19,10 @@ def draw_scaling(report: Report, path: Path) -> None:
     plt = require_module("matplotlib.pyplot", extra="examples")
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for panel, (axis, curves) in zip(panels, report.samples.items(), strict=True):
-        for (name, points), (colour, marker, line) in zip(curves.items(), _STYLES, strict=True):
+        for (name, points), (color, marker, line) in zip(curves.items(), _STYLES, strict=True):
             sizes, seconds = zip(*points, strict=True)
             milliseconds = [1e3 * value for value in seconds]
-            panel.loglog(sizes, milliseconds, line, color=colour, marker=marker, label=name)
+            panel.loglog(sizes, milliseconds, line, color=color, marker=marker, label=name)
         panel.set_xlabel(_LABELS[axis])
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 
 __all__ = ["five_products", "tall_svd_frame"]
 
@@ -30,5 +30,5 @@ def five_products(num_classes: int, in_features: int) -> Callable[[], Tensor]:
 
 def tall_svd_frame(means: Tensor) -> Tensor:
     """``etflayers.testing.svd_frame`` on the transposed matrix, the layout in which LAPACK is faster."""
-    left, _, right = torch.linalg.svd(centred_basis_apply(means).mT, full_matrices=False)
-    return etf_radius(means.shape[-2]) * centred_basis_adjoint((left @ right).mT)
+    left, _, right = torch.linalg.svd(centered_basis_apply(means).mT, full_matrices=False)
+    return etf_radius(means.shape[-2]) * centered_basis_adjoint((left @ right).mT)

@@ -41,7 +41,7 @@ def interleaved(
 
 
 def _repeats(call: Callable[[], object], sample_seconds: float) -> int:
-    first = _sample(call, 1)  # includes lazy initialisation
+    first = _sample(call, 1)  # includes lazy initialization
     return 1 if first >= 100 * sample_seconds else max(1, round(sample_seconds / _sample(call, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Differentiable-optimisation layers around the simplex equiangular tight frame, for PyTorch."""
+"""Differentiable-optimization layers around the simplex equiangular tight frame, for PyTorch."""
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.functional import (

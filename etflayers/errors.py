@@ -1,18 +1,10 @@
-"""What can go wrong, said once: the exceptions of the library and the checks that raise them.
+"""What can go wrong: the exceptions that etflayers raises on purpose.
 
-Every message names the argument, what was received and what to do about it. Checks of *values* (NaN
-features, targets out of range) never cost a host-device synchronisation: on the CPU they raise at once,
-elsewhere, and under ``torch.compile``, they become an asynchronous assertion on the device.
+Every message names the argument, what was received and what to do about it. The checks that raise them are
+in ``checks``.
 """
 
 from __future__ import annotations
-
-import importlib
-import math
-from types import ModuleType
-
-import torch
-from torch import Tensor
 
 __all__ = [
     "ConvergenceError",
@@ -22,13 +14,6 @@ __all__ = [
     "MissingDependencyError",
     "MissingTargetsError",
     "NonFiniteError",
-    "reads_values",
-    "require",
-    "require_concrete",
-    "require_finite",
-    "require_floating",
-    "require_module",
-    "require_values",
 ]
 
 
@@ -58,82 +43,3 @@ class MissingTargetsError(EtfLayersError, RuntimeError):
 
 class MissingDependencyError(EtfLayersError, ImportError):
     """An optional dependency is needed and not installed."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise :class:`InvalidArgumentError` with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise InvalidArgumentError(message)
-
-
-def require_floating(name: str, dtype: torch.dtype) -> None:
-    """Raise unless ``dtype`` is a real floating-point type."""
-    require(
-        dtype.is_floating_point,
-        f"{name} must have a real floating-point dtype, got {dtype}: convert it, e.g. with .float()",
-    )
-
-
-def require_module(name: str, *, extra: str) -> ModuleType:
-    """Import an optional module, or say which extra of etflayers installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name!r} is needed here and could not be imported ({error}): pip install 'etflayers[{extra}]'"
-        ) from error
-
-
-def reads_values(tensor: Tensor) -> bool:
-    """Whether Python may branch on the values of ``tensor`` at no cost.
-
-    True for an ordinary CPU tensor in eager mode. False on an accelerator (reading would wait for the
-    device), under ``torch.compile`` or ``torch.export`` (the branch would break the graph), inside a
-    ``torch.func`` transform and for fake or meta tensors (there is no value to read).
-    """
-    return tensor.device.type == "cpu" and _is_concrete(tensor)
-
-
-def _is_concrete(tensor: Tensor) -> bool:
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or isinstance(tensor, torch._subclasses.FakeTensor)
-    )
-
-
-def require_concrete(tensor: Tensor, what: str, instead: str) -> None:
-    """Raise :class:`InvalidArgumentError` if ``tensor`` has no values yet, because it is being traced."""
-    require(
-        _is_concrete(tensor),
-        f"{what} needs the values of its input, which torch.compile and torch.func.vmap do not have while "
-        f"they trace it: {instead}",
-    )
-
-
-def require_values(
-    condition: Tensor, message: str, error: type[EtfLayersError] = InvalidArgumentError
-) -> None:
-    """Raise ``error(message)`` unless the scalar boolean tensor ``condition`` is true, without a sync.
-
-    Where the value cannot be read for free it becomes an asynchronous assertion: PyTorch reports it at the
-    next synchronisation as a ``RuntimeError`` (on CUDA a device-side assert) that carries ``message``. Inside
-    ``torch.func`` transforms, for which that assertion has no batching rule, values are not checked.
-    """
-    if reads_values(condition):
-        if not bool(condition):
-            raise error(message)
-    elif condition.device.type != "meta" and not torch._C._are_functorch_transforms_active():
-        torch._assert_async(condition, message)
-
-
-def require_finite(tensor: Tensor, message: str) -> None:
-    """Raise :class:`NonFiniteError` with ``message`` if the tensor holds NaN or infinity, without a sync."""
-    if tensor.numel() == 0:
-        return
-    lowest, highest = torch.aminmax(tensor.detach())  # one pass; NaN comes through as NaN
-    if reads_values(tensor):
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise NonFiniteError(message)
-    else:
-        require_values(torch.isfinite(lowest) & torch.isfinite(highest), message, NonFiniteError)

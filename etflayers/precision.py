@@ -1,4 +1,4 @@
-"""In which precision a factorisation runs: never under autocast, never in half precision."""
+"""In which precision a factorization runs: never under autocast, never in half precision."""
 
 from __future__ import annotations
 

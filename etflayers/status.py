@@ -8,16 +8,16 @@ __all__ = ["SolveWarning", "Status"]
 
 
 class SolveWarning(RuntimeWarning):
-    """A minimiser or its derivative is uncertain; the message says why and what to do."""
+    """A minimizer or its derivative is uncertain; the message says why and what to do."""
 
 
 class Status(IntEnum):
     """How a solve ended; larger is worse, so the status of a batch is the maximum of its codes.
 
-    A general objective has local minimisers: there, unique means that no other one lies next to it.
+    A general objective has local minimizers: there, unique means that no other one lies next to it.
 
     >>> Status.CONVERGED.message
-    'the minimiser is unique and was found'
+    'the minimizer is unique and was found'
     """
 
     CONVERGED = 0
@@ -34,14 +34,14 @@ class Status(IntEnum):
 
 
 _MESSAGES = {
-    Status.CONVERGED: "the minimiser is unique and was found",
+    Status.CONVERGED: "the minimizer is unique and was found",
     Status.RANK_DEFICIENT: (
-        "the centred class means span fewer than K - 1 directions (coinciding or unseen classes), so many "
+        "the centered class means span fewer than K - 1 directions (coinciding or unseen classes), so many "
         "frames are equally near: one of them was returned and its gradient is the minimum-norm one; give "
         "anchor= and proximity= > 0 to make the answer unique"
     ),
     Status.DEGENERATE: (
-        "the Hessian at the minimiser is singular, so it is not isolated and its derivative is not defined "
+        "the Hessian at the minimizer is singular, so it is not isolated and its derivative is not defined "
         "in every direction: add a small proximal term, such as a multiple of -<Q, Q0>, to the objective"
     ),
     Status.SADDLE: (

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etflayers.errors import require, require_module
+from etflayers.checks import require, require_module
 from etflayers.geometry import (
-    centred_basis_adjoint,
-    centred_basis_apply,
+    centered_basis_adjoint,
+    centered_basis_apply,
     etf_radius,
     random_stiefel,
     require_etf_dims,
@@ -57,10 +57,10 @@ def means_with_condition(
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Class means (K, d) whose centred singular values fall log-evenly from 1 to 1 / kappa.
+    """Class means (K, d) whose centered singular values fall log-evenly from 1 to 1 / kappa.
 
     >>> means = means_with_condition(4, 6, 10.0)
-    >>> round(float(torch.linalg.cond(centred_basis_apply(means))), 6)
+    >>> round(float(torch.linalg.cond(centered_basis_apply(means))), 6)
     10.0
     """
     require_etf_dims(num_classes, in_features)
@@ -69,7 +69,7 @@ def means_with_condition(
     left = random_stiefel(rank, rank, **options)  # type: ignore[arg-type]
     right = random_stiefel(in_features, rank, **options)  # type: ignore[arg-type]
     values = torch.logspace(0, -math.log10(kappa), rank, dtype=torch.float64)
-    return centred_basis_adjoint((left * values) @ right.mT).to(dtype)
+    return centered_basis_adjoint((left * values) @ right.mT).to(dtype)
 
 
 def svd_frame(means: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ def svd_frame(means: Tensor) -> Tensor:
     >>> bool(torch.allclose(svd_frame(means), nearest_etf(means)))
     True
     """
-    left, _, right = torch.linalg.svd(centred_basis_apply(means), full_matrices=False)
-    return etf_radius(means.shape[-2]) * centred_basis_adjoint(left @ right)
+    left, _, right = torch.linalg.svd(centered_basis_apply(means), full_matrices=False)
+    return etf_radius(means.shape[-2]) * centered_basis_adjoint(left @ right)
 
 
 def adjoint_identity_error(function: Callable[[Tensor], Tensor], point: Tensor) -> float:
@@ -123,7 +123,7 @@ class _PublishedProblem:
         spare = max(k - d, 0) if anchor is None else max(k + 1 - d, 1)
         self.features = d
         self.scale = 1 / math.sqrt(k - 1)
-        self.centring = np.eye(k) - 1 / k
+        self.centering = np.eye(k) - 1 / k
         self.target = np.zeros((d + spare, k))
         self.target[:d] = means.detach().double().numpy().T
         self.delta = delta
@@ -133,18 +133,18 @@ class _PublishedProblem:
             self.anchor[d] = 1 / math.sqrt(k)
 
     def cost(self, p: np.ndarray) -> float:
-        residual = self.target - self.scale * p @ self.centring
+        residual = self.target - self.scale * p @ self.centering
         return float((residual**2).sum() + self.delta / 2 * ((p - self.anchor) ** 2).sum())
 
     def gradient(self, p: np.ndarray) -> np.ndarray:
-        residual = self.target - self.scale * p @ self.centring
-        return -2 * self.scale * residual @ self.centring + self.delta * (p - self.anchor)
+        residual = self.target - self.scale * p @ self.centering
+        return -2 * self.scale * residual @ self.centering + self.delta * (p - self.anchor)
 
     def hessian(self, p: np.ndarray, direction: np.ndarray) -> np.ndarray:
-        return 2 * self.scale**2 * direction @ self.centring + self.delta * direction
+        return 2 * self.scale**2 * direction @ self.centering + self.delta * direction
 
     def frame(self, p: np.ndarray) -> Tensor:
-        rows = etf_radius(p.shape[1]) * (p @ self.centring).T
+        rows = etf_radius(p.shape[1]) * (p @ self.centering).T
         return torch.from_numpy(np.ascontiguousarray(rows[:, : self.features]))
 
 
@@ -213,16 +213,16 @@ def riemannian_descent_frame(
         InvalidArgumentError: not converged within ``max_steps``.
     """
     geoopt = require_module("geoopt", extra="solvers")
-    centred = means.detach().double() - means.detach().double().mean(0)
-    published = _PublishedProblem(centred / centred.norm(), None, 0.0)
-    target, centring = torch.from_numpy(published.target), torch.from_numpy(published.centring)
+    centered = means.detach().double() - means.detach().double().mean(0)
+    published = _PublishedProblem(centered / centered.norm(), None, 0.0)
+    target, centering = torch.from_numpy(published.target), torch.from_numpy(published.centering)
     start = random_stiefel(*target.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     manifold = geoopt.EuclideanStiefel()
     point = geoopt.ManifoldParameter(start, manifold=manifold)
     optimizer = geoopt.optim.RiemannianSGD([point], lr=learning_rate)
     for step in range(max_steps):
         optimizer.zero_grad()
-        cost = (target - published.scale * point @ centring).square().sum()
+        cost = (target - published.scale * point @ centering).square().sum()
         cost.backward()
         if float(manifold.egrad2rgrad(point.data, point.grad).norm()) <= gradient_norm:
             return OracleSolution(published.frame(point.detach().numpy()), float(cost.detach()), step)

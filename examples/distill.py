@@ -2,10 +2,10 @@
 
     python examples/distill.py images --quick                       under a minute: ten digits for one network
     python examples/distill.py images --seeds 0 1 2                 ten images for one LeNet, MNIST
-    python examples/distill.py images --initialisation random --networks 4 --per-class 10 --steps 10 \
+    python examples/distill.py images --initialization random --networks 4 --per-class 10 --steps 10 \
         --epochs 1 --optimizer adam --other-networks convnet mlp    a hundred, for networks nobody has seen
-    python examples/distill.py images --initialisation pretrained --source digits --image-size 28
-    python examples/distill.py images --initialisation pretrained --outer misclassify --attacked 0 --target 1
+    python examples/distill.py images --initialization pretrained --source digits --image-size 28
+    python examples/distill.py images --initialization pretrained --outer misclassify --attacked 0 --target 1
     python examples/distill.py kernel                               in closed form: kernel inducing points
     python examples/distill.py linear                               how many images a linear model needs
     python examples/distill.py collapse --sets runs/distill-images/seed0.safetensors

@@ -2,7 +2,7 @@
 
     python examples/ufm.py --lr-grid 0.01 0.1 1    all heads, K = 10 and 100: steps until the means are an ETF
     python examples/ufm.py --sweep                 the options of the nearest head, one at a time
-    python examples/ufm.py --theory                the landscape against convex optimisation
+    python examples/ufm.py --theory                the landscape against convex optimization
     python examples/ufm.py --resume                continue what was killed
     python examples/ufm.py --help                  everything else
 

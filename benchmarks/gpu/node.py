@@ -1,4 +1,4 @@
-"""The nearest-ETF node, forward and backward, against differentiated factorisations."""
+"""The nearest-ETF node, forward and backward, against differentiated factorizations."""
 
 from __future__ import annotations
 
@@ -159,11 +159,11 @@ def run(quick: bool = False) -> Report:
         report.checks.extend(checks(title, means))
         device_means = means.to(DEVICE)
         captured = {name: forward_backward(frame, device_means) for name, frame in CAPTURED.items()}
-        factorised = {name: forward_backward(frame, device_means) for name, frame in FACTORISED.items()}
+        factorized = {name: forward_backward(frame, device_means) for name, frame in FACTORISED.items()}
         device = graph_seconds({name: [call] for name, call in captured.items()})
-        # A factorisation of a large matrix takes a second.
+        # A factorization of a large matrix takes a second.
         eager = eager_seconds(captured) | eager_seconds(
-            factorised, rounds=5 if num_classes > 100 or batch else 20, repeats=1, warm=1
+            factorized, rounds=5 if num_classes > 100 or batch else 20, repeats=1, warm=1
         )
         report.samples[title] = {"graph": device, "eager": eager}
         in_graph, launched = medians(device), medians(eager)
@@ -214,7 +214,7 @@ def run(quick: bool = False) -> Report:
             "Nearest ETF, forward + backward",
             ["(d, K)", "eager, us", "in a CUDA graph, us", "faster than SVD, eager", "float64 TFLOP/s"],
             rows,
-            "Gaussian class means; the SVD to beat is the faster of its two layouts. Factorisations wait for "
+            "Gaussian class means; the SVD to beat is the faster of its two layouts. Factorizations wait for "
             "the host and cannot be captured. TFLOP/s in the graph, against the product of large matrices.",
         )
     )

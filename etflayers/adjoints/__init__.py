@@ -1,4 +1,4 @@
-"""How a gradient flows through a minimiser. No solver code lives here."""
+"""How a gradient flows through a minimizer. No solver code lives here."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -22,18 +22,18 @@ __all__ = [
 
 
 class Adjoint(Protocol):
-    """A way to make the nearest frame a differentiable function of the linear form it maximises."""
+    """A way to make the nearest frame a differentiable function of the linear form it maximizes."""
 
     def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
-        """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
+        """The frame that maximizes <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
         ...
 
 
 class StiefelAdjoint(Protocol):
-    """A way to make a minimiser on the Stiefel manifold a differentiable function of its inputs."""
+    """A way to make a minimizer on the Stiefel manifold a differentiable function of its inputs."""
 
     def attach(
         self, objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, LinearSolve | None]:
-        """The minimiser ``point`` (``(B, d, n)``) with its derivative, and a record of the backward pass."""
+        """The minimizer ``point`` (``(B, d, n)``) with its derivative, and a record of the backward pass."""
         ...

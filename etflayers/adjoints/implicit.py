@@ -1,12 +1,12 @@
 r"""The derivative of the nearest frame from its optimality condition, not from the solver's steps.
 
-**Optimality.** The maximiser W of <W, M> over simplex ETFs satisfies (see ``solvers.polar``)
+**Optimality.** The maximizer W of <W, M> over simplex ETFs satisfies (see ``solvers.polar``)
 
     c^2 M_c = T W   with   T = M_c W' symmetric positive semi-definite,   and   W W' = c^2 C,
 
-where M_c = CM are the centred rows and C is the projector orthogonal to 1. Differentiate and split dW = X W +
-N with N W' = 0; the constraint makes X skew. Multiply c^2 dM_c = dT W + T dW by W' from the right, divide by
-c^2 and subtract the transpose, which removes dT:
+where M_c = CM are the centered rows and C is the projector orthogonal to 1. Differentiate and split
+dW = X W + N with N W' = 0; the constraint makes X skew. Multiply c^2 dM_c = dT W + T dW by W' from the right,
+divide by c^2 and subtract the transpose, which removes dT:
 
     T X + X T = dM_c W' - W dM_c',         N = c^2 T^+ dM_c (I - W'W / c^2),
     dW = X W + c^2 T^+ dM_c (I - W'W / c^2).                                                            (*)
@@ -33,9 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etflayers._torch import forward_mode, inside_transform
 from etflayers.adjoints.stationary import LinearSolve, ParametricObjective, implicit_point
 from etflayers.adjoints.sylvester import Eigenbasis, Root, Spectrum, solve_sylvester
-from etflayers.geometry import centred, etf_radius
+from etflayers.geometry import centered, etf_radius
 from etflayers.kernels.dispatch import Impl
 from etflayers.kernels.polar import absent_directions, polar_adjoint
 from etflayers.precision import full_precision
@@ -50,7 +51,7 @@ def _derivative(
     """dW of (*) for dM = ``direction`` (..., K, d), in its dtype."""
     with full_precision(direction):
         # Forward mode may run inside a backward pass that records no graph; its tangents still have to flow.
-        if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or forward_mode():
             d_frame = _differentiable(direction, linear, frame, _spectrum(inverse, *spectrum))
         elif len(spectrum) == 1:
             d_frame = polar_adjoint(direction, frame, inverse, *spectrum, impl=impl)
@@ -73,7 +74,7 @@ def _has_complement(frame: Tensor) -> bool:
 
 def _fused(direction: Tensor, frame: Tensor, inverse: Tensor, basis: Tensor, divisors: Tensor) -> Tensor:
     """(*) in three large products, with the solver's factors as constants."""
-    change, frame = centred(direction.to(basis.dtype)), frame.to(basis.dtype)
+    change, frame = centered(direction.to(basis.dtype)), frame.to(basis.dtype)
     inner = change @ frame.mT
     z = basis.mT @ inner @ basis
     left = basis @ ((z - z.mT) * divisors) @ basis.mT
@@ -89,8 +90,8 @@ def _differentiable(direction: Tensor, linear: Tensor, frame: Tensor, spectrum: 
     """(*) as a function of M and W that can itself be differentiated, to any order."""
     square = etf_radius(frame.shape[-2]) ** 2
     dtype = spectrum[0].dtype
-    change, frame = centred(direction.to(dtype)), frame.to(dtype)
-    product = centred(linear.to(dtype)) @ frame.mT
+    change, frame = centered(direction.to(dtype)), frame.to(dtype)
+    product = centered(linear.to(dtype)) @ frame.mT
     symmetric = (product + product.mT) / 2
     inner = change @ frame.mT
     turned = solve_sylvester(symmetric, inner - inner.mT, spectrum) @ frame
@@ -138,12 +139,10 @@ class _NearestFrame(torch.autograd.Function):
 # through, it would refuse the forward mode and lose the vmap rule.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _nearest_frame(linear: Tensor, solver: FrameSolver) -> Tensor:
-    if torch._C._are_functorch_transforms_active():
-        apply = _NearestFrame.apply
-    else:
-        # What Function.apply itself calls after binding the arguments to the signature of `forward` by
-        # introspection, which would take a fifth of the time of a small problem.
-        apply = super(torch.autograd.Function, _NearestFrame).apply
+    # What Function.apply itself calls after binding the arguments to the signature of `forward` by
+    # introspection, which would take a fifth of the time of a small problem.
+    direct = super(torch.autograd.Function, _NearestFrame).apply
+    apply = _NearestFrame.apply if inside_transform() else direct
     frame: Tensor = apply(linear, solver)[0]  # type: ignore[no-untyped-call]
     return frame
 
@@ -167,14 +166,14 @@ class Implicit:
     max_iterations: int = 500
 
     def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
-        """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
+        """The frame that maximizes <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
         frame: Tensor = _nearest_frame(linear, solver)
         return frame
 
     def attach(
         self, objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, LinearSolve]:
-        """The minimiser ``point`` as a differentiable function of ``inputs``; the record of its backward."""
+        """The minimizer ``point`` as a differentiable function of ``inputs``; the record of its backward."""
         return implicit_point(
             objective, point, inputs, tolerance=self.tolerance, max_iterations=self.max_iterations
         )

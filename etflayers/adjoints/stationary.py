@@ -1,6 +1,6 @@
-r"""The derivative of a minimiser on the Stiefel manifold, from the condition that its gradient vanishes.
+r"""The derivative of a minimizer on the Stiefel manifold, from the condition that its gradient vanishes.
 
-**First order.** For inputs x the minimiser Q satisfies grad f(Q, x) = 0. Differentiate: with the Riemannian
+**First order.** For inputs x the minimizer Q satisfies grad f(Q, x) = 0. Differentiate: with the Riemannian
 Hessian H at Q and the tangent projection P (see ``solvers.stiefel``),
 
     H dQ = -P (d_x G)[dx],      G the Euclidean gradient of f in Q.
@@ -91,7 +91,7 @@ class _System:
         status = Status(int(codes.max()))
         if status is not Status.CONVERGED:
             warnings.warn(
-                f"the gradient of the minimiser is uncertain (its linear system was solved to "
+                f"the gradient of the minimizer is uncertain (its linear system was solved to "
                 f"{float(residual.max()):.1e} instead of {tolerance:.1e}): {status.message}",
                 SolveWarning,
                 stacklevel=2,
@@ -204,7 +204,7 @@ def implicit_point(
     tolerance: float | None,
     max_iterations: int,
 ) -> tuple[Tensor, LinearSolve]:
-    """``point``, a minimiser, as a differentiable function of the inputs, and the record of its backward."""
+    """``point``, a minimizer, as a differentiable function of the inputs, and the record of its backward."""
     record = LinearSolve()
     system = _System(objective, tolerance, max_iterations, record)
     found: Tensor = _StationaryPoint.apply(system, point, *inputs)  # type: ignore[no-untyped-call]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from etflayers.adjoints.stationary import ParametricObjective, unrolled_point
-from etflayers.errors import NonFiniteError, reads_values, require
+from etflayers.checks import reads_values, require
+from etflayers.errors import NonFiniteError
 from etflayers.precision import full_precision
 from etflayers.solvers import FrameSolver
 
@@ -25,7 +26,7 @@ def _require_finite_gradient(grad: Tensor | None) -> None:
     # An undefined gradient, which stands for zero, comes as None.
     if grad is not None and reads_values(grad) and not bool(torch.isfinite(grad).all()):
         raise NonFiniteError(
-            "the unrolled gradient is not finite: a factorisation cannot be differentiated where singular "
+            "the unrolled gradient is not finite: a factorization cannot be differentiated where singular "
             "values coincide, as they do at neural collapse; use adjoint=Implicit()"
         )
 
@@ -35,13 +36,13 @@ class Unrolled:
     """Differentiate through the operations that the solver ran.
 
     With :class:`~etflayers.solvers.NewtonSchulz` that takes matrix products only and is accurate everywhere.
-    With a factorisation (SVD or eigendecomposition) it is a peer for checks and teaching, not for training:
+    With a factorization (SVD or eigendecomposition) it is a peer for checks and teaching, not for training:
     its derivative divides by differences of singular values, which vanish at neural collapse. A gradient that
     is not finite raises :class:`~etflayers.errors.NonFiniteError` (in eager mode on the CPU) instead of
     spreading. With :class:`~etflayers.solvers.ConvexHull` it is the derivative of cvxpylayers, once; with
     :class:`~etflayers.solvers.Iterative`, which records no operations, an error.
 
-    For a general objective (``attach``) the solver's steps cannot be differentiated; from its minimiser on,
+    For a general objective (``attach``) the solver's steps cannot be differentiated; from its minimizer on,
     ``steps`` gradient steps are. They leave the point where it is, and their derivative approaches the exact
     one, of every order, as fast as gradient descent converges; each step keeps a graph.
 
@@ -52,7 +53,7 @@ class Unrolled:
     steps: int = 100
 
     def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
-        """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
+        """The frame that maximizes <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
         if linear.requires_grad and reads_values(linear):
             linear = linear.view_as(linear)  # the hook belongs to this use of the tensor, not to the caller's
             linear.register_hook(_require_finite_gradient)  # type: ignore[no-untyped-call]
@@ -67,7 +68,7 @@ class Unrolled:
     def attach(
         self, objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, None]:
-        """The minimiser ``point``, by ``steps`` differentiable steps from itself."""
+        """The minimizer ``point``, by ``steps`` differentiable steps from itself."""
         return unrolled_point(objective, point, inputs, steps=self.steps), None
 
 
@@ -76,7 +77,7 @@ class Detached:
     """No derivative: the frame is a constant of the graph."""
 
     def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
-        """The frame that maximises <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
+        """The frame that maximizes <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
         with torch.no_grad():
             return _solve(linear.detach(), solver)
 

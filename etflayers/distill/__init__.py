@@ -6,21 +6,21 @@ from etflayers.distill.distilled_set import DistilledSet
 from etflayers.distill.image_grid import image_grid, write_png
 from etflayers.distill.infinite_width import NNGPKernel, NTKKernel
 from etflayers.distill.initial_states import (
-    FixedInitialisation,
+    FixedInitialization,
     InitialState,
     OnlinePool,
-    RandomInitialisation,
+    RandomInitialization,
     StoredPool,
     stack_states,
 )
 from etflayers.distill.inner_loop import InnerSolution, UnrolledInnerLoop, unrolled_inner_loop
-from etflayers.distill.kernel_ridge import KernelRidgeInnerLoop, centred_one_hot, kernel_ridge, solve_labels
+from etflayers.distill.kernel_ridge import KernelRidgeInnerLoop, centered_one_hot, kernel_ridge, solve_labels
 from etflayers.distill.kernels import FeatureKernel, Kernel, LinearKernel, RBFKernel
 from etflayers.distill.memory import memory_forecast
 from etflayers.distill.objective import cross_entropy
 from etflayers.distill.optimizers import SGD, Adam, AdamW
 from etflayers.distill.ranks import average_gradients
-from etflayers.distill.representatives import kmeans_centres, partial_means, per_class, random_samples
+from etflayers.distill.representatives import kmeans_centers, partial_means, per_class, random_samples
 from etflayers.distill.windows import last_window, moving_window, random_window, truncation_cosine
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "AdamW",
     "DistilledSet",
     "FeatureKernel",
-    "FixedInitialisation",
+    "FixedInitialization",
     "InitialState",
     "InnerSolution",
     "KeptGraph",
@@ -40,17 +40,17 @@ __all__ = [
     "NTKKernel",
     "OnlinePool",
     "RBFKernel",
-    "RandomInitialisation",
+    "RandomInitialization",
     "RunningNormClip",
     "StepAdjoint",
     "StoredPool",
     "UnrolledInnerLoop",
     "average_gradients",
-    "centred_one_hot",
+    "centered_one_hot",
     "cross_entropy",
     "image_grid",
     "kernel_ridge",
-    "kmeans_centres",
+    "kmeans_centers",
     "last_window",
     "memory_forecast",
     "moving_window",

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from etflayers.checks import require, require_values
 from etflayers.distill.compiled import CompileCache, CompiledProblem
 from etflayers.distill.objective import Buffers
 from etflayers.distill.problem import (
@@ -30,7 +31,7 @@ from etflayers.distill.problem import (
     StepTaker,
     lacks_forward_mode,
 )
-from etflayers.errors import EtfLayersError, require, require_values
+from etflayers.errors import EtfLayersError
 
 __all__ = ["InnerAdjoint", "KeptGraph", "StepAdjoint", "Trained"]
 
@@ -86,7 +87,7 @@ class KeptGraph:
 class StepAdjoint:
     """Keep the state before each step, and re-derive the step going back: the memory of one step's graph.
 
-    The state is the parameters, the optimiser's vectors and the buffers. The hypergradient is exact. To
+    The state is the parameters, the optimizer's vectors and the buffers. The hypergradient is exact. To
     differentiate it again, use :class:`KeptGraph`.
 
     Args:

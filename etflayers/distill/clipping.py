@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from etflayers.errors import NonFiniteError, require, require_values
+from etflayers.checks import require, require_values
+from etflayers.errors import NonFiniteError
 
 __all__ = ["RunningNormClip"]
 

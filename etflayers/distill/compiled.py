@@ -1,6 +1,6 @@
 r"""Steps of the inner loop that are traced and compiled once, and then run for every t.
 
-What a step costs beside its convolutions are passes over memory: normalisation and activations, and many more
+What a step costs beside its convolutions are passes over memory: normalization and activations, and many more
 in their second derivatives. Dynamo cannot follow a double backward. So the step, with its gradient and its
 second-derivative products, is traced while it runs on tensors without values (``make_fx``); that leaves one
 straight list of operations, which Inductor fuses. The number of the step is an input like any other.
@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from etflayers.checks import require, require_values
 from etflayers.distill.objective import InnerObjective
 from etflayers.distill.problem import InnerProblem, Mode, Pulled, State, Step, Taken, lacks_forward_mode
-from etflayers.errors import EtfLayersError, InvalidArgumentError, require, require_values
+from etflayers.errors import EtfLayersError, InvalidArgumentError
 
 __all__ = ["CompileCache", "CompiledProblem"]
 

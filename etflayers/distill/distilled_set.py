@@ -14,29 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.distill.image_grid import image_grid
-from etflayers.distill.kernel_ridge import centred_one_hot
+from etflayers.distill.kernel_ridge import centered_one_hot
 from etflayers.distill.representatives import Representatives, per_class, random_samples
 from etflayers.distill.storage import read_tensors, write_tensors
-from etflayers.errors import InvalidArgumentError, require, require_finite, require_floating, require_values
+from etflayers.errors import InvalidArgumentError
 
 __all__ = ["DistilledSet", "LabelKind"]
 
-LabelKind = Literal["hard", "one-hot", "centred"]
+LabelKind = Literal["hard", "one-hot", "centered"]
 
 
 class DistilledSet(nn.Module):
     r"""Inputs, labels and learning rates, learned so that training on them serves for training on real data.
 
     Args:
-        inputs: ``(n, ...)``, as the network sees them (normalised); they become a parameter.
+        inputs: ``(n, ...)``, as the network sees them (normalized); they become a parameter.
         labels: class indices ``(n,)``, which become a buffer, or soft labels ``(n, K)``, which become a
             parameter.
         rates: learning rates > 0, one for each step, ``(T,)``, or a number; their logarithms become a
             parameter. ``None``: none are learned.
         num_classes: K; default the largest class index plus 1, or the length of a soft label.
-        mean: of the normalisation of the inputs, a number or one for each channel, ``(C,)``.
-        std: of the normalisation, > 0, likewise: real images are ``inputs * std + mean``.
+        mean: of the normalization of the inputs, a number or one for each channel, ``(C,)``.
+        std: of the normalization, > 0, likewise: real images are ``inputs * std + mean``.
         metadata: what else to keep in the file: anything that JSON can hold.
 
     Attributes:
@@ -114,7 +115,7 @@ class DistilledSet(nn.Module):
             num_classes: K.
             count: inputs of each class, which follow each other in turn.
             labels: ``"hard"`` class indices, or vectors to be learned that start ``"one-hot"``, or
-                ``"centred"`` (one-hot minus 1/K, for regression).
+                ``"centered"`` (one-hot minus 1/K, for regression).
             generator: of the noise.
             device: of the set.
             dtype: of the inputs.
@@ -148,13 +149,13 @@ class DistilledSet(nn.Module):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> DistilledSet:
-        """A set that starts from real data: samples of it, class means or centres of k-means.
+        """A set that starts from real data: samples of it, class means or centers of k-means.
 
         Args:
-            images: ``(N, ...)``, real ones as the network sees them (normalised).
+            images: ``(N, ...)``, real ones as the network sees them (normalized).
             targets: ``(N,)``, integers in [0, K).
             count: inputs of each class, which follow each other in turn.
-            representatives: :func:`random_samples`, :func:`partial_means` or :func:`kmeans_centres` of
+            representatives: :func:`random_samples`, :func:`partial_means` or :func:`kmeans_centers` of
                 ``etflayers.distill``, or any function like them.
             labels: as in :meth:`from_noise`.
             num_classes: K; default the largest target plus 1.
@@ -218,7 +219,7 @@ class DistilledSet(nn.Module):
         inputs = self.inputs.view(*shape, *self.inputs.shape[1:])
         return inputs, self.labels.view(*shape, *self.labels.shape[1:])
 
-    def denormalised(self) -> Tensor:
+    def denormalized(self) -> Tensor:
         """The inputs in the units of the real data, ``inputs * std + mean``."""
         shape = (-1, *[1] * (self.inputs.ndim - 2))
         return self.inputs * self.std.view(shape) + self.mean.view(shape)
@@ -237,7 +238,7 @@ class DistilledSet(nn.Module):
             InvalidArgumentError: the inputs are not images.
         """
         return image_grid(
-            self.denormalised(), columns=self.num_classes if columns is None else columns, padding=padding
+            self.denormalized(), columns=self.num_classes if columns is None else columns, padding=padding
         )
 
     def dataset(self) -> TensorDataset:
@@ -316,12 +317,13 @@ def _checked_labels(labels: Tensor, count: int, num_classes: int | None) -> int:
 
 def _labels(classes: Tensor, num_classes: int, kind: LabelKind, inputs: Tensor) -> Tensor:
     require(
-        kind in ("hard", "one-hot", "centred"), f"labels must be 'hard', 'one-hot' or 'centred', got {kind!r}"
+        kind in ("hard", "one-hot", "centered"),
+        f"labels must be 'hard', 'one-hot' or 'centered', got {kind!r}",
     )
     if kind == "hard":
         return classes
-    centred = centred_one_hot(classes, num_classes, dtype=inputs.dtype)
-    return centred if kind == "centred" else (centred > 0).to(inputs.dtype)
+    centered = centered_one_hot(classes, num_classes, dtype=inputs.dtype)
+    return centered if kind == "centered" else (centered > 0).to(inputs.dtype)
 
 
 def _logarithms(rates: Tensor | float, inputs: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from etflayers.errors import require, require_floating, require_module
+from etflayers.checks import require, require_floating, require_module
 
 __all__ = ["image_grid", "write_png"]
 

@@ -39,8 +39,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from etflayers.checks import require
 from etflayers.distill.kernels import require_variance, sample_rows
-from etflayers.errors import require
 from etflayers.precision import full_precision
 
 __all__ = ["NNGPKernel", "NTKKernel"]
@@ -85,7 +85,7 @@ class _ReLUNetwork:
 
 @dataclass(frozen=True)
 class NNGPKernel(_ReLUNetwork):
-    r"""The covariance of the output of an infinitely wide ReLU network at initialisation, ``E[f(x) f(y)]``.
+    r"""The covariance of the output of an infinitely wide ReLU network at initialization, ``E[f(x) f(y)]``.
 
     Regression with it is what training the last layer alone does.
 

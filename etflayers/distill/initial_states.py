@@ -14,15 +14,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from etflayers.checks import require
 from etflayers.distill.objective import Buffers
-from etflayers.errors import InvalidArgumentError, require
+from etflayers.errors import InvalidArgumentError
 
 __all__ = [
-    "FixedInitialisation",
+    "FixedInitialization",
     "InitialState",
-    "Initialisation",
+    "Initialization",
     "OnlinePool",
-    "RandomInitialisation",
+    "RandomInitialization",
     "StoredPool",
     "stack_states",
 ]
@@ -45,7 +46,7 @@ class InitialState(NamedTuple):
         return cls(_copied(dict(model.named_parameters())), _copied(dict(model.named_buffers())))
 
 
-class Initialisation(Protocol):
+class Initialization(Protocol):
     """A source of initial states, random by the generator, or the global one for ``None``."""
 
     def __call__(self, generator: torch.Generator | None = None) -> InitialState:
@@ -53,7 +54,7 @@ class Initialisation(Protocol):
         ...
 
 
-class FixedInitialisation:
+class FixedInitialization:
     """Always the state that the model has when this is made: a fixed start, or a pretrained network.
 
     Args:
@@ -63,7 +64,7 @@ class FixedInitialisation:
         Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959.
 
     >>> model = nn.Linear(2, 3)
-    >>> torch.equal(FixedInitialisation(model)().params["weight"], model.weight)
+    >>> torch.equal(FixedInitialization(model)().params["weight"], model.weight)
     True
     """
 
@@ -75,7 +76,7 @@ class FixedInitialisation:
         return self.state
 
 
-class RandomInitialisation:
+class RandomInitialization:
     """The state of a new network each time, made by ``factory`` under a seed drawn from the generator.
 
     The global generators are left as they were.
@@ -86,7 +87,7 @@ class RandomInitialisation:
     Reference:
         Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959.
 
-    >>> source = RandomInitialisation(lambda: nn.Linear(2, 3))
+    >>> source = RandomInitialization(lambda: nn.Linear(2, 3))
     >>> one, two = (source(torch.Generator().manual_seed(seed)) for seed in (1, 2))
     >>> torch.equal(one.params["weight"], two.params["weight"])
     False
@@ -135,7 +136,7 @@ class OnlinePool:
     at any time the pool holds young and old ones.
 
     Args:
-        factory: makes a network, as for :class:`RandomInitialisation`.
+        factory: makes a network, as for :class:`RandomInitialization`.
         size: how many networks.
         max_age: steps of training after which a network is replaced.
         generator: of the seeds of the first networks.
@@ -168,7 +169,7 @@ class OnlinePool:
         require(
             isinstance(max_age, int) and max_age >= 1, f"max_age must be an integer >= 1, got {max_age!r}"
         )
-        self.new = RandomInitialisation(factory)
+        self.new = RandomInitialization(factory)
         self.max_age = max_age
         self.states = [self.new(generator) for _ in range(size)]
         self.ages = [index * max_age // size for index in range(size)]
@@ -217,7 +218,7 @@ class OnlinePool:
 
 
 def stack_states(states: Sequence[InitialState]) -> InitialState:
-    """n states as one, each tensor ``(n, ...)``: what ``initialisations=n`` of the inner loop takes.
+    """n states as one, each tensor ``(n, ...)``: what ``initializations=n`` of the inner loop takes.
 
     Args:
         states: n >= 1 of them, all of the same network.

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from etflayers._torch import inside_transform
+from etflayers.checks import require, require_floating
 from etflayers.distill.adjoints import InnerAdjoint, StepAdjoint
 from etflayers.distill.layout import FlatLayout
 from etflayers.distill.objective import Buffers, InnerLoss, InnerObjective, cross_entropy
 from etflayers.distill.optimizers import SGD, InnerOptimizer, hyperparameters
 from etflayers.distill.problem import InnerProblem
-from etflayers.errors import NonFiniteError, require, require_floating
+from etflayers.errors import NonFiniteError
 
 __all__ = ["InnerSolution", "UnrolledInnerLoop", "unrolled_inner_loop"]
 
@@ -56,11 +58,11 @@ def unrolled_inner_loop(
     window: range | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
-    initialisations: int | None = None,
+    initializations: int | None = None,
 ) -> InnerSolution:
     r"""The parameters ``theta_T`` of ``theta_{t+1} = U(theta_t, grad l(theta_t; x_t, y_t); eta_t)``.
 
-    Differentiable in images, soft labels, learning rates, the optimiser's tensor fields (momentum, weight
+    Differentiable in images, soft labels, learning rates, the optimizer's tensor fields (momentum, weight
     decay) and the initial parameters. The S batches are gone through in turn, ``epochs`` times, T = S epochs
     steps. The model itself is not changed. It runs in the mode it is in: in training mode a batch norm uses
     the statistics of the batch. Buffers are threaded from step to step and carry no gradient. Random numbers
@@ -80,7 +82,7 @@ def unrolled_inner_loop(
         window: steps through which it flows, ``range(start, stop)``; training ends at ``stop``. Default all.
         buffers: the initial buffers, by name; those not given are the model's.
         generator: source of the random seeds of the steps; default the global one.
-        initialisations: n, to train from n initial states at once by ``torch.func.vmap``: ``params``, and
+        initializations: n, to train from n initial states at once by ``torch.func.vmap``: ``params``, and
             ``buffers`` if they are given, are then stacked, ``(n, ...)`` each, as by
             :func:`~etflayers.distill.stack_states`. Random numbers differ between the states.
 
@@ -113,10 +115,10 @@ def unrolled_inner_loop(
     )
     optimizer = SGD() if optimizer is None else optimizer
     require(
-        initialisations is None or (isinstance(initialisations, int) and initialisations >= 1),
-        f"initialisations must be None or an integer >= 1, got {initialisations!r}",
+        initializations is None or (isinstance(initializations, int) and initializations >= 1),
+        f"initializations must be None or an integer >= 1, got {initializations!r}",
     )
-    layout = FlatLayout.of(params, model, initialisations)
+    layout = FlatLayout.of(params, model, initializations)
     theta = layout.flatten(params)
     steps = _checked_steps(images, labels, epochs)
     rates = _checked_rates(lr, theta, len(images), steps)
@@ -125,7 +127,7 @@ def unrolled_inner_loop(
         window = range(window.stop, window.stop)
     values = hyperparameters(optimizer)
     problem = InnerProblem(
-        objective=InnerObjective.here(model, loss, layout, theta.device, initialisations),
+        objective=InnerObjective.here(model, loss, layout, theta.device, initializations),
         optimizer=optimizer,
         names=tuple(values),
         seeds=_seeds(steps, generator),
@@ -133,12 +135,12 @@ def unrolled_inner_loop(
     trained = (StepAdjoint() if adjoint is None else adjoint)(
         problem,
         theta,
-        _initial_buffers(model, buffers, initialisations),
+        _initial_buffers(model, buffers, initializations),
         (images, labels, rates, *values.values()),
         window,
     )
     _require_finite_training(trained.losses, trained.theta)
-    losses = trained.losses if initialisations is None else trained.losses / initialisations
+    losses = trained.losses if initializations is None else trained.losses / initializations
     return InnerSolution(layout.unflatten(trained.theta), trained.buffers, losses)
 
 
@@ -196,7 +198,7 @@ class UnrolledInnerLoop(nn.Module):
         buffers: Mapping[str, Tensor] | None = None,
         window: range | None = None,
         generator: torch.Generator | None = None,
-        initialisations: int | None = None,
+        initializations: int | None = None,
     ) -> InnerSolution:
         """Train from ``params``, by default the model's own parameters: see :func:`unrolled_inner_loop`."""
         return unrolled_inner_loop(
@@ -212,7 +214,7 @@ class UnrolledInnerLoop(nn.Module):
             window=window,
             buffers=buffers,
             generator=generator,
-            initialisations=initialisations,
+            initializations=initializations,
         )
 
     def extra_repr(self) -> str:
@@ -282,7 +284,7 @@ def _seeds(steps: int, generator: torch.Generator | None) -> tuple[int, ...]:
 
 def _require_finite_training(losses: Tensor, theta: Tensor) -> None:
     """One look at the end; on an accelerator it waits for the device once, after all steps are queued."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or inside_transform():
         return
     with torch.no_grad():
         finite = torch.cat([losses.isfinite(), theta.isfinite().all()[None]]).tolist()

@@ -1,7 +1,7 @@
 r"""Kernel ridge regression on a distilled set: the inner loop that needs no steps.
 
 **Predictions.** Among functions of the form ``f(x) = sum_j K(x, s_j) w_j`` on the support samples s_j, the
-ridge regression on labels y minimises ``|f(S) - y|^2 + r w'K(S, S)w`` and so
+ridge regression on labels y minimizes ``|f(S) - y|^2 + r w'K(S, S)w`` and so
 
     f(X) = K(X, S) (K(S, S) + r I)^{-1} y,      r = ridge * tr K(S, S) / n.
 
@@ -21,11 +21,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.distill.kernels import FeatureKernel, Kernel
-from etflayers.errors import require, require_finite, require_floating, require_values
 from etflayers.precision import full_precision
 
-__all__ = ["KernelRidgeInnerLoop", "centred_one_hot", "kernel_ridge", "solve_labels"]
+__all__ = ["KernelRidgeInnerLoop", "centered_one_hot", "kernel_ridge", "solve_labels"]
 
 
 def kernel_ridge(
@@ -44,7 +44,7 @@ def kernel_ridge(
     Args:
         inputs: X, ``(m, ...)``, the samples to predict on.
         support: S, ``(n, ...)``, samples of the same shape.
-        labels: y, ``(n, K)``, floating-point: for class indices see :func:`centred_one_hot`.
+        labels: y, ``(n, K)``, floating-point: for class indices see :func:`centered_one_hot`.
         kernel: K.
         ridge: >= 0, relative to the mean of the diagonal of K(S, S).
         dtype: to compute in, float32 or float64. The condition number may reach n / ridge, so float32 is
@@ -69,7 +69,7 @@ def kernel_ridge(
     tensor([[3.]])
     """
     _check_labels("labels", labels, len(support), "support")
-    cross, factor = _factorised(inputs, support, kernel, ridge, dtype)
+    cross, factor = _factorized(inputs, support, kernel, ridge, dtype)
     with full_precision(cross):
         predictions = cross @ torch.cholesky_solve(labels.to(dtype), factor)
     return predictions.to(labels.dtype)
@@ -84,13 +84,13 @@ def solve_labels(
     ridge: float = 1e-6,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    r"""Minimise ``|T - f(X)|^2`` over the labels of the support: ``y = (K(X, S) (K(S, S) + r I)^{-1})^+ T``.
+    r"""Minimize ``|T - f(X)|^2`` over the labels of the support: ``y = (K(X, S) (K(S, S) + r I)^{-1})^+ T``.
 
     Where many labels are equally good, those of least norm. Differentiable in all tensors.
 
     Args:
         inputs: X, ``(m, ...)``, real samples.
-        targets: T, ``(m, K)``, floating-point: for class indices see :func:`centred_one_hot`.
+        targets: T, ``(m, K)``, floating-point: for class indices see :func:`centered_one_hot`.
         support: S, ``(n, ...)``, samples of the same shape.
         kernel: as in :func:`kernel_ridge`.
         ridge: as in :func:`kernel_ridge`.
@@ -112,13 +112,13 @@ def solve_labels(
     tensor([[1.5000]])
     """
     _check_labels("targets", targets, len(inputs), "inputs")
-    cross, factor = _factorised(inputs, support, kernel, ridge, dtype)
+    cross, factor = _factorized(inputs, support, kernel, ridge, dtype)
     with full_precision(cross):
         labels: Tensor = torch.linalg.pinv(torch.cholesky_solve(cross.mT, factor).mT) @ targets.to(dtype)
     return labels.to(targets.dtype)
 
 
-def centred_one_hot(targets: Tensor, num_classes: int, *, dtype: torch.dtype | None = None) -> Tensor:
+def centered_one_hot(targets: Tensor, num_classes: int, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Class indices as vectors ``e_y - 1/K``, which sum to zero: what regression on classes is given.
 
     Args:
@@ -132,7 +132,7 @@ def centred_one_hot(targets: Tensor, num_classes: int, *, dtype: torch.dtype | N
     Raises:
         InvalidArgumentError: targets that are not integers in [0, K).
 
-    >>> centred_one_hot(torch.tensor([0, 1]), 2)
+    >>> centered_one_hot(torch.tensor([0, 1]), 2)
     tensor([[ 0.5000, -0.5000],
             [-0.5000,  0.5000]])
     """
@@ -197,7 +197,7 @@ class KernelRidgeInnerLoop(nn.Module):
         return f"kernel={self.kernel!r}, ridge={self.ridge}, dtype={self.dtype}"
 
 
-def _factorised(
+def _factorized(
     inputs: Tensor, support: Tensor, kernel: Kernel, ridge: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """K(X, S) and the Cholesky factor of K(S, S) + r I."""
@@ -223,7 +223,7 @@ def _factorised(
         system = gram + ridge * diagonal.mean() * torch.eye(count, dtype=dtype, device=gram.device)
         factor, info = torch.linalg.cholesky_ex(system)
     # A pivot is a difference that carries a rounding error of n eps times the diagonal: below that it is
-    # noise, and a factorisation that came through has no digit right.
+    # noise, and a factorization that came through has no digit right.
     noise = count * torch.finfo(dtype).eps
     pivots = factor.detach().diagonal().square()
     definite = (info == 0) & (pivots > noise * diagonal.detach().max()).all()
@@ -239,7 +239,7 @@ def _factorised(
 def _check_labels(name: str, labels: Tensor, count: int, samples: str) -> None:
     require(
         labels.dtype.is_floating_point,
-        f"{name} must be floating-point vectors, got {labels.dtype}: for class indices use centred_one_hot",
+        f"{name} must be floating-point vectors, got {labels.dtype}: for class indices use centered_one_hot",
     )
     require(
         labels.ndim == 2 and len(labels) == count,
@@ -256,5 +256,5 @@ def _check_ridge(ridge: float) -> None:
 def _check_dtype(dtype: torch.dtype) -> None:
     require(
         dtype in (torch.float32, torch.float64),
-        f"dtype must be torch.float32 or torch.float64, got {dtype}: a factorisation needs that precision",
+        f"dtype must be torch.float32 or torch.float64, got {dtype}: a factorization needs that precision",
     )

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from etflayers.errors import require, require_floating
+from etflayers.checks import require, require_floating
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["FeatureKernel", "Kernel", "LinearKernel", "RBFKernel", "require_variance", "sample_rows"]

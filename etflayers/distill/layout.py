@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from etflayers.errors import require, require_floating
+from etflayers.checks import require, require_floating
 
 __all__ = ["FlatLayout"]
 
@@ -41,7 +41,7 @@ class FlatLayout:
         require(
             len(kinds) == 1,
             f"params must share one dtype and one device, got {sorted(map(str, kinds))}: the inner "
-            "optimiser treats them as one vector",
+            "optimizer treats them as one vector",
         )
         return cls({name: value.shape for name, value in params.items()})
 

@@ -72,7 +72,7 @@ def memory_forecast(
     params: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     window: range | None = None,
-    initialisations: int | None = None,
+    initializations: int | None = None,
 ) -> int:
     r"""Peak bytes of a hypergradient, ``m(2) + (h - 2) (m(3) - m(2))`` from runs of two and three steps.
 
@@ -89,7 +89,7 @@ def memory_forecast(
         params: as the loop takes them.
         buffers: as the loop takes them.
         window: as the loop takes it.
-        initialisations: as the loop takes them.
+        initializations: as the loop takes them.
 
     Returns:
         Bytes.
@@ -120,7 +120,7 @@ def memory_forecast(
                 params=params,
                 buffers=buffers,
                 window=range(steps),
-                initialisations=initialisations,
+                initializations=initializations,
                 generator=torch.Generator().manual_seed(0),  # the global one is the caller's
             )
             loss = torch.stack([value.square().sum() for value in solution.params.values()]).sum()

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from etflayers.checks import require
 from etflayers.distill.layout import FlatLayout
-from etflayers.errors import InvalidArgumentError, require
+from etflayers.errors import InvalidArgumentError
 
 __all__ = ["Buffers", "InnerLoss", "InnerObjective", "cross_entropy"]
 

@@ -1,4 +1,4 @@
-r"""Inner optimisers as pure update rules, differentiable in all they are given.
+r"""Inner optimizers as pure update rules, differentiable in all they are given.
 
 A rule is elementwise and acts on one flat vector that holds all parameters, so that a step is a handful of
 operations whatever the number of layers. Any field that is a tensor is a variable of the hypergradient.
@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from etflayers.errors import require, require_values
+from etflayers.checks import require, require_values
 
 __all__ = ["SGD", "Adam", "AdamW", "InnerOptimizer", "hyperparameters"]
 
@@ -42,7 +42,7 @@ class InnerOptimizer(Protocol):
 
 
 def hyperparameters(optimizer: InnerOptimizer) -> dict[str, Tensor]:
-    """The fields of an optimiser that are tensors."""
+    """The fields of an optimizer that are tensors."""
     values = {field.name: getattr(optimizer, field.name) for field in fields(optimizer)}  # type: ignore[arg-type]
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 

@@ -1,7 +1,7 @@
 r"""One step of the inner loop and its derivative, as pure functions of tensors.
 
 **A step.** ``g = grad l(theta; x, y)``, then ``(theta+, s+) = U(theta, s, g; eta, hyperparameters)`` with the
-elementwise rule U of the optimiser and its slots s.
+elementwise rule U of the optimizer and its slots s.
 
 **Its derivative, going back.** For cotangents (lambda, mu) of (theta+, s+), the rule alone sends back
 
@@ -42,9 +42,9 @@ __all__ = [
 ]
 
 Mode = Literal["reverse", "forward"]
-# The parameters as one vector, then the optimiser's slots, each of the same shape.
+# The parameters as one vector, then the optimizer's slots, each of the same shape.
 State = tuple[Tensor, ...]
-# Images, labels, learning rates, then the optimiser's tensor fields; for all steps or for one.
+# Images, labels, learning rates, then the optimizer's tensor fields; for all steps or for one.
 Controls = tuple[Tensor, ...]
 _DATA, _PER_STEP = 2, 3  # the loss sees the first two; the first three differ from step to step
 

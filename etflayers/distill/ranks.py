@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etflayers.errors import require
+from etflayers.checks import require
 
 __all__ = ["average_gradients"]
 

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from etflayers.errors import require, require_finite, require_floating, require_module
+from etflayers.checks import require, require_finite, require_floating, require_module
 
-__all__ = ["Representatives", "kmeans_centres", "partial_means", "per_class", "random_samples"]
+__all__ = ["Representatives", "kmeans_centers", "partial_means", "per_class", "random_samples"]
 
 
 class Representatives(Protocol):
@@ -61,8 +61,8 @@ def partial_means(images: Tensor, count: int, generator: torch.Generator | None)
     return torch.stack([part.mean(0) for part in shuffled.tensor_split(count)])
 
 
-def kmeans_centres(images: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """The centres of k-means within the class: ``min sum_i min_j |x_i - c_j|^2``.
+def kmeans_centers(images: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """The centers of k-means within the class: ``min sum_i min_j |x_i - c_j|^2``.
 
     Args:
         images: ``(n, ...)``, of one class.
@@ -75,15 +75,15 @@ def kmeans_centres(images: Tensor, count: int, generator: torch.Generator | None
     Raises:
         MissingDependencyError: scikit-learn is not installed.
 
-    >>> kmeans_centres(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), 2, None).sort(0).values
+    >>> kmeans_centers(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), 2, None).sort(0).values
     tensor([[ 1.],
             [11.]])
     """
     cluster = require_module("sklearn.cluster", extra="distill")
     seed = int(torch.randint(2**31, (), generator=generator))
     rows = images.detach().flatten(1).double().cpu().numpy()
-    centres = cluster.KMeans(count, n_init=4, random_state=seed).fit(rows).cluster_centers_
-    return torch.from_numpy(centres).to(images).view(count, *images.shape[1:])
+    centers = cluster.KMeans(count, n_init=4, random_state=seed).fit(rows).cluster_centers_
+    return torch.from_numpy(centers).to(images).view(count, *images.shape[1:])
 
 
 def per_class(

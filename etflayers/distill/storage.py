@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require, require_module
+from etflayers.checks import require, require_module
+from etflayers.errors import InvalidArgumentError
 
 __all__ = ["read_tensors", "write_tensors"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from etflayers.errors import require
+from etflayers.checks import require
 
 __all__ = ["last_window", "moving_window", "random_window", "truncation_cosine"]
 

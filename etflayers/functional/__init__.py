@@ -1,4 +1,4 @@
-"""Pure functions: nearest ETFs, minimisers on the Stiefel manifold, class means, logits and losses."""
+"""Pure functions: nearest ETFs, minimizers on the Stiefel manifold, class means, logits and losses."""
 
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import etf_cross_entropy, linear_cross_entropy

@@ -9,14 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.errors import (
-    InvalidArgumentError,
-    NonFiniteError,
-    reads_values,
-    require,
-    require_floating,
-    require_values,
-)
+from etflayers.checks import reads_values, require, require_floating, require_values
+from etflayers.errors import InvalidArgumentError, NonFiniteError
 from etflayers.kernels import Impl
 from etflayers.kernels import class_sums as kernels
 from etflayers.precision import working_dtype

@@ -1,12 +1,12 @@
 r"""Cross-entropy of simplex-ETF logits without the ``(B, K)`` matrices of logits and probabilities.
 
-The logits of the canonical frame are centred features times c, ``z = s c (f_{1:K} - mean)``, and a softmax
+The logits of the canonical frame are centered features times c, ``z = s c (f_{1:K} - mean)``, and a softmax
 does not see what is common to all logits. So the loss is that of the features,
 ``u = s c f_{1:K}``,
 
     l = log sum_k exp u_k - (1 - e) u_y - e mean_k u_k,
 
-and its gradient ``s c (p - (1 - e) 1_y - e / K)`` sums to zero, as the gradient through the centring does.
+and its gradient ``s c (p - (1 - e) 1_y - e / K)`` sums to zero, as the gradient through the centering does.
 Both take one pass over the features, and the backward pass needs two numbers a sample besides them: see
 ``kernels.cross_entropy``. Any other frame takes the logits a few rows at a time, and makes them again on the
 way back.
@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require, require_floating
+from etflayers.checks import require, require_floating
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
 from etflayers.functional.logits import linear_dtype
-from etflayers.geometry import centred_basis_adjoint, etf_radius, require_etf_dims
+from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
 from etflayers.kernels import Impl
 from etflayers.kernels.cross_entropy import (
     cross_entropy_uses_triton,
@@ -90,7 +91,7 @@ def etf_cross_entropy(
         ignored_targets(labels, num_classes, ignore_index)
     if rows.shape[-1] == num_classes - 1:
         reflected = rows.to(working_dtype(rows.dtype)).unsqueeze(-1)
-        rows = centred_basis_adjoint(reflected).squeeze(-1)
+        rows = centered_basis_adjoint(reflected).squeeze(-1)
     losses = softmax_losses(rows, labels, num_classes, factor, label_smoothing, ignore_index, triton)
     return _reduced(losses, targets, ignore_index, reduction)
 

@@ -1,11 +1,11 @@
 r"""The simplex ETF nearest to class means in distances that have no closed form: Mahalanobis and Huber.
 
-Every simplex ETF is W = c E'Q' with Q in St(d, K-1) (see ``geometry.frames``), so both are minimisations over
+Every simplex ETF is W = c E'Q' with Q in St(d, K-1) (see ``geometry.frames``), so both are minimizations over
 the Stiefel manifold. The plain nearest ETF is linear in Q: it does not care how long the means are, because
 WW' is the same for every frame. Here the lengths matter. The means are compared with frames of their own
 size r:
 
-    minimise  sum_k rho(x_k / r - w_k - t)   over simplex ETFs W and translations t in R^d.
+    minimize  sum_k rho(x_k / r - w_k - t)   over simplex ETFs W and translations t in R^d.
 
 **Mahalanobis**, rho(u) = |L'u|^2: the best t is the mean of what it is subtracted from, so that with EX in
 place of the means t disappears,
@@ -17,7 +17,7 @@ r being the size that gives means and frame the same Frobenius norm. With L = I 
 **Huber**, rho(u) = |u|^2 / 2 up to |u| = delta and delta |u| - delta^2 / 2 beyond: a class far from its
 vertex pulls with force delta, however far it is. The best t is a weighted mean of u_k = x_k / r - w_k with
 weights min(1, delta / |u_k - t|), which depend on t; it is found by repeating that. The means are first
-centred at their coordinatewise median, where the repetition starts, and r is the median distance from there:
+centered at their coordinatewise median, where the repetition starts, and r is the median distance from there:
 a few corrupted means move neither. The solver starts from the nearest ETF of means clipped to the length r.
 """
 
@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 from etflayers.adjoints import StiefelAdjoint
-from etflayers.errors import require, require_finite, require_floating, require_values
+from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.functional.nearest import nearest_etf, require_means
 from etflayers.functional.stiefel import stiefel_argmin
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import StiefelSolver
 
 __all__ = ["huber_nearest_etf", "mahalanobis_nearest_etf"]
 
-# Each repetition brings the Huber centre nearer by a factor of about the share of classes beyond delta.
+# Each repetition brings the Huber center nearer by a factor of about the share of classes beyond delta.
 _REWEIGHTINGS = 10
 
 
@@ -49,7 +49,7 @@ def mahalanobis_nearest_etf(
     solver: StiefelSolver | None = None,
     adjoint: StiefelAdjoint | None = None,
 ) -> Tensor:
-    r"""Minimise ``sum_k |L'(x_k / r - w_k - t)|^2`` over simplex ETFs W and translations t.
+    r"""Minimize ``sum_k |L'(x_k / r - w_k - t)|^2`` over simplex ETFs W and translations t.
 
     The metric on features is A = LL'. Differentiable, to any order in reverse mode, in ``means`` and
     ``factor``. The solver starts from the plain nearest ETF; a local minimum is what it finds.
@@ -68,7 +68,7 @@ def mahalanobis_nearest_etf(
         NonFiniteError: NaN or infinity in an input.
 
     Reference:
-        Mahalanobis (1936), On the generalised distance in statistics.
+        Mahalanobis (1936), On the generalized distance in statistics.
 
     >>> means = torch.tensor([[3.0, 0.1], [-1.0, 2.0], [-2.0, -2.0]])
     >>> frame = mahalanobis_nearest_etf(means, torch.diag(torch.tensor([1.0, 3.0])))
@@ -84,7 +84,7 @@ def mahalanobis_nearest_etf(
         f"factor must have shape (in_features, m) = ({means.shape[-1]}, m), got {tuple(factor.shape)}",
     )
     require_finite(factor, "factor holds NaN or infinity: look for an overflow in what produced it")
-    coordinates = centred_basis_apply(rows)
+    coordinates = centered_basis_apply(rows)
     size = torch.linalg.matrix_norm(coordinates, keepdim=True) / rows.shape[-2] ** 0.5
     coordinates = coordinates / _positive(size)
     return _nearest(_mahalanobis, rows, coordinates, factor, like=means, solver=solver, adjoint=adjoint)
@@ -102,7 +102,7 @@ def huber_nearest_etf(
     solver: StiefelSolver | None = None,
     adjoint: StiefelAdjoint | None = None,
 ) -> Tensor:
-    r"""Minimise the Huber loss ``sum_k rho(|x_k / r - w_k - t|)`` over simplex ETFs W and translations t.
+    r"""Minimize the Huber loss ``sum_k rho(|x_k / r - w_k - t|)`` over simplex ETFs W and translations t.
 
     Grossly corrupted class means pull with a bounded force; means swapped with each other do so in the plain
     distance already, and gain nothing. Differentiable, to any order in
@@ -144,13 +144,13 @@ def huber_nearest_etf(
 
 
 def _huber(rotation: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
-    gap = rows - etf_radius(rows.shape[-2]) * centred_basis_adjoint(rotation.mT)
-    centre = torch.zeros_like(gap[..., :1, :])
+    gap = rows - etf_radius(rows.shape[-2]) * centered_basis_adjoint(rotation.mT)
+    center = torch.zeros_like(gap[..., :1, :])
     for _ in range(_REWEIGHTINGS):
         # A weight is delta / max(delta, |u|), with a root only where it can be differentiated.
-        weights = delta * (gap - centre).square().sum(-1, keepdim=True).clamp_min(delta.square()).rsqrt()
-        centre = (weights * gap).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True)
-    square = (gap - centre).square().sum(-1)
+        weights = delta * (gap - center).square().sum(-1, keepdim=True).clamp_min(delta.square()).rsqrt()
+        center = (weights * gap).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True)
+    square = (gap - center).square().sum(-1)
     beyond = delta * square.clamp_min(delta.square()).sqrt() - delta.square() / 2
     return torch.where(square <= delta.square(), square / 2, beyond).sum(-1)
 
@@ -165,14 +165,14 @@ def _nearest(
     solver: StiefelSolver | None,
     adjoint: StiefelAdjoint | None,
 ) -> Tensor:
-    """The frame of the minimising rotation, which is looked for from the nearest ETF of ``plain``."""
+    """The frame of the minimizing rotation, which is looked for from the nearest ETF of ``plain``."""
     radius = etf_radius(like.shape[-2])
     with torch.no_grad(), full_precision(plain):
-        start = centred_basis_apply(nearest_etf(plain)).mT / radius
+        start = centered_basis_apply(nearest_etf(plain)).mT / radius
     rotation = stiefel_argmin(
         objective, rows, parameter.to(rows.dtype), start=start, solver=solver, adjoint=adjoint
     )
-    return (radius * centred_basis_adjoint(rotation.mT)).reshape(like.shape).to(like.dtype)
+    return (radius * centered_basis_adjoint(rotation.mT)).reshape(like.shape).to(like.dtype)
 
 
 def _checked(means: Tensor) -> Tensor:

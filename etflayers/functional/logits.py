@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require_floating
-from etflayers.geometry import centred_basis_adjoint, etf_radius, require_etf_dims
+from etflayers.checks import require_floating
+from etflayers.errors import InvalidArgumentError
+from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
 from etflayers.precision import working_dtype
 
 __all__ = ["canonical_etf_logits", "linear_dtype"]
@@ -38,11 +39,11 @@ def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
     require_etf_dims(num_classes, features.shape[-1])
     rows = features.to(working_dtype(features.dtype))
     if features.shape[-1] == num_classes - 1:
-        centred = centred_basis_adjoint(rows.unsqueeze(-1)).squeeze(-1)
+        centered = centered_basis_adjoint(rows.unsqueeze(-1)).squeeze(-1)
     else:
         rows = rows[..., :num_classes]
-        centred = rows - rows.mean(-1, keepdim=True)
-    return (etf_radius(num_classes) * centred).to(linear_dtype(features))
+        centered = rows - rows.mean(-1, keepdim=True)
+    return (etf_radius(num_classes) * centered).to(linear_dtype(features))
 
 
 def linear_dtype(features: Tensor) -> torch.dtype:

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require, require_floating, require_values
+from etflayers.checks import require, require_floating, require_values
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
 from etflayers.precision import working_dtype
 

@@ -2,10 +2,10 @@ r"""The simplex ETF nearest to class means, and the declarative node that comput
 
 **The problem.** For class means X (K x d), weights omega_k >= 0 and an anchor A,
 
-    minimise  sum_k omega_k |x_k - w_k - t|^2 + delta |W - A|^2   over unit-row simplex ETFs W and t in R^d.
+    minimize  sum_k omega_k |x_k - w_k - t|^2 + delta |W - A|^2   over unit-row simplex ETFs W and t in R^d.
 
 **It is linear.** Put in the best t. The terms that are quadratic in W depend on W only through WW', which is
-the same for every ETF, so what remains is: maximise <W, M> with
+the same for every ETF, so what remains is: maximize <W, M> with
 
     M = diag(omega)(X - 1 x_omega') + delta A,      x_omega = sum_k omega_k x_k / sum_k omega_k.
 
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from etflayers.adjoints import Adjoint, Implicit
-from etflayers.errors import require, require_finite, require_floating, require_values
-from etflayers.geometry import centred_basis_apply, etf_radius, require_etf_dims
+from etflayers.checks import require, require_finite, require_floating, require_values
+from etflayers.geometry import centered_basis_apply, etf_radius, require_etf_dims
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, rank_cutoff
 from etflayers.status import Status
@@ -69,7 +69,7 @@ def nearest_etf(
     solver: FrameSolver | StiefelSolver | None = None,
     adjoint: Adjoint | None = None,
 ) -> Tensor:
-    r"""Minimise ``sum_k omega_k |x_k - w_k - t|^2 + delta |W - A|^2`` over simplex ETFs W and translations t.
+    r"""Minimize ``sum_k omega_k |x_k - w_k - t|^2 + delta |W - A|^2`` over simplex ETFs W and translations t.
 
     Differentiable, to any order and in both modes, in ``means``, ``weights``, ``anchor`` and ``proximity``.
     With ``proximity=0`` the answer depends neither on the scale of the means nor on a translation common to
@@ -147,7 +147,7 @@ def solve_nearest_etf(
 
     # The diagnostics do not trust the solver: they are computed anew, in float64.
     with torch.no_grad(), full_precision(linear):
-        singular_values = torch.linalg.svdvals(centred_basis_apply(linear.double()))
+        singular_values = torch.linalg.svdvals(centered_basis_apply(linear.double()))
         cutoff = rank_cutoff(singular_values, linear.shape[-1], linear.dtype).squeeze(-1)
         largest, smallest = singular_values[..., 0], singular_values[..., -1]
         deficient = smallest <= cutoff
@@ -164,8 +164,8 @@ def solve_nearest_etf(
 
 
 def _residual(frame: Tensor, linear: Tensor) -> Tensor:
-    factor = centred_basis_apply(frame) / etf_radius(frame.shape[-2])
-    b = centred_basis_apply(linear)
+    factor = centered_basis_apply(frame) / etf_radius(frame.shape[-2])
+    b = centered_basis_apply(linear)
     identity = torch.eye(factor.shape[-2], dtype=factor.dtype, device=factor.device)
     feasibility = torch.linalg.matrix_norm(factor @ factor.mT - identity) / factor.shape[-2] ** 0.5
     inner = b @ factor.mT

@@ -1,8 +1,8 @@
-r"""The minimiser of a smooth objective on the Stiefel manifold, as a function of what the objective reads.
+r"""The minimizer of a smooth objective on the Stiefel manifold, as a function of what the objective reads.
 
     Q(x) = argmin f(Q, x)   over   Q in St(d, n) = {d x n matrices with Q'Q = I},
 
-a local minimiser: the one to which the solver is led from the start. How it is found and how the gradient
+a local minimizer: the one to which the solver is led from the start. How it is found and how the gradient
 flows are arguments, and neither knows the other.
 
 **What f reads.** Its inputs and, if it is an ``nn.Module``, its parameters. Both are handed over explicitly;
@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from etflayers._torch import inside_transform
 from etflayers.adjoints import Implicit, LinearSolve, StiefelAdjoint
-from etflayers.errors import NonFiniteError, require, require_floating
+from etflayers.checks import require, require_floating
+from etflayers.errors import NonFiniteError
 from etflayers.geometry import is_stiefel, project_stiefel
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import RiemannianNewton, StiefelSolution, StiefelSolver, extreme_curvatures
@@ -75,7 +77,7 @@ def stiefel_argmin(
     solver: StiefelSolver | None = None,
     adjoint: StiefelAdjoint | None = None,
 ) -> Tensor:
-    r"""Minimise ``f(Q, x)`` over Q with orthonormal columns, by a differentiable function of x.
+    r"""Minimize ``f(Q, x)`` over Q with orthonormal columns, by a differentiable function of x.
 
     Differentiable in reverse mode, to any order, in every input and, if the objective is an ``nn.Module``, in
     every parameter. ``torch.func`` transforms and forward mode are not supported; ``torch.compile`` leaves
@@ -86,7 +88,7 @@ def stiefel_argmin(
             value a function of its own member of the batch alone.
         inputs: tensors; those that belong to members of the batch lead with B.
         start: where the solver starts, ``(B, d, n)`` with orthonormal columns.
-        solver: how the minimiser is found; default :class:`~etflayers.solvers.RiemannianNewton`.
+        solver: how the minimizer is found; default :class:`~etflayers.solvers.RiemannianNewton`.
         adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
 
     Returns:
@@ -134,7 +136,7 @@ def solve_stiefel(
     solver: StiefelSolver | None = None,
     adjoint: StiefelAdjoint | None = None,
 ) -> CriticalPoint:
-    """The minimiser of :func:`stiefel_argmin` with a status instead of an exception, judged to second order.
+    """The minimizer of :func:`stiefel_argmin` with a status instead of an exception, judged to second order.
 
     Args:
         objective: as in :func:`stiefel_argmin`.
@@ -234,7 +236,7 @@ def _solve(
 ) -> tuple[Tensor, StiefelSolution, LinearSolve | None]:
     """The differentiable point, in the dtype of the result, and the records of solver and adjoint."""
     require(
-        not torch._C._are_functorch_transforms_active(),
+        not inside_transform(),
         "the Stiefel node cannot run inside torch.func transforms (vmap, grad, jvp): use its batch dimension "
         "and torch.autograd.grad",
     )

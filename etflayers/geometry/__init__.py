@@ -1,9 +1,9 @@
 """Simplex equiangular tight frames and the Stiefel manifold: constructions and predicates, no solver."""
 
 from etflayers.geometry.frames import (
-    centred,
-    centred_basis_adjoint,
-    centred_basis_apply,
+    centered,
+    centered_basis_adjoint,
+    centered_basis_apply,
     etf_radius,
     is_simplex_etf,
     require_etf_dims,
@@ -21,9 +21,9 @@ from etflayers.geometry.tolerance import Check
 
 __all__ = [
     "Check",
-    "centred",
-    "centred_basis_adjoint",
-    "centred_basis_apply",
+    "centered",
+    "centered_basis_adjoint",
+    "centered_basis_apply",
     "etf_radius",
     "is_simplex_etf",
     "is_stiefel",

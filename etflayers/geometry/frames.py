@@ -23,15 +23,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from etflayers.errors import require, require_floating
+from etflayers.checks import require, require_floating
 from etflayers.geometry.stiefel import is_stiefel, random_stiefel
 from etflayers.geometry.tolerance import Check, default_atol
 from etflayers.precision import working_dtype
 
 __all__ = [
-    "centred",
-    "centred_basis_adjoint",
-    "centred_basis_apply",
+    "centered",
+    "centered_basis_adjoint",
+    "centered_basis_apply",
     "etf_radius",
     "is_simplex_etf",
     "require_etf_dims",
@@ -75,7 +75,7 @@ def etf_radius(num_classes: int) -> float:
     return math.sqrt(num_classes / (num_classes - 1))
 
 
-def centred(rows: Tensor) -> Tensor:
+def centered(rows: Tensor) -> Tensor:
     """The rows less their mean, CX.
 
     Args:
@@ -87,7 +87,7 @@ def centred(rows: Tensor) -> Tensor:
     return torch.sub(rows, rows.sum(-2, keepdim=True), alpha=1 / rows.shape[-2])
 
 
-def centred_basis_apply(rows: Tensor) -> Tensor:
+def centered_basis_apply(rows: Tensor) -> Tensor:
     """Coordinates EX of K rows in the orthonormal basis E of the space orthogonal to 1.
 
     Args:
@@ -101,7 +101,7 @@ def centred_basis_apply(rows: Tensor) -> Tensor:
     return differences - differences.sum(-2, keepdim=True) / (num_classes + math.sqrt(num_classes))
 
 
-def centred_basis_adjoint(coordinates: Tensor) -> Tensor:
+def centered_basis_adjoint(coordinates: Tensor) -> Tensor:
     """The K rows E'R, which sum to zero, with given coordinates R.
 
     Args:
@@ -167,11 +167,11 @@ def simplex_etf(
         basis = torch.eye(rank, min(num_classes, in_features), device=device, dtype=compute)
         if in_features >= num_classes:
             # Q' = [E 0] turns c E'Q' into the familiar c (I - 11'/K) followed by zero columns.
-            basis = centred_basis_apply(torch.eye(num_classes, device=device, dtype=compute))
+            basis = centered_basis_apply(torch.eye(num_classes, device=device, dtype=compute))
         coordinates = torch.nn.functional.pad(basis, (0, in_features - basis.shape[-1]))
     else:
         require(False, f"rotation must be 'canonical', 'haar' or a tensor, got {rotation!r}")
-    return (etf_radius(num_classes) * centred_basis_adjoint(coordinates)).to(dtype)
+    return (etf_radius(num_classes) * centered_basis_adjoint(coordinates)).to(dtype)
 
 
 def is_simplex_etf(frame: Tensor, *, atol: float | None = None) -> Check:

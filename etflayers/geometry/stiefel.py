@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from etflayers.errors import require, require_floating
+from etflayers.checks import require, require_floating
 from etflayers.geometry.tolerance import Check, default_atol
 from etflayers.precision import working_dtype
 

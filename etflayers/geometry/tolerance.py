@@ -12,10 +12,18 @@ _ATOL = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.b
 
 
 class Check(NamedTuple):
-    """The answer of a predicate and the reason for it."""
+    """The answer of a predicate, true or false as the answer is, and the reason for it.
+
+    >>> "yes" if Check(False, "a row has length 2") else "no"
+    'no'
+    """
 
     ok: bool
     reason: str
+
+    def __bool__(self) -> bool:
+        """The answer, where a tuple of two would always be true."""
+        return self.ok
 
 
 def default_atol(dtype: torch.dtype) -> float:

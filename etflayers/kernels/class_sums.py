@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers.kernels.dispatch import Call, Impl, is_batched, register, use_triton
+from etflayers._torch import is_batched
+from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["averages_use_triton", "class_averages", "class_sums", "class_sums_reference", "sums_use_triton"]

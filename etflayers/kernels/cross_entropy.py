@@ -6,9 +6,9 @@ For rows f_i, a factor a > 0, smoothing e and targets y_i, over the first K colu
     dl_i / df_ik = a (p_ik - (1 - e) [k = y_i] - e / K),             p_ik = exp(a (f_ik - m_i) - L_i),
 
 with m_i = max_k f_ik. So m and L, two numbers a row, are all that the backward pass needs besides the rows. A
-common translation of a row leaves l unchanged, and rows of the gradient sum to zero: where logits are centred
-features, no centring has to be done, neither forward nor backward. Subtracting m before multiplying by a
-loses nothing to a large common mean.
+common translation of a row leaves l unchanged, and rows of the gradient sum to zero: where logits are
+centered features, no centering has to be done, neither forward nor backward. Subtracting m before multiplying
+by a loses nothing to a large common mean.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers.kernels.dispatch import Call, Impl, is_batched, register, use_triton
+from etflayers._torch import forward_mode, inside_transform, is_batched
+from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["cross_entropy_uses_triton", "linear_softmax_losses", "softmax_losses"]
@@ -131,7 +132,7 @@ class _SoftmaxLosses(torch.autograd.Function):
 def _needs_formula(grad: Tensor) -> bool:
     """Whether the backward pass is itself differentiated or batched: in place it cannot be."""
     # Forward mode may run inside a backward pass that records no graph; its tangents still have to flow.
-    return torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0 or is_batched(grad)
+    return torch.is_grad_enabled() or forward_mode() or is_batched(grad)
 
 
 def _losses(
@@ -245,7 +246,7 @@ def _parts(rows: Tensor, num_classes: int) -> list[slice]:
 
 def chunk_rows(rows: Tensor, num_classes: int, chunk_size: int | None, entries: int) -> int:
     """Rows of a slice: as asked for, or as many as have about so many ``entries``."""
-    if torch._C._are_functorch_transforms_active():
+    if inside_transform():
         return max(1, rows.shape[0])
     return max(1, entries // num_classes) if chunk_size is None else chunk_size
 

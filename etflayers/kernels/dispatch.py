@@ -16,9 +16,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require
+from etflayers._torch import inside_transform
+from etflayers.checks import require
+from etflayers.errors import InvalidArgumentError
 
-__all__ = ["Call", "Choice", "Impl", "Support", "describe", "is_batched", "register", "use_triton"]
+__all__ = ["Call", "Choice", "Impl", "Support", "describe", "register", "use_triton"]
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -132,7 +134,7 @@ def use_triton(
     """
     if impl == "auto" and tensor.device.type == "cpu":
         return False
-    if torch._C._are_functorch_transforms_active():
+    if inside_transform():
         # The kernels have no batching rule.
         require(
             impl != "triton",
@@ -149,14 +151,6 @@ def use_triton(
         impl=impl,
     )
     return choice.impl == "triton"
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether a kernel cannot take ``tensor``: in a ``torch.func`` transform, or one of several cotangents.
-
-    The latter is how ``torch.autograd.grad(..., is_grads_batched=True)`` goes through a backward pass.
-    """
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _missing(call: Call, *, forced: bool) -> str | None:

@@ -1,11 +1,11 @@
-r"""The nearest frame and its adjoint without a factorisation: by products, or by kernels for few classes.
+r"""The nearest frame and its adjoint without a factorization: by products, or by kernels for few classes.
 
-For M (K x d), M_c = CM its centred rows and c = sqrt(K/(K-1)), the frame and its factors are (see
+For M (K x d), M_c = CM its centered rows and c = sqrt(K/(K-1)), the frame and its factors are (see
 ``solvers.polar``)
 
     W = c^2 T^+ M_c,        T = c (M_c M_c')^(1/2).
 
-**Any rank, without a look.** A factorisation on a GPU waits for the device, and so does a branch on a value.
+**Any rank, without a look.** A factorization on a GPU waits for the device, and so does a branch on a value.
 Here everything is computed always. In float64 the Gram matrix of float32 data tells a singular value of 1e-6
 of the largest, below which there is only rounding, from zero. So
 
@@ -17,7 +17,7 @@ of the largest, below which there is only rounding, from zero. So
    is missing, this adds rounding.
 
 **Precision.** float64, throughout: the Gram matrix squares the condition number kappa, and the error of W is
-about 1e-16 kappa^2. GPUs for data centres have float64 tensor cores, on which a product takes the time of one
+about 1e-16 kappa^2. GPUs for data centers have float64 tensor cores, on which a product takes the time of one
 in float32.
 
 **Adjoint.** For a cotangent (or tangent) G of W, with G_c = CG (see ``adjoints.implicit``),
@@ -35,7 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.errors import ConvergenceError, require_values
+from etflayers.checks import require_values
+from etflayers.errors import ConvergenceError
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.kernels.newton_schulz import indicator, inverse_root, refine, sylvester
 
@@ -51,7 +52,7 @@ LARGEST_FUSED = 32
 
 
 class Polar(NamedTuple):
-    """The maximising frame and its factors.
+    """The maximizing frame and its factors.
 
     Attributes:
         frame: W, ``(..., K, d)``.
@@ -76,7 +77,7 @@ register("polar", _supports)
 
 
 def polar(linear: Tensor, *, impl: Impl = "auto") -> Polar:
-    """The simplex ETF that maximises <W, M>, and its factors, without a look at a value; any rank.
+    """The simplex ETF that maximizes <W, M>, and its factors, without a look at a value; any rank.
 
     Args:
         linear: M, ``(..., K, d)`` with d >= K - 1, finite.
@@ -148,7 +149,7 @@ def polar_adjoint(
 def _reference(linear: Tensor) -> Polar:
     num_classes = linear.shape[-2]
     radius = math.sqrt(num_classes / (num_classes - 1))
-    rows, scale = _centred_rows(linear)
+    rows, scale = _centered_rows(linear)
     gram = rows @ rows.mT
     # No eigenvalue is larger than the Frobenius norm. The null direction 1 is filled with 1.
     floor = (_SMALLEST_DIVISOR / CUTOFF) ** 2 if scale is None else torch.finfo(torch.float64).tiny
@@ -170,7 +171,7 @@ def _reference(linear: Tensor) -> Polar:
     return Polar(frame, inverse, root)
 
 
-def _centred_rows(linear: Tensor) -> tuple[Tensor, Tensor | None]:
+def _centered_rows(linear: Tensor) -> tuple[Tensor, Tensor | None]:
     """M_c in float64, divided by a scale (``None`` for 1) so that its Gram matrix is finite."""
     rows = linear.double()
     # Means that coincide have to give exact zeros.
@@ -217,7 +218,7 @@ def _polished(frame: Tensor) -> tuple[Tensor, Tensor]:
     error = frame @ frame.mT * (1 / num_classes - 1)
     error.diagonal(dim1=-2, dim2=-1).add_(1)
     distance = torch.linalg.matrix_norm(error - 1 / num_classes).amax() if frame.numel() else frame.sum()
-    # The rows are centred: W'1 = 0, so that I serves for C.
+    # The rows are centered: W'1 = 0, so that I serves for C.
     return frame + 0.5 * (error @ frame), distance
 
 

@@ -33,7 +33,7 @@ from etflayers.metrics.nc3 import (
     duality_distance,
     duality_row_distance,
 )
-from etflayers.metrics.nc4 import bias_collapse, centre_disagreement, nearest_centre
+from etflayers.metrics.nc4 import bias_collapse, center_disagreement, nearest_center
 from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
@@ -50,7 +50,7 @@ __all__ = [
     "Whitening",
     "between_whitening",
     "bias_collapse",
-    "centre_disagreement",
+    "center_disagreement",
     "class_distance_normalized_variance",
     "class_statistics",
     "collapse_measures",
@@ -67,7 +67,7 @@ __all__ = [
     "frame_distance",
     "gram_distance",
     "merge_moments",
-    "nearest_centre",
+    "nearest_center",
     "numerical_rank",
     "read_classifier",
     "simplex_coherence_error",

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflayers.errors import InvalidArgumentError, require_floating
+from etflayers.checks import require_floating
+from etflayers.errors import InvalidArgumentError
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["Classifier", "read_classifier"]
@@ -39,7 +40,7 @@ def read_classifier(module: nn.Module) -> Classifier:
 
     Args:
         module: with a ``weight`` ``(K, d)`` and maybe a ``bias``; a head is read through ``to_linear``, so
-            that its scale and centre count. A head with ``normalize=True`` is linear in normalised features:
+            that its scale and center count. A head with ``normalize=True`` is linear in normalized features:
             those are the features to measure it with.
 
     Returns:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.errors import InvalidArgumentError, require, require_module
+from etflayers.checks import require, require_module
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.functional.class_means import ignored_targets
 from etflayers.metrics.classifier import Classifier, read_classifier
@@ -23,7 +24,7 @@ from etflayers.metrics.moments import (
     unpack_moments,
     update_moments,
 )
-from etflayers.metrics.nc4 import nearest_centre
+from etflayers.metrics.nc4 import nearest_center
 from etflayers.metrics.optional import Metric
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean, Unseen, finish_moments
 from etflayers.metrics.whitening import between_whitening
@@ -36,7 +37,7 @@ class NeuralCollapse(Metric):
 
     One pass gives NC1, NC2, NC3, bias collapse, accuracy, calibration error and the mean cosine margin. The
     class means that NC4 compares with are known only at the end of a pass: give those of a first pass as
-    ``centres``, over the training set or over the same data.
+    ``centers``, over the training set or over the same data.
 
     Nothing is stored for a sample but its confidence, for the calibration error, and that only with a
     classifier. Ranks, and the batches of ``forward``, are merged exactly: the moments are a single state.
@@ -46,8 +47,8 @@ class NeuralCollapse(Metric):
         in_features: d.
         classifier: a linear layer or head, read at each update and compute; it is not part of the metric's
             parameters, ``state_dict`` or pickles (see :meth:`measure_classifier`).
-        centres: statistics of a first pass, ``first.statistics()``; adds NC1 about
-            these centres, without a d x d matrix, and NC4; needs a classifier.
+        centers: statistics of a first pass, ``first.statistics()``; adds NC1 about
+            these centers, without a d x d matrix, and NC4; needs a classifier.
         global_mean: ``"classes"`` (mean of the class means) or ``"samples"``; they differ under imbalance.
         scatter: ``"pooled"`` keeps the d x d within-class covariance of NC1 and VCI; ``"none"`` leaves those
             two out and costs about a quarter; ``"per_class"`` adds the numerical rank, for K d^2 numbers.
@@ -88,7 +89,7 @@ class NeuralCollapse(Metric):
         in_features: int,
         *,
         classifier: nn.Module | None = None,
-        centres: ClassStatistics | None = None,
+        centers: ClassStatistics | None = None,
         global_mean: GlobalMean = "classes",
         scatter: Scatter = "pooled",
         unseen: Unseen = "error",
@@ -105,18 +106,18 @@ class NeuralCollapse(Metric):
         require(unseen in ("error", "exclude"), f"unseen must be 'error' or 'exclude', got {unseen!r}")
         require(calibration_bins >= 1, f"calibration_bins must be at least 1, got {calibration_bins}")
         require(
-            centres is None or classifier is not None,
-            "centres need a classifier, whose decisions NC4 compares with the nearest centre",
+            centers is None or classifier is not None,
+            "centers need a classifier, whose decisions NC4 compares with the nearest center",
         )
-        if centres is not None and centres.means.shape[1] != in_features:
+        if centers is not None and centers.means.shape[1] != in_features:
             raise InvalidArgumentError(
-                f"centres must have means of shape (K, in_features) = (K, {in_features}), "
-                f"got {tuple(centres.means.shape)}"
+                f"centers must have means of shape (K, in_features) = (K, {in_features}), "
+                f"got {tuple(centers.means.shape)}"
             )
         self.num_classes = num_classes
         self.in_features = in_features
-        self.centres = centres
-        self._whitening = None if centres is None else between_whitening(centres, global_mean=global_mean)
+        self.centers = centers
+        self._whitening = None if centers is None else between_whitening(centers, global_mean=global_mean)
         self.global_mean = global_mean
         self.scatter = scatter
         self.unseen = unseen
@@ -175,10 +176,10 @@ class NeuralCollapse(Metric):
         decisions = logits.argmax(-1)
         correct = decisions == classes
         margins = cosine_margins(rows, classes, classifier.weight.to(rows.device))
-        if self.centres is not None and self._whitening is not None:
+        if self.centers is not None and self._whitening is not None:
             deviations = self._whitening.squared_deviations(rows, classes).sum()
-            seen, centres = self.centres.classes.to(rows.device), self.centres.means.to(rows.device)
-            disagreements = (decisions != seen[nearest_centre(rows, centres)]).sum()
+            seen, centers = self.centers.classes.to(rows.device), self.centers.means.to(rows.device)
+            disagreements = (decisions != seen[nearest_center(rows, centers)]).sum()
 
         update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
         self.samples += len(classes)
@@ -186,7 +187,7 @@ class NeuralCollapse(Metric):
         self.margins += margins.double().sum()
         self.confidences.append(logits.float().softmax(-1).amax(-1))
         self.correct.append(correct.float())
-        if self.centres is not None:
+        if self.centers is not None:
             self.deviations += deviations
             self.disagreements += disagreements
 
@@ -205,14 +206,14 @@ class NeuralCollapse(Metric):
         result["accuracy"] = self.hits / samples
         result["calibration_error"] = self._calibration_error().double()
         result["margin_mean"] = self.margins / samples
-        if self.centres is not None:
+        if self.centers is not None:
             trace = self.deviations / samples
-            result["nc1_trace_about_centres"] = trace / len(self.centres.means)
+            result["nc1_trace_about_centers"] = trace / len(self.centers.means)
             result["nc4_disagreement"] = self.disagreements / samples
         return result
 
     def statistics(self) -> ClassStatistics:
-        """Counts, means and covariances of the samples of all ranks: the ``centres`` of a second pass."""
+        """Counts, means and covariances of the samples of all ranks: the ``centers`` of a second pass."""
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
         ):

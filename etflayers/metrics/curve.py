@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require
+from etflayers.checks import require
+from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.margins import cosine_margins
 from etflayers.metrics.optional import Metric
 
@@ -20,7 +21,7 @@ class CosineMargins(Metric):
     One float32 number is kept for each sample.
 
     Args:
-        centre: a global mean ``(d,)`` to take from the features; see
+        center: a global mean ``(d,)`` to take from the features; see
             :func:`~etflayers.metrics.cosine_margins`.
         ignore_index: target of the samples to leave out.
         kwargs: of ``torchmetrics.Metric``.
@@ -43,18 +44,18 @@ class CosineMargins(Metric):
 
     margins: list[Tensor]
 
-    def __init__(self, *, centre: Tensor | None = None, ignore_index: int = -100, **kwargs: Any) -> None:
+    def __init__(self, *, center: Tensor | None = None, ignore_index: int = -100, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if centre is not None and centre.ndim != 1:
-            raise InvalidArgumentError(f"centre must have shape (d,), got {tuple(centre.shape)}")
-        self.centre = centre
+        if center is not None and center.ndim != 1:
+            raise InvalidArgumentError(f"center must have shape (d,), got {tuple(center.shape)}")
+        self.center = center
         self.ignore_index = ignore_index
         self.add_state("margins", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Add a batch: features ``(B, d)``, targets ``(B,)`` and the weight of the classifier ``(K, d)``."""
-        centre = None if self.centre is None else self.centre.to(features.device)
-        margins = cosine_margins(features, targets, weight, centre=centre, ignore_index=self.ignore_index)
+        center = None if self.center is None else self.center.to(features.device)
+        margins = cosine_margins(features, targets, weight, center=center, ignore_index=self.ignore_index)
         # float32 is also the dtype in which torchmetrics sends the empty list of a rank without samples.
         self.margins.append(margins.float())
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require
+from etflayers.checks import require
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
 from etflayers.metrics.moments import require_features
 from etflayers.metrics.nc2 import float64_rows
@@ -20,7 +21,7 @@ def cosine_margins(
     targets: Tensor,
     weight: Tensor,
     *,
-    centre: Tensor | None = None,
+    center: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     r"""``cos(h, w_y) - max_{j != y} cos(h, w_j)`` for each sample: K / (K - 1) at collapse.
@@ -29,7 +30,7 @@ def cosine_margins(
         features: h, ``(B, d)``.
         targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``.
         weight: W, ``(K, d)``.
-        centre: a global mean, ``(d,)``, taken from the features; the rows of W then lose their mean, too, as
+        center: a global mean, ``(d,)``, taken from the features; the rows of W then lose their mean, too, as
             published. Default: features and weight as they are.
         ignore_index: target of the samples to leave out.
 
@@ -53,12 +54,12 @@ def cosine_margins(
     valid = ~ignored_targets(targets, len(rows), ignore_index)
     dtype = working_dtype(features.dtype)
     features, targets = features.detach().to(dtype)[valid], targets[valid].long().unsqueeze(-1)
-    if centre is not None:
-        if centre.shape != rows.shape[1:]:
+    if center is not None:
+        if center.shape != rows.shape[1:]:
             raise InvalidArgumentError(
-                f"centre must have shape (d,) = ({rows.shape[1]},), got {tuple(centre.shape)}"
+                f"center must have shape (d,) = ({rows.shape[1]},), got {tuple(center.shape)}"
             )
-        features = features - centre.to(dtype)
+        features = features - center.to(dtype)
         rows = rows - rows.mean(0)
     require(len(rows) >= 2, "weight must have at least two rows: a margin needs another class")
     with full_precision(features):

@@ -41,7 +41,7 @@ def collapse_measures(
     Args:
         statistics: of the features, K classes.
         classifier: its weight and bias; rows of classes that statistics excludes are left out.
-        global_mean: ``"classes"`` or ``"samples"``, in Sigma_B, in the centred means and in bias collapse.
+        global_mean: ``"classes"`` or ``"samples"``, in Sigma_B, in the centered means and in bias collapse.
 
     Returns:
         Float64 scalars.
@@ -68,7 +68,7 @@ def collapse_measures(
     result["nc1_cdnv"] = class_distance_normalized_variance(statistics)
     result["nc1_within_variance"] = statistics.variances.mean()
 
-    means = statistics.centred_means(global_mean)
+    means = statistics.centered_means(global_mean)
     frame = _etf(means)
     result |= _etf_measures(means, frame, "means")
     if classifier is None:

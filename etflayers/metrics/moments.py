@@ -30,7 +30,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, reads_values, require, require_finite, require_floating
+from etflayers.checks import reads_values, require, require_finite, require_floating
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets, require_target_for_each
 from etflayers.precision import full_precision, working_dtype
 
@@ -38,7 +39,7 @@ __all__ = [
     "ClassMoments",
     "Scatter",
     "merge_moments",
-    "recentred",
+    "recentered",
     "update_moments",
     "zero_moments",
 ]
@@ -108,7 +109,7 @@ def zero_moments(
         in_features: d.
         scatter: ``"pooled"`` keeps one d x d matrix, ``"per_class"`` one for each class (for
             :func:`~etflayers.metrics.numerical_rank`; K d^2 numbers), ``"none"`` only traces, which is all
-            that the quotient and the class-distance normalised variance need.
+            that the quotient and the class-distance normalized variance need.
         device: of the moments.
 
     Returns:
@@ -186,7 +187,7 @@ def update_moments(
                 moments.scatter[k].add_(members.mT @ members)
 
 
-def recentred(moments: ClassMoments, shift: Tensor | None = None) -> ClassMoments:
+def recentered(moments: ClassMoments, shift: Tensor | None = None) -> ClassMoments:
     """The same moments about another shift, by default about the class means.
 
     Args:
@@ -233,7 +234,7 @@ def merge_moments(parts: Sequence[ClassMoments]) -> ClassMoments:
     share = [(part.counts / counts.clamp(min=1)).unsqueeze(-1) for part in parts]
     means = torch.stack([w * part.means for w, part in zip(share, parts, strict=True)]).sum(0)
     shift = means.float().double()
-    moved = [recentred(part, shift) for part in parts]
+    moved = [recentered(part, shift) for part in parts]
     return ClassMoments(
         counts,
         shift,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean
 
 __all__ = [
@@ -72,7 +72,7 @@ def within_between_quotient(statistics: ClassStatistics, *, global_mean: GlobalM
     Reference:
         Tirer, Huang, Niles-Weed (2023), arXiv 2210.16658.
     """
-    between = statistics.centred_means(global_mean).square().sum() / len(statistics.means)
+    between = statistics.centered_means(global_mean).square().sum() / len(statistics.means)
     return _ratio(statistics.within_trace, between)
 
 
@@ -119,7 +119,7 @@ def variability_collapse_index(statistics: ClassStatistics, *, global_mean: Glob
         Xu, Liu (2023), arXiv 2306.03440.
     """
     num_classes, in_features = statistics.means.shape
-    rows = statistics.centred_means(global_mean) / num_classes**0.5
+    rows = statistics.centered_means(global_mean) / num_classes**0.5
     total = statistics.within + rows.mT @ rows
     # Sigma_T has rank up to d, so this is an eigenproblem of size d; Sigma_B enters by its K rows only.
     values, vectors = torch.linalg.eigh(total)
@@ -129,7 +129,7 @@ def variability_collapse_index(statistics: ClassStatistics, *, global_mean: Glob
     return (1 - share).clamp(0, 1)
 
 
-def numerical_rank(statistics: ClassStatistics, *, centred: bool = False) -> Tensor:
+def numerical_rank(statistics: ClassStatistics, *, centered: bool = False) -> Tensor:
     r"""``(|H_k|_* / |H_k|_F)^2`` for the features H_k ``(n_k, d)`` of each class: 1 at collapse.
 
     Nuclear over Frobenius norm, from the eigenvalues of H_k'H_k; those below d times the rounding of the
@@ -137,7 +137,7 @@ def numerical_rank(statistics: ClassStatistics, *, centred: bool = False) -> Ten
 
     Args:
         statistics: accumulated with ``scatter="per_class"``.
-        centred: take the features less their class mean instead; NaN where a class has no spread.
+        centered: take the features less their class mean instead; NaN where a class has no spread.
 
     Returns:
         ``(K,)`` float64; the published number is the mean.
@@ -154,7 +154,7 @@ def numerical_rank(statistics: ClassStatistics, *, centred: bool = False) -> Ten
     )
     ranks = []
     for covariance, mean in zip(statistics.scatter, statistics.means, strict=True):
-        second = covariance if centred else covariance + torch.outer(mean, mean)
+        second = covariance if centered else covariance + torch.outer(mean, mean)
         values = torch.linalg.eigvalsh(second).clamp(min=0)
         cutoff = len(mean) * torch.finfo(values.dtype).eps * values[-1]
         values = torch.where(values > cutoff, values, 0)
@@ -163,11 +163,11 @@ def numerical_rank(statistics: ClassStatistics, *, centred: bool = False) -> Ten
 
 
 def between_spectrum(statistics: ClassStatistics, global_mean: GlobalMean) -> tuple[Tensor, Tensor]:
-    """The positive singular values s and rows V' of the centred means over sqrt K."""
-    means = statistics.centred_means(global_mean)
+    """The positive singular values s and rows V' of the centered means over sqrt K."""
+    means = statistics.centered_means(global_mean)
     num_classes, in_features = means.shape
     _, values, directions = torch.linalg.svd(means / num_classes**0.5, full_matrices=False)
-    # The centred rows are dependent: one of K singular values is zero but for rounding. That of the means
+    # The centered rows are dependent: one of K singular values is zero but for rounding. That of the means
     # themselves decides which others are.
     rounding = max(num_classes, in_features) * torch.finfo(values.dtype).eps
     scale = torch.maximum(values[0], statistics.means.abs().max())

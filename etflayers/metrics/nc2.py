@@ -1,7 +1,7 @@
 r"""NC2, convergence to a simplex ETF: equal lengths, equal and largest angles, distance to the nearest frame.
 
 Every function takes K row vectors as they are, so that it serves for classifier weights and for class means;
-of the means pass those less the global mean, ``statistics.centred_means()``.
+of the means pass those less the global mean, ``statistics.centered_means()``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require, require_floating, require_values
+from etflayers.checks import require, require_floating, require_values
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
-from etflayers.geometry import centred
+from etflayers.geometry import centered
 
 __all__ = [
     "Equiangularity",
@@ -102,7 +103,7 @@ def simplex_coherence_error(product: Tensor) -> Tensor:
     require(product.shape == (k, k), f"product must be (K, K), got {tuple(product.shape)}")
     norm = frobenius(product)
     require_values(norm > 0, "product must not be zero: none of the vectors reaches the space of the others")
-    ideal = centred(torch.eye(k, dtype=product.dtype, device=product.device)) / math.sqrt(k - 1)
+    ideal = centered(torch.eye(k, dtype=product.dtype, device=product.device)) / math.sqrt(k - 1)
     return frobenius(product / norm - ideal)
 
 

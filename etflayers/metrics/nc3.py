@@ -1,10 +1,10 @@
-r"""NC3, self-duality: the rows of the classifier converge to the centred class means, up to one scale."""
+r"""NC3, self-duality: the rows of the classifier converge to the centered class means, up to one scale."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from etflayers.errors import require_values
+from etflayers.checks import require_values
 from etflayers.metrics.nc2 import (
     float64_rows,
     frobenius,

@@ -1,4 +1,4 @@
-r"""NC4, the classifier decides by the nearest class centre, and its bias undoes the global mean.
+r"""NC4, the classifier decides by the nearest class center, and its bias undoes the global mean.
 
 Both are called "NC4" in the literature; here each has its own name.
 """
@@ -8,23 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.errors import InvalidArgumentError, require, require_floating
+from etflayers.checks import require, require_floating
+from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.nc2 import float64_rows, row_lengths
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["bias_collapse", "centre_disagreement", "nearest_centre"]
+__all__ = ["bias_collapse", "center_disagreement", "nearest_center"]
 
 
 @torch.no_grad()
-def nearest_centre(features: Tensor, centres: Tensor) -> Tensor:
-    r"""``argmin_k |h - m_k|``, the class centre nearest to each feature.
+def nearest_center(features: Tensor, centers: Tensor) -> Tensor:
+    r"""``argmin_k |h - m_k|``, the class center nearest to each feature.
 
-    ``|h - m_k|^2 = |h|^2 - 2 (<h, m_k> - |m_k|^2 / 2)``, about the mean of the centres, because a large
+    ``|h - m_k|^2 = |h|^2 - 2 (<h, m_k> - |m_k|^2 / 2)``, about the mean of the centers, because a large
     common mean would take the digits that decide.
 
     Args:
         features: h, ``(B, d)``.
-        centres: m, ``(K, d)``; from the training set or from a first pass over the same data.
+        centers: m, ``(K, d)``; from the training set or from a first pass over the same data.
 
     Returns:
         ``(B,)`` int64; the first of several that are equally near.
@@ -35,30 +36,30 @@ def nearest_centre(features: Tensor, centres: Tensor) -> Tensor:
     Reference:
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
 
-    >>> nearest_centre(torch.tensor([[0.9, 0.0], [0.0, 2.0]]), torch.eye(2))
+    >>> nearest_center(torch.tensor([[0.9, 0.0], [0.0, 2.0]]), torch.eye(2))
     tensor([0, 1])
     """
     require_floating("features", features.dtype)
-    if features.ndim != 2 or centres.shape[1:] != features.shape[1:]:
+    if features.ndim != 2 or centers.shape[1:] != features.shape[1:]:
         raise InvalidArgumentError(
-            "features and centres must have shapes (B, d) and (K, d), "
-            f"got {tuple(features.shape)} and {tuple(centres.shape)}"
+            "features and centers must have shapes (B, d) and (K, d), "
+            f"got {tuple(features.shape)} and {tuple(centers.shape)}"
         )
     dtype = working_dtype(features.dtype)
-    middle = float64_rows("centres", centres).mean(0).to(dtype)
-    around = (centres.detach().double() - middle.double()).to(dtype)
+    middle = float64_rows("centers", centers).mean(0).to(dtype)
+    around = (centers.detach().double() - middle.double()).to(dtype)
     with full_precision(features):
         scores = torch.addmm(around.square().sum(-1) / -2, features.detach().to(dtype) - middle, around.mT)
     return scores.argmax(-1)
 
 
-def centre_disagreement(features: Tensor, logits: Tensor, centres: Tensor) -> Tensor:
-    r"""Share of the samples for which ``argmax_k logits_k`` is not the nearest class centre.
+def center_disagreement(features: Tensor, logits: Tensor, centers: Tensor) -> Tensor:
+    r"""Share of the samples for which ``argmax_k logits_k`` is not the nearest class center.
 
     Args:
         features: h, ``(B, d)``.
         logits: ``(B, K)``, with the bias of the classifier.
-        centres: m, ``(K, d)``.
+        centers: m, ``(K, d)``.
 
     Returns:
         A float64 scalar in [0, 1].
@@ -70,10 +71,10 @@ def centre_disagreement(features: Tensor, logits: Tensor, centres: Tensor) -> Te
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
     """
     require(
-        logits.shape == (len(features), len(centres)),
-        f"logits must have shape (B, K) = ({len(features)}, {len(centres)}), got {tuple(logits.shape)}",
+        logits.shape == (len(features), len(centers)),
+        f"logits must have shape (B, K) = ({len(features)}, {len(centers)}), got {tuple(logits.shape)}",
     )
-    return (logits.argmax(-1) != nearest_centre(features, centres)).double().mean()
+    return (logits.argmax(-1) != nearest_center(features, centers)).double().mean()
 
 
 def bias_collapse(weight: Tensor, global_mean: Tensor, bias: Tensor | None = None) -> Tensor:

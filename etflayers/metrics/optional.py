@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 
 __all__ = ["CallbackBase", "Metric"]
 

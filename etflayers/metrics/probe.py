@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from etflayers.errors import EtfLayersError, InvalidArgumentError, require
+from etflayers.checks import require
+from etflayers.errors import EtfLayersError, InvalidArgumentError
 from etflayers.metrics.collapse import NeuralCollapse
 
 __all__ = ["NeuralCollapseProbe", "spatial_mean"]

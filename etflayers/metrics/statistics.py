@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.errors import require
-from etflayers.metrics.moments import ClassMoments, Scatter, recentred, update_moments, zero_moments
+from etflayers.checks import require
+from etflayers.metrics.moments import ClassMoments, Scatter, recentered, update_moments, zero_moments
 
 __all__ = ["ClassStatistics", "GlobalMean", "Unseen", "class_statistics", "finish_moments"]
 
@@ -64,7 +64,7 @@ class ClassStatistics(NamedTuple):
         # About one of the means, so that a large common mean does not cancel.
         return self.means[0] + (weights / weights.sum()) @ (self.means - self.means[0])
 
-    def centred_means(self, global_mean: GlobalMean = "classes") -> Tensor:
+    def centered_means(self, global_mean: GlobalMean = "classes") -> Tensor:
         """The class means less the global mean, ``(K, d)``."""
         return self.means - self.global_mean(global_mean)
 
@@ -93,7 +93,7 @@ def finish_moments(moments: ClassMoments, *, unseen: Unseen = "error") -> ClassS
     )
     classes = seen.nonzero().flatten()
     require(len(classes) >= 2, f"samples of at least two classes are needed, got {len(classes)}")
-    central = recentred(moments)
+    central = recentered(moments)
     counts = central.counts[classes]
     scatter = central.scatter
     if scatter.ndim == 2:

@@ -1,11 +1,11 @@
-r"""NC1 about given centres: a second pass that needs no d x d matrix.
+r"""NC1 about given centers: a second pass that needs no d x d matrix.
 
 With the class means and Sigma_B of a first pass at hand, tr(Sigma_W Sigma_B^+) is a mean over samples,
 
     tr(Sigma_W Sigma_B^+) = 1/N sum |B (h - m_y)|^2,      B = diag(1/s) V',   Sigma_B = V diag(s^2) V',
 
 at the price of one product with a (K-1) x d matrix. Over other data than those of the first pass it is a
-metric of its own: the spread of, say, test features about the centres of the training set.
+metric of its own: the spread of, say, test features about the centers of the training set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.errors import require_values
+from etflayers.checks import require_values
 from etflayers.metrics.moments import require_features
 from etflayers.metrics.nc1 import between_spectrum
 from etflayers.metrics.nc2 import row_lengths
@@ -30,7 +30,7 @@ class Whitening(NamedTuple):
 
     Attributes:
         classes: indices of the K classes, ``(K,)``.
-        means: their centres, ``(K, d)`` float64.
+        means: their centers, ``(K, d)`` float64.
         basis: B, ``(r, d)`` float64, r <= K - 1.
     """
 
@@ -50,16 +50,16 @@ class Whitening(NamedTuple):
             ``(B,)`` float64.
 
         Raises:
-            InvalidArgumentError: shapes or dtypes that do not fit, a target without a centre.
+            InvalidArgumentError: shapes or dtypes that do not fit, a target without a center.
         """
         require_features(features, targets, self.means.shape[1])
         classes, means, basis = (field.to(features.device) for field in self)
         position = torch.searchsorted(classes, targets.long()).clamp(max=len(classes) - 1)
         require_values(
             (classes[position] == targets).all(),
-            "centres must hold every class in targets: measure them on data with all classes",
+            "centers must hold every class in targets: measure them on data with all classes",
         )
-        # The difference is taken in float64, because a centre need not be a number of the features' dtype.
+        # The difference is taken in float64, because a center need not be a number of the features' dtype.
         dtype = working_dtype(features.dtype)
         residuals = (features.detach().double() - means[position]).to(dtype)
         with full_precision(features):

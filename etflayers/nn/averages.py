@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from etflayers.errors import InvalidArgumentError, MissingTargetsError, require, require_floating
+from etflayers.checks import require, require_floating
+from etflayers.errors import InvalidArgumentError, MissingTargetsError
 from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
 from etflayers.kernels.class_sums import averages_use_triton, class_averages
 from etflayers.nn.distributed import all_reduce_sum, world_size
@@ -26,7 +27,7 @@ _SMALLEST_STEP = 1e-4
 def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``convert`` (the argument of ``nn.Module._apply``) without its step from full to half precision.
 
-    Averages and factorisations lose their meaning in 8 or 11 bits, so ``module.half()`` moves them at most.
+    Averages and factorizations lose their meaning in 8 or 11 bits, so ``module.half()`` moves them at most.
     """
 
     def converted(tensor: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class FeatureMovingAverage(nn.Module):
             the schedule of Markou et al., t the number of batches with that class, this one included, never
             less than 1e-4.
         ignore_index: target of the samples to leave out.
-        synchronize: whether to add over the ranks when ``torch.distributed`` is initialised.
+        synchronize: whether to add over the ranks when ``torch.distributed`` is initialized.
         process_group: the ranks to add over; default: all. It is not part of copies and pickles, which
             start with the default group: assign the attribute again.
         device: of the buffers.

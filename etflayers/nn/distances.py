@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.adjoints import StiefelAdjoint
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.solvers import StiefelSolver
 

@@ -12,7 +12,7 @@ __all__ = ["all_reduce_sum", "world_size"]
 
 
 def world_size(process_group: dist.ProcessGroup | None = None) -> int:
-    """Number of ranks in the group; 1 where ``torch.distributed`` is not initialised."""
+    """Number of ranks in the group; 1 where ``torch.distributed`` is not initialized."""
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(process_group)

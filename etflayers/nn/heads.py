@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflayers.errors import InvalidArgumentError, require, require_floating
+from etflayers.checks import require, require_floating
+from etflayers.errors import InvalidArgumentError
 from etflayers.functional.logits import canonical_etf_logits, linear_dtype
 from etflayers.geometry import require_etf_dims, simplex_etf
 from etflayers.precision import full_precision, working_dtype
@@ -21,7 +22,7 @@ class ETFHead(nn.Module, ABC):
     r"""Linear classifier whose weight is a simplex ETF: ``logits = s (z - m) W'``.
 
     W is ``(K, d)`` with unit rows, the inputs z are the features, on the unit sphere with ``normalize=True``,
-    and the centre m is zero except in :class:`~etflayers.nn.NearestETFHead`. The scale s > 0 is the inverse
+    and the center m is zero except in :class:`~etflayers.nn.NearestETFHead`. The scale s > 0 is the inverse
     of a softmax temperature; it is a constant and multiplies nothing but the logits. The logits have the
     dtype of the features or, under autocast, autocast's, as those of ``nn.Linear``.
 
@@ -75,28 +76,28 @@ class ETFHead(nn.Module, ABC):
 
         Returns:
             A copy of the present state: it does not follow further training. It has a bias if there is a
-            centre.
+            center.
 
         Raises:
             InvalidArgumentError: ``normalize=True`` without ``normalized_inputs=True``.
         """
         require(
             normalized_inputs or not self.normalize,
-            "normalize=True makes the logits nonlinear in the features: normalise them before the linear "
+            "normalize=True makes the logits nonlinear in the features: normalize them before the linear "
             "layer and ask for to_linear(normalized_inputs=True)",
         )
-        frame, centre = self.weight, self._centre
+        frame, center = self.weight, self._center
         # By way of "meta", which draws no random numbers for a start that is overwritten.
         linear = nn.Linear(
-            self.in_features, self.num_classes, bias=centre is not None, device="meta", dtype=frame.dtype
+            self.in_features, self.num_classes, bias=center is not None, device="meta", dtype=frame.dtype
         ).to_empty(device=frame.device)
         linear.weight.copy_(self.scale * frame)
-        if centre is not None:
-            linear.bias.copy_(-self.scale * (frame.double() @ centre.double()))
+        if center is not None:
+            linear.bias.copy_(-self.scale * (frame.double() @ center.double()))
         return linear.train(self.training)
 
     @property
-    def _centre(self) -> Tensor | None:
+    def _center(self) -> Tensor | None:
         return None
 
     def _inputs(self, features: Tensor) -> Tensor:
@@ -113,11 +114,11 @@ class ETFHead(nn.Module, ABC):
             return F.normalize(features.to(working_dtype(features.dtype)), dim=-1)
 
     def _logits(
-        self, features: Tensor, inputs: Tensor, frame: Tensor, centre: Tensor | None = None
+        self, features: Tensor, inputs: Tensor, frame: Tensor, center: Tensor | None = None
     ) -> Tensor:
-        if centre is not None:
+        if center is not None:
             # Before the product, not as a bias after it: a large common mean would cancel between the two.
-            inputs = inputs - centre
+            inputs = inputs - center
         dtype = torch.promote_types(inputs.dtype, frame.dtype)
         logits = self.scale * F.linear(inputs.to(dtype), frame.to(dtype))
         return logits.to(linear_dtype(features))

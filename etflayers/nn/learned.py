@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from etflayers.errors import ManifoldError, require, require_floating, require_module, require_values
-from etflayers.geometry import centred_basis_adjoint, etf_radius, random_stiefel, require_rotation
+from etflayers._torch import is_concrete
+from etflayers.checks import require, require_floating, require_module, require_values
+from etflayers.errors import ManifoldError
+from etflayers.geometry import centered_basis_adjoint, etf_radius, random_stiefel, require_rotation
 from etflayers.geometry.tolerance import default_atol
 from etflayers.nn.averages import keep_precision
 from etflayers.nn.heads import ETFHead
@@ -22,8 +24,8 @@ class LearnedETFHead(ETFHead):
     r"""Classifier whose weight is a learned simplex ETF: ``logits = s z W'``, ``W = c E'Q'``, Q'Q = I.
 
     The parameter ``rotation`` is Q, a geoopt ``ManifoldParameter`` with the Euclidean metric. A Riemannian
-    optimiser keeps it on the manifold (and treats all other parameters of the model like the ordinary
-    optimiser of that name); a step of an ordinary optimiser leaves it, which the next forward pass notices.
+    optimizer keeps it on the manifold (and treats all other parameters of the model like the ordinary
+    optimizer of that name); a step of an ordinary optimizer leaves it, which the next forward pass notices.
 
     Args:
         in_features: d >= K - 1.
@@ -89,7 +91,7 @@ class LearnedETFHead(ETFHead):
     @property
     def weight(self) -> Tensor:
         """The frame W = c E'Q', ``(K, d)``, differentiable in ``rotation``."""
-        return etf_radius(self.num_classes) * centred_basis_adjoint(self.rotation.mT)
+        return etf_radius(self.num_classes) * centered_basis_adjoint(self.rotation.mT)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of a batch.
@@ -114,13 +116,13 @@ class LearnedETFHead(ETFHead):
 
     def _require_on_manifold(self) -> None:
         rotation = self.rotation
-        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(rotation):
+        if not is_concrete(rotation):
             # Nothing outside the graph can be remembered here. A compiled or exported eval pass stays free of
             # the check: what it is given went through training.
             if self.training:
                 self._assert_orthonormal(rotation)
             return
-        # Every in-place change of a tensor raises its version: one check after each optimiser step.
+        # Every in-place change of a tensor raises its version: one check after each optimizer step.
         state = (rotation.data_ptr(), rotation._version)
         if state != self._checked:
             self._assert_orthonormal(rotation)
@@ -132,11 +134,11 @@ class LearnedETFHead(ETFHead):
             identity = torch.eye(self.num_classes - 1, dtype=rotation.dtype, device=rotation.device)
             gap = (rotation.mT @ rotation - identity).abs().amax()
         require_values(
-            # Ten times the rounding that is_stiefel allows a fresh point: room for the factorisation of a
+            # Ten times the rounding that is_stiefel allows a fresh point: room for the factorization of a
             # step.
             gap <= 10 * default_atol(rotation.dtype),
             "rotation has left the Stiefel manifold, its columns are not orthonormal any more (a step of an "
-            "ordinary optimiser does that): train with geoopt.optim.RiemannianSGD or RiemannianAdam, and "
+            "ordinary optimizer does that): train with geoopt.optim.RiemannianSGD or RiemannianAdam, and "
             "repair it with torch.no_grad(): head.rotation.proj_()",
             ManifoldError,
         )

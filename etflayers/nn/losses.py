@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.functional.cross_entropy import (
     etf_cross_entropy,
     linear_cross_entropy,
@@ -138,10 +138,10 @@ class ETFCrossEntropy(nn.Module):
                 reduction=self.reduction,
                 impl=self.impl,
             )
-        inputs, frame, centre = head._linear_form(features, targets)
+        inputs, frame, center = head._linear_form(features, targets)
         # Before the product, as in the head.
         return linear_cross_entropy(
-            inputs if centre is None else inputs - centre,
+            inputs if center is None else inputs - center,
             frame,
             targets,
             scale=head.scale,

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from etflayers.adjoints import Adjoint
-from etflayers.errors import MissingTargetsError, require, require_floating
+from etflayers.checks import require, require_floating
+from etflayers.errors import MissingTargetsError
 from etflayers.functional.nearest import nearest_etf
 from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn.averages import ClassStatistics, FeatureMovingAverage, Momentum, keep_precision
@@ -29,7 +30,7 @@ class NearestETFHead(ETFHead):
     1. updates the running class means X (:class:`~etflayers.nn.FeatureMovingAverage` of the inputs z),
     2. finds the frame nearest to them, with weights ``omega_k`` = class weight, 0 for classes never seen,
        ``W = argmin sum_k omega_k |x_k / r - w_k - t|^2 + delta |W - A|^2``,
-    3. takes as centre m the mean of the running means over the classes seen (each class counts the same, and
+    3. takes as center m the mean of the running means over the classes seen (each class counts the same, and
        no eval batch has a say in it).
 
     The length r makes delta, the ``proximity``, a pure number: with ``Y = diag(omega)(X - weighted mean)`` it
@@ -60,7 +61,7 @@ class NearestETFHead(ETFHead):
         detach: whether to treat W and m as constants in the backward pass.
         class_weights: ``(K,)``, not negative; default all 1.
         ignore_index: target of the samples that do not enter the means (they still get logits).
-        synchronize: whether to form the means over all ranks when ``torch.distributed`` is initialised.
+        synchronize: whether to form the means over all ranks when ``torch.distributed`` is initialized.
         process_group: the ranks; default all. Copies and pickles start with the default group.
         solver: see :func:`~etflayers.functional.nearest_etf`.
         adjoint: see :func:`~etflayers.functional.nearest_etf`.
@@ -72,7 +73,7 @@ class NearestETFHead(ETFHead):
     Attributes:
         averages: the :class:`~etflayers.nn.FeatureMovingAverage`.
         frame: W, ``(K, d)``.
-        centre: m, ``(d,)``; ``None`` with ``center=False``.
+        center: m, ``(d,)``; ``None`` with ``center=False``.
         anchor: A, ``(K, d)``; ``None`` with ``anchor="previous"``, where it is ``frame``.
         class_weights: ``(K,)`` or ``None``.
 
@@ -93,7 +94,7 @@ class NearestETFHead(ETFHead):
 
     averages: FeatureMovingAverage
     frame: Tensor
-    centre: Tensor | None
+    center: Tensor | None
     anchor: Tensor | None
     class_weights: Tensor | None
 
@@ -151,7 +152,7 @@ class NearestETFHead(ETFHead):
         follows = isinstance(anchor, str) and anchor == "previous"
         self.register_buffer("frame", frame)
         self.register_buffer("anchor", None if follows else frame.clone())
-        self.register_buffer("centre", frame.new_zeros(in_features) if center else None)
+        self.register_buffer("center", frame.new_zeros(in_features) if center else None)
         if class_weights is not None:
             class_weights = _checked_class_weights(class_weights, num_classes).to(device, dtype, copy=True)
         self.register_buffer("class_weights", class_weights)
@@ -186,7 +187,7 @@ class NearestETFHead(ETFHead):
         if not self.training:
             # A graph keeps the frame for its backward pass, and the next training pass overwrites the buffer.
             keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
-            return inputs, self.frame.clone() if keeps_graph else self.frame, self.centre
+            return inputs, self.frame.clone() if keeps_graph else self.frame, self.center
         targets = self._provided_targets if targets is None else targets
         if targets is None:
             raise MissingTargetsError(
@@ -197,10 +198,10 @@ class NearestETFHead(ETFHead):
             statistics = self.averages.propose(inputs, targets)
             seen = statistics.counts > 0
             frame = self._nearest(statistics.means, seen)
-            centre = None if self.centre is None else _mean_over(statistics.means, seen)
+            center = None if self.center is None else _mean_over(statistics.means, seen)
         # Nothing is stored before everything has been checked and computed.
-        self._commit(statistics, frame, centre)
-        return inputs, frame, centre
+        self._commit(statistics, frame, center)
+        return inputs, frame, center
 
     def _nearest(self, means: Tensor, seen: Tensor) -> Tensor:
         weights = seen.to(means.dtype)
@@ -218,15 +219,15 @@ class NearestETFHead(ETFHead):
         )
 
     @torch.no_grad()
-    def _commit(self, statistics: ClassStatistics, frame: Tensor, centre: Tensor | None) -> None:
+    def _commit(self, statistics: ClassStatistics, frame: Tensor, center: Tensor | None) -> None:
         self.averages.commit(statistics)
         self.frame.copy_(frame)
-        if self.centre is not None and centre is not None:
-            self.centre.copy_(centre)
+        if self.center is not None and center is not None:
+            self.center.copy_(center)
 
     @property
-    def _centre(self) -> Tensor | None:
-        return self.centre
+    def _center(self) -> Tensor | None:
+        return self.center
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NearestETFHead:
         super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
@@ -246,7 +247,7 @@ def _mean_over(means: Tensor, seen: Tensor) -> Tensor:
 
 
 def _to_unit_spread(means: Tensor, weights: Tensor) -> Tensor:
-    """The centred means divided by r, the root-mean-square length of their weighted rows."""
+    """The centered means divided by r, the root-mean-square length of their weighted rows."""
     info = torch.finfo(means.dtype)
     column = weights.unsqueeze(-1)
     # In units of the largest entry no square overflows or vanishes. The unit is a constant: r takes it back.

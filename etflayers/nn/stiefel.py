@@ -1,4 +1,4 @@
-"""The declarative layer: its output is the minimiser of an objective on the Stiefel manifold."""
+"""The declarative layer: its output is the minimizer of an objective on the Stiefel manifold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.adjoints import StiefelAdjoint
-from etflayers.errors import require, require_floating
+from etflayers.checks import require, require_floating
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 from etflayers.geometry import project_stiefel, random_stiefel
 from etflayers.nn.averages import keep_precision
@@ -40,7 +40,7 @@ class StiefelNode(nn.Module):
             value a function of its own member of the batch alone. Q is ``(B, dim, num_frames)``.
         dim: d.
         num_frames: n <= d.
-        solver: how the minimiser is found; default :class:`~etflayers.solvers.RiemannianNewton`.
+        solver: how the minimizer is found; default :class:`~etflayers.solvers.RiemannianNewton`.
         adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
         generator: random numbers of the first start, which is Haar distributed.
         device: of the buffer.
@@ -63,7 +63,7 @@ class StiefelNode(nn.Module):
     >>> torch.allclose(node(target).mT @ node(target), torch.eye(2), atol=1e-5)
     True
     >>> node.solve(target).message
-    'the minimiser is unique and was found'
+    'the minimizer is unique and was found'
     """
 
     start: Tensor
@@ -92,7 +92,7 @@ class StiefelNode(nn.Module):
         self.register_buffer("start", start)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The minimiser for the given inputs.
+        """The minimizer for the given inputs.
 
         Args:
             inputs: what the objective reads besides Q; the first leads with the batch dimension B, and so do

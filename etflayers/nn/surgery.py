@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.nn.nearest import NearestETFHead
 
 __all__ = ["provide_targets", "replace_classifier"]

@@ -1,4 +1,4 @@
-"""How a minimiser is found. No gradient code lives here."""
+"""How a minimizer is found. No gradient code lives here."""
 
 from etflayers.solvers.by_regime import ByRegime
 from etflayers.solvers.conjugate_gradients import conjugate_gradients

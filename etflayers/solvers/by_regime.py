@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.errors import reads_values
+from etflayers.checks import reads_values
 from etflayers.solvers.gram import GramEigh
 from etflayers.solvers.gram_root import GramRoot
 from etflayers.solvers.polar import FrameFactors, FrameSolver, RootFactors
@@ -21,7 +21,7 @@ _SMALL = 32
 
 @dataclass(frozen=True)
 class ByRegime(FrameSolver):
-    """The cheapest accurate way: look at the condition number kappa of the centred means, then choose.
+    """The cheapest accurate way: look at the condition number kappa of the centered means, then choose.
 
     The error of a Gram matrix is about kappa^2 eps of the precision in which it is formed. So, for float32
     data: in float32 while kappa < 4.4 (6 from 512 classes on; fewer than 32 classes skip this step), in

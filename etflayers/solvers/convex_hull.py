@@ -3,7 +3,7 @@ r"""The polar factor as the solution of a convex program.
 A linear function has its maximum over a convex set at an extreme point. The extreme points of the unit ball
 of the spectral norm are the matrices with orthonormal columns, so the ball is their convex hull, and
 
-    maximise <A, X>  subject to  |X|_2 <= 1
+    maximize <A, X>  subject to  |X|_2 <= 1
 
 has the polar factor of A as its solution, the only one if A has full rank.
 """
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers.errors import ConvergenceError, require_concrete, require_module
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.checks import require_concrete, require_module
+from etflayers.errors import ConvergenceError
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.solvers.polar import FrameOnlySolver
 
 __all__ = ["ConvexHull"]
@@ -28,7 +29,7 @@ __all__ = ["ConvexHull"]
 class ConvexHull(FrameOnlySolver):
     """A semidefinite program solved by SCS (cvxpylayers): an oracle for small sizes and full rank.
 
-    It shares neither a factorisation nor a derivation with the other solvers. ``adjoint=Unrolled()`` gives
+    It shares neither a factorization nor a derivation with the other solvers. ``adjoint=Unrolled()`` gives
     the gradient of cvxpylayers, which differentiates the optimality conditions of the cone program.
 
     Args:
@@ -56,7 +57,7 @@ class ConvexHull(FrameOnlySolver):
         """The frames for ``linear`` (``(..., K, d)``), in float64."""
         require_concrete(linear, "solver=ConvexHull()", "use solver=SVD() or the default there")
         diffcp = require_module("diffcp", extra="solvers")
-        coordinates = centred_basis_apply(linear.double().cpu())
+        coordinates = centered_basis_apply(linear.double().cpu())
         shape = coordinates.shape
         coordinates = coordinates.reshape(shape[:-2].numel(), *shape[-2:])
         # The solver has an absolute tolerance.
@@ -70,7 +71,7 @@ class ConvexHull(FrameOnlySolver):
             raise ConvergenceError(
                 f"{self!r} failed: {error}; raise max_steps or accuracy, or use solver=SVD() or the default"
             ) from error
-        frame: Tensor = etf_radius(linear.shape[-2]) * centred_basis_adjoint(factor.reshape(shape))
+        frame: Tensor = etf_radius(linear.shape[-2]) * centered_basis_adjoint(factor.reshape(shape))
         return frame.to(linear.device)
 
 

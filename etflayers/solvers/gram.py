@@ -1,4 +1,4 @@
-r"""The polar factor from the K x K Gram matrix of the centred rows.
+r"""The polar factor from the K x K Gram matrix of the centered rows.
 
 **Gram or SVD.** T^+ (see ``solvers.polar``) needs one symmetric eigenproblem of size K, several times cheaper
 than an SVD, but the Gram matrix squares the condition number kappa of EM: the error is about kappa^2 eps of
@@ -6,7 +6,7 @@ the precision in which it is formed. Its eigenvalues tell kappa, so a caller may
 
 **The null direction.** M_c M_c' has the eigenvector 1 with eigenvalue zero, which no rounding may mix with a
 small true eigenvalue. Since M_c has no component along it, any other eigenvalue may be put there without
-changing T^+ M_c. |m_0|^2 K / (K - 1), the Rayleigh quotient of the centred first unit vector, lies among the
+changing T^+ M_c. |m_0|^2 K / (K - 1), the Rayleigh quotient of the centered first unit vector, lies among the
 true ones; half of it is as harmless, and for K = 2 does not coincide with the only true one.
 """
 
@@ -18,14 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.errors import NonFiniteError, require_values
+from etflayers.checks import require_values
+from etflayers.errors import NonFiniteError
 from etflayers.geometry import etf_radius
 from etflayers.solvers.polar import FrameFactors, FrameSolver, pair_sums, smallest_divisor, spectral
 
-__all__ = ["GramEigh", "centred_rows"]
+__all__ = ["GramEigh", "centered_rows"]
 
 
-def centred_rows(linear: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def centered_rows(linear: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """M_c in ``dtype``, divided by a scale ``(..., 1, 1)`` (``None`` for 1) so that M_c M_c' is finite."""
     rows = linear.to(dtype)
     if dtype == linear.dtype:
@@ -65,7 +66,7 @@ class _GramSpectrum(NamedTuple):
 
 @dataclass(frozen=True)
 class GramEigh(FrameSolver):
-    """Eigendecomposition of the K x K Gram matrix, for M whose centred rows have full rank K - 1.
+    """Eigendecomposition of the K x K Gram matrix, for M whose centered rows have full rank K - 1.
 
     Args:
         dtype: precision to compute in; ``None``: float64.
@@ -94,7 +95,7 @@ class GramEigh(FrameSolver):
     def spectrum(self, linear: Tensor) -> _GramSpectrum:
         """The eigenproblem alone, for a caller that looks at its values first."""
         num_classes = linear.shape[-2]
-        rows, scale = centred_rows(linear, self.dtype or torch.float64)
+        rows, scale = centered_rows(linear, self.dtype or torch.float64)
         gram = rows @ rows.mT
         # The filling of the null direction: the same number added to every entry has the eigenvector 1.
         filled = torch.add(gram, gram[..., :1, :1], alpha=0.5 / (num_classes - 1))

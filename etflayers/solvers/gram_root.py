@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.kernels.dispatch import Impl
 from etflayers.kernels.polar import polar
 from etflayers.solvers.polar import FrameSolver, RootFactors
@@ -19,12 +19,12 @@ __all__ = ["GramRoot"]
 class GramRoot(FrameSolver):
     """Newton-Schulz on the Gram matrix in float64, for any rank: what a GPU does without waiting.
 
-    A fixed number of products and no factorisation, so that it can be captured in a CUDA graph; up to 32
+    A fixed number of products and no factorization, so that it can be captured in a CUDA graph; up to 32
     classes of float32 data one Triton kernel does it all, where Triton is installed. The derivative takes
     products only as well; the operations themselves carry none, so that ``adjoint=Unrolled()`` is an error.
     On a CPU it is slower than :class:`~etflayers.solvers.ByRegime`.
 
-    The relative error is about 1e-16 kappa^2 for a condition number kappa of the centred means. Directions
+    The relative error is about 1e-16 kappa^2 for a condition number kappa of the centered means. Directions
     with less than about 1e-6 of the largest singular value count as absent, also for float64 data, for which
     :class:`~etflayers.solvers.SVD` tells them from zero. For rank-deficient M many frames are equally good;
     this returns one of them, exactly a simplex ETF.

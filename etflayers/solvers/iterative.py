@@ -1,6 +1,6 @@
 r"""The polar factor by a solver for any objective on the Stiefel manifold.
 
-In the coordinates R = EM the frame W = c E'Q' maximises <W, M> where Q in St(d, K-1) minimises
+In the coordinates R = EM the frame W = c E'Q' maximizes <W, M> where Q in St(d, K-1) minimizes
 f(Q) = -<Q, R'>. Its maxima and saddles are critical points as well; the only local minimum is the polar
 factor, on the component of the manifold where the iteration runs. (For d = K - 1 there are two, rotations and
 reflections.)
@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from etflayers.errors import ConvergenceError, require_concrete
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.checks import require_concrete
+from etflayers.errors import ConvergenceError
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.solvers.newton import RiemannianNewton
 from etflayers.solvers.polar import FrameOnlySolver, FrameSolver
 from etflayers.solvers.riemannian import RiemannianDescent
@@ -51,7 +52,7 @@ class Iterative(FrameOnlySolver):
     def frame(self, linear: Tensor) -> Tensor:
         """The frames for ``linear`` (``(..., K, d)``), in float64; they carry no gradient."""
         require_concrete(linear, "solver=Iterative()", "use solver=SVD() or the default there")
-        coordinates = centred_basis_apply(linear.detach().double()).mT
+        coordinates = centered_basis_apply(linear.detach().double()).mT
         shape = coordinates.shape
         coordinates = coordinates.reshape(shape[:-2].numel(), *shape[-2:])
         # The length of a step that fits depends on the scale of the objective.
@@ -64,7 +65,7 @@ class Iterative(FrameOnlySolver):
             raise ConvergenceError(
                 f"solver={self!r} ended after {solution.iterations} iterations: {worst.message}"
             )
-        frame: Tensor = etf_radius(linear.shape[-2]) * centred_basis_adjoint(solution.point.mT)
+        frame: Tensor = etf_radius(linear.shape[-2]) * centered_basis_adjoint(solution.point.mT)
         return frame.reshape(linear.shape)
 
 

@@ -52,7 +52,7 @@ class RiemannianNewton:
     max_products: int = 200
 
     def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
-        """Minimise ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
+        """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         tolerance = default_tolerance(start.dtype) if self.tolerance is None else self.tolerance
         point, model = start, local_model(objective, start)
         largest = start.shape[-1] ** 0.5  # the manifold lies on a sphere of this radius
@@ -66,7 +66,7 @@ class RiemannianNewton:
             step, decrease = self._step(model, radius, active, tolerance)
             candidate = retract_stiefel(point, step)
             there = local_model(objective, candidate)
-            # Near the minimiser the decrease drowns in the rounding of the values; the model is right there.
+            # Near the minimizer the decrease drowns in the rounding of the values; the model is right there.
             noise = 1e3 * torch.finfo(start.dtype).eps * model.value.abs().clamp_min(1)
             quality = (model.value - there.value + noise) / (decrease + noise)
             at_boundary = norm(step) > 0.99 * radius

@@ -1,6 +1,6 @@
 r"""The polar factor from matrix products alone.
 
-**The iteration.** For the Gram matrix G of the centred rows, scaled into (0, 1], Y = G and Z = I, repeat
+**The iteration.** For the Gram matrix G of the centered rows, scaled into (0, 1], Y = G and Z = I, repeat
 
     T = Z Y,    Y <- Y q(T),    Z <- q(T) Z,    q(T) = a (3 I - a^2 T) / 2.
 
@@ -29,9 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.errors import ConvergenceError, reads_values, require, require_values
+from etflayers.checks import reads_values, require, require_values
+from etflayers.errors import ConvergenceError
 from etflayers.geometry import etf_radius
-from etflayers.solvers.gram import centred_rows
+from etflayers.solvers.gram import centered_rows
 from etflayers.solvers.polar import FrameOnlySolver
 
 __all__ = ["NewtonSchulz"]
@@ -39,7 +40,7 @@ __all__ = ["NewtonSchulz"]
 
 @dataclass(frozen=True)
 class NewtonSchulz(FrameOnlySolver):
-    """Newton-Schulz iteration on the K x K Gram matrix, for M whose centred rows have full rank K - 1.
+    """Newton-Schulz iteration on the K x K Gram matrix, for M whose centered rows have full rank K - 1.
 
     The frame takes matrix products only, and so does its gradient with ``adjoint=Unrolled()``, which here is
     accurate at neural collapse too: nothing is divided. ``Implicit()`` adds one symmetric eigenproblem. On a
@@ -80,7 +81,7 @@ class NewtonSchulz(FrameOnlySolver):
     def frame(self, linear: Tensor) -> Tensor:
         """The frames for ``linear`` (``(..., K, d)``), in ``self.dtype``."""
         num_classes = linear.shape[-2]
-        rows, _ = centred_rows(linear, self.dtype or torch.float64)
+        rows, _ = centered_rows(linear, self.dtype or torch.float64)
         gram = rows @ rows.mT
         with torch.no_grad():
             mean = _trace(gram) / (num_classes - 1)

@@ -1,15 +1,15 @@
-r"""The simplex ETF that maximises <W, M> is a polar factor: what its solvers share.
+r"""The simplex ETF that maximizes <W, M> is a polar factor: what its solvers share.
 
 **The polar factor.** With the frames written W = c E'Q' (see ``geometry.frames``), <W, M> = c <Q', EM> is
-largest where Q' is the polar factor of EM. In rows, with M_c = CM the centred rows and
+largest where Q' is the polar factor of EM. In rows, with M_c = CM the centered rows and
 T = c (M_c M_c')^(1/2) (K x K, T 1 = 0), this reads
 
     W = c^2 T^+ M_c,        T = M_c W'.
 
 **Factors.** Solvers hold no gradient code, but every derivative of W is a division in the eigenbasis of T.
-A solver that factorises M knows that basis. One that takes matrix products only knows T instead, with which
+A solver that factorizes M knows that basis. One that takes matrix products only knows T instead, with which
 the adjoint solves the same equation by products. For one that finds only W it is the basis of T = M_c W', and
-taking it checks W as well: a simplex ETF is the maximiser if and only if M_c W' is symmetric and has no
+taking it checks W as well: a simplex ETF is the maximizer if and only if M_c W' is symmetric and has no
 negative eigenvalue. (At the saddles of <W, M> it is symmetric with negative ones.)
 """
 
@@ -22,14 +22,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from etflayers.errors import ConvergenceError, require_values
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.checks import require_values
+from etflayers.errors import ConvergenceError
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 
 __all__ = ["FrameFactors", "FrameOnlySolver", "FrameSolver", "RootFactors", "factors_of", "rank_cutoff"]
 
 
 class FrameFactors(NamedTuple):
-    """The maximising frame and what its derivative divides by, in the dtype in which they were computed.
+    """The maximizing frame and what its derivative divides by, in the dtype in which they were computed.
 
     Attributes:
         frame: W, ``(..., K, d)``.
@@ -46,7 +47,7 @@ class FrameFactors(NamedTuple):
 
 
 class RootFactors(NamedTuple):
-    """The maximising frame from a solver that takes products only: T itself instead of its eigenbasis.
+    """The maximizing frame from a solver that takes products only: T itself instead of its eigenbasis.
 
     Attributes:
         frame: W, ``(..., K, d)``.
@@ -61,7 +62,7 @@ class RootFactors(NamedTuple):
 
 
 class FrameSolver(Protocol):
-    """Anything that finds the simplex ETFs that maximise <W, M> for a batch of M."""
+    """Anything that finds the simplex ETFs that maximize <W, M> for a batch of M."""
 
     def __call__(self, linear: Tensor) -> FrameFactors | RootFactors:
         """The frames for ``linear`` (``(..., K, d)``, d >= K - 1, float32 or float64), and their factors."""
@@ -103,15 +104,15 @@ def factors_of(frame: Tensor, linear: Tensor, *, tolerance: float = 1e-5) -> Fra
         The factors, with ``frame`` as it is.
 
     Raises:
-        ConvergenceError: W is not the simplex ETF that maximises <W, M>.
+        ConvergenceError: W is not the simplex ETF that maximizes <W, M>.
 
     >>> linear = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     >>> factors_of(torch.tensor([[0.6, 0.8], [-0.6, -0.8]]), linear).divisors
     tensor([[0.1000]])
     """
     radius = etf_radius(frame.shape[-2])
-    factor = centred_basis_apply(frame) / radius
-    product = centred_basis_apply(linear.to(frame.dtype)) @ factor.mT
+    factor = centered_basis_apply(frame) / radius
+    product = centered_basis_apply(linear.to(frame.dtype)) @ factor.mT
     gram = factor @ factor.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     scale = tolerance * torch.linalg.matrix_norm(product)
@@ -119,7 +120,7 @@ def factors_of(frame: Tensor, linear: Tensor, *, tolerance: float = 1e-5) -> Fra
     _require_optimal(feasible & (torch.linalg.matrix_norm(product - product.mT) <= scale), tolerance)
     values, left = torch.linalg.eigh((product + product.mT) / 2)
     _require_optimal(values[..., 0] >= -scale, tolerance)
-    return spectral_factors(frame, centred_basis_adjoint(left), radius * values, linear.dtype)
+    return spectral_factors(frame, centered_basis_adjoint(left), radius * values, linear.dtype)
 
 
 def _require_optimal(optimal: Tensor, tolerance: float) -> None:
@@ -150,11 +151,11 @@ def spectral_factors(frame: Tensor, basis: Tensor, values: Tensor, dtype: torch.
 def rank_cutoff(singular_values: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """The singular value below which a direction counts as absent from data of precision ``dtype``.
 
-    Relative: rounding of the data, and of the factorisation. Absolute: so small that dividing by it
+    Relative: rounding of the data, and of the factorization. Absolute: so small that dividing by it
     overflows.
 
     Args:
-        singular_values: ``(..., n)`` in the precision of the factorisation.
+        singular_values: ``(..., n)`` in the precision of the factorization.
         in_features: d.
         dtype: of the data.
 

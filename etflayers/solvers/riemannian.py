@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 from etflayers.solvers.stiefel import Objective, StiefelSolution, assess, default_tolerance, local_model
 
 __all__ = ["RiemannianDescent"]
@@ -43,7 +43,7 @@ class RiemannianDescent:
     max_iterations: int = 10_000
 
     def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
-        """Minimise ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
+        """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         geoopt = require_module("geoopt", extra="solvers")
         tolerance = default_tolerance(start.dtype) if self.tolerance is None else self.tolerance
         point = geoopt.ManifoldParameter(start.detach().clone(), manifold=geoopt.EuclideanStiefel())

@@ -1,4 +1,4 @@
-r"""Minimising any smooth objective over the Stiefel manifold St(d, n): what its solvers share.
+r"""Minimizing any smooth objective over the Stiefel manifold St(d, n): what its solvers share.
 
 **The metric** is the one St(d, n) has as a subset of the d x n matrices. With the Euclidean gradient G of f
 at Q and P_Q(Z) = Z - Q sym(Q'Z), the projection onto the tangent space,
@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.geometry import project_tangent
 from etflayers.status import Status
 
@@ -59,10 +59,10 @@ class StiefelSolution(NamedTuple):
 
 
 class StiefelSolver(Protocol):
-    """Anything that finds a local minimiser of an objective on the Stiefel manifold, from a start."""
+    """Anything that finds a local minimizer of an objective on the Stiefel manifold, from a start."""
 
     def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
-        """Minimise ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
+        """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         ...
 
 

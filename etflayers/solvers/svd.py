@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.solvers.polar import FrameFactors, FrameSolver, spectral_factors
 
 __all__ = ["QRSVD", "SVD"]
@@ -27,7 +27,7 @@ class SVD(FrameSolver):
     def __call__(self, linear: Tensor) -> FrameFactors:
         """The frames for ``linear`` (``(..., K, d)``), in float64."""
         # The transpose is tall and stands in memory as LAPACK wants it: up to twice as fast.
-        right, values, left = torch.linalg.svd(centred_basis_apply(linear.double()).mT, full_matrices=False)
+        right, values, left = torch.linalg.svd(centered_basis_apply(linear.double()).mT, full_matrices=False)
         return _factors((right @ left).mT, values, left.mT, linear.dtype)
 
 
@@ -45,7 +45,7 @@ class QRSVD(FrameSolver):
 
     def __call__(self, linear: Tensor) -> FrameFactors:
         """The frames for ``linear`` (``(..., K, d)``), in float64."""
-        q, r = torch.linalg.qr(centred_basis_apply(linear.double()).mT)
+        q, r = torch.linalg.qr(centered_basis_apply(linear.double()).mT)
         right, values, left = torch.linalg.svd(r)
         return _factors((right @ left).mT @ q.mT, values, left.mT, linear.dtype)
 
@@ -54,5 +54,5 @@ def _factors(factor: Tensor, values: Tensor, left: Tensor, dtype: torch.dtype) -
     """The factors for the polar factor, the singular values and the left singular vectors of EM."""
     radius = etf_radius(factor.shape[-2] + 1)
     return spectral_factors(
-        radius * centred_basis_adjoint(factor), centred_basis_adjoint(left), radius * values, dtype
+        radius * centered_basis_adjoint(factor), centered_basis_adjoint(left), radius * values, dtype
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 from etflayers.solvers.stiefel import (
     LocalModel,
     Objective,
@@ -50,7 +50,7 @@ class TrustRegions:
     max_iterations: int = 100
 
     def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
-        """Minimise ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
+        """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         pymanopt = require_module("pymanopt", extra="solvers")
         manifolds = require_module("pymanopt.manifolds", extra="solvers")
         optimizers = require_module("pymanopt.optimizers", extra="solvers")

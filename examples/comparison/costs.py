@@ -37,7 +37,7 @@ def step_times(runs: Sequence[Run], settings: Settings, data: ImageData) -> dict
     """Time training steps, whole and of the head alone, of one trained model for each head.
 
     One method for all: after the training, on copies, with the first batch of epoch 0. *Step* is everything
-    from clearing the gradients to the step of the optimisers. *Head* is the head's forward pass, on the
+    from clearing the gradients to the step of the optimizers. *Head* is the head's forward pass, on the
     features that this batch gave, and its backward pass from a fixed gradient of the logits to these features
     and to the head's own parameters. The measurements of all heads take turns, so that whatever else happens
     on the machine meets each of them; the results are medians.
@@ -108,7 +108,7 @@ class Memory:
 def memory_report(settings: Settings, data: ImageData) -> list[Memory]:
     """Sizes with ``settings.feature_dim``, for each head, after those of a linear head at the default width.
 
-    *States* are parameters, gradients, optimiser states and buffers. *Activations* are the tensors that
+    *States* are parameters, gradients, optimizer states and buffers. *Activations* are the tensors that
     autograd keeps between the forward and the backward pass of one batch, each storage counted once.
     """
     seed = settings.seeds[0]

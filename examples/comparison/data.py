@@ -12,7 +12,8 @@ from torch import Tensor
 
 from comparison.sampling import kept_images
 from comparison.settings import Settings
-from etflayers.errors import InvalidArgumentError, MissingDependencyError, require, require_module
+from etflayers.checks import require, require_module
+from etflayers.errors import InvalidArgumentError, MissingDependencyError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 TEST_FRACTION = 0.2
@@ -44,7 +45,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training set, a test set and the mean and deviation of the training pixels, one for each colour."""
+    """A training set, a test set and the mean and deviation of the training pixels, one for each color."""
 
     name: str
     train: Split
@@ -70,7 +71,7 @@ class ImageData:
             deviation=self.deviation.to(device),
         )
 
-    def normalised(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
         """Pixels of mean 0 and deviation 1 over the training set, channels last, which suits a CPU best."""
         pixels = (images.float() - self.mean) / self.deviation
         return pixels.contiguous(memory_format=torch.channels_last)
@@ -113,8 +114,8 @@ def _digits() -> tuple[str, ...]:
 
 
 def _assemble(name: str, train: Split, test: Split, class_names: tuple[str, ...]) -> ImageData:
-    colours = [torch.std_mean(train.images[:, colour].double()) for colour in range(train.images.shape[1])]
-    deviation, mean = (torch.stack(values).float().view(1, -1, 1, 1) for values in zip(*colours, strict=True))
+    colors = [torch.std_mean(train.images[:, color].double()) for color in range(train.images.shape[1])]
+    deviation, mean = (torch.stack(values).float().view(1, -1, 1, 1) for values in zip(*colors, strict=True))
     return ImageData(name, train, test, class_names, mean, deviation.clamp(min=1))
 
 
@@ -174,7 +175,7 @@ def _read_classes(root: Path, size: int, channels: int | None = None) -> tuple[S
 
 
 def _read_image(path: Path, size: int) -> Tensor:
-    """Pixels ``(size, size)`` of a grey image, ``(size, size, 3)`` of a coloured one."""
+    """Pixels ``(size, size)`` of a grey image, ``(size, size, 3)`` of a colored one."""
     pillow = require_module("PIL.Image", extra="examples")
     try:
         with pillow.open(path) as picture:

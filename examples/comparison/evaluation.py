@@ -50,8 +50,8 @@ def answers(model: nn.Module, split: Split, data: ImageData) -> Answers:
     mine = share_of_split(split)
     for images in mine.images.split(EVALUATION_BATCH):
         with captured_features(model) as captured:
-            logits.append(model(data.normalised(images)))
-        # A head that normalises is linear in the normalised features.
+            logits.append(model(data.normalized(images)))
+        # A head that normalizes is linear in the normalized features.
         features.append(
             F.normalize(captured[0], dim=-1) if getattr(head, "normalize", False) else captured[0]
         )
@@ -64,7 +64,7 @@ def measure(
     criterion: nn.Module,
     split: Split,
     data: ImageData,
-    centres: ClassStatistics | None = None,
+    centers: ClassStatistics | None = None,
 ) -> Measures:
     """Measure a model on one of the splits of ``data``, over all ranks.
 
@@ -73,7 +73,7 @@ def measure(
         criterion: of logits and targets.
         split: what to measure on.
         data: gives the number of classes.
-        centres: class statistics that NC4 compares with; default: those of the split itself.
+        centers: class statistics that NC4 compares with; default: those of the split itself.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite, training has diverged.
@@ -97,7 +97,7 @@ def measure(
             data.num_classes,
             in_features,
             classifier=head_of(model),
-            centres=own if centres is None else centres,
+            centers=own if centers is None else centers,
         ).to(answer.features.device)
         collapse.update(answer.features, answer.targets, answer.logits)
         values = collapse.compute()
@@ -117,8 +117,8 @@ def _mean_loss(criterion: nn.Module, answer: Answers) -> Tensor:
     return value
 
 
-def centred_cosines(rows: Tensor) -> Tensor:
+def centered_cosines(rows: Tensor) -> Tensor:
     """Cosines ``(K, K)`` between rows less their mean: -1/(K-1) off the diagonal for a simplex ETF."""
-    centred = rows.detach().double().cpu()
-    centred = F.normalize(centred - centred.mean(0), dim=-1)
-    return centred @ centred.mT
+    centered = rows.detach().double().cpu()
+    centered = F.normalize(centered - centered.mean(0), dim=-1)
+    return centered @ centered.mT

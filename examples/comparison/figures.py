@@ -17,11 +17,11 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from comparison.checkpoints import write_atomically
-from comparison.evaluation import centred_cosines
+from comparison.evaluation import centered_cosines
 from comparison.settings import HeadName
 from comparison.training import Run
 
-# Colours of Okabe and Ito, which the colour-blind can tell apart.
+# Colors of Okabe and Ito, which the color-blind can tell apart.
 COLOURS: dict[HeadName, str] = {
     "linear": "#4D4D4D",
     "standard": "#56B4E9",
@@ -130,7 +130,7 @@ def cosine_figure(runs: Sequence[Run], title: str) -> Figure:
     """Cosines between class means and between the rows of the frame at the end of training, for each head."""
     shown = one_of_each_head(runs)
     figure = Figure(figsize=(1.2 + 2.3 * len(shown), 5.2), layout="constrained")
-    figure.suptitle(f"Cosines, centred, after {int(shown[0].last['epoch'])} epochs: {title}")
+    figure.suptitle(f"Cosines, centered, after {int(shown[0].last['epoch'])} epochs: {title}")
     grid = figure.subplots(2, len(shown), squeeze=False)
     for column, run in enumerate(shown):
         for axes, what in zip(grid[:, column], ("class_means", "frame"), strict=True):
@@ -138,7 +138,7 @@ def cosine_figure(runs: Sequence[Run], title: str) -> Figure:
         grid[0, column].set_title(run.head, color=COLOURS[run.head])
     grid[0, 0].set_ylabel("class means")
     grid[1, 0].set_ylabel("frame")
-    colour_bar(figure, picture, list(grid.flat), len(shown[0].snapshots["last_frame"]))
+    color_bar(figure, picture, list(grid.flat), len(shown[0].snapshots["last_frame"]))
     return figure
 
 
@@ -160,7 +160,7 @@ def overview_figure(runs: Sequence[Run], title: str) -> Figure:
         picture = draw_cosines(axes, run.snapshots[f"{moment}_class_means"])
         axes.set_xlabel(label)
     matrices.suptitle(f"Cosines of class means, {run.head} head", fontsize=11, fontweight="bold")
-    colour_bar(matrices, picture, list(grid), len(run.snapshots["last_frame"]))
+    color_bar(matrices, picture, list(grid), len(run.snapshots["last_frame"]))
     return figure
 
 
@@ -185,14 +185,14 @@ def _draw_distance(axes: Axes, runs: Sequence[Run]) -> None:
 
 def draw_curves(axes: Axes, runs: Sequence[Run], name: str) -> None:
     """Mean over the seeds of each head by epoch, and a band from the lowest to the highest."""
-    for head, colour in COLOURS.items():
+    for head, color in COLOURS.items():
         curves = [[row.get(name, np.nan) for row in run.history] for run in runs if run.head == head]
         epochs, values = np.arange(len(runs[0].history)), np.asarray(curves)
         if np.isnan(values).all():
             continue
-        axes.plot(epochs, values.mean(0), color=colour, label=head)
+        axes.plot(epochs, values.mean(0), color=color, label=head)
         if len(curves) > 1:
-            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch")
     axes.set_xlim(0, runs[0].last["epoch"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -203,10 +203,12 @@ def draw_cosines(axes: Axes, rows: Tensor) -> AxesImage:
     axes.grid(False)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    return axes.imshow(centred_cosines(rows).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    return axes.imshow(
+        centered_cosines(rows).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+    )
 
 
-def colour_bar(figure: FigureBase, picture: AxesImage, axes: list[Axes], num_classes: int) -> None:
+def color_bar(figure: FigureBase, picture: AxesImage, axes: list[Axes], num_classes: int) -> None:
     """A bar with a tick where all cosines of different classes end up in a simplex ETF."""
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=25, pad=0.03)
     target = -1 / (num_classes - 1)

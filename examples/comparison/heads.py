@@ -14,7 +14,7 @@ from comparison.data import ImageData
 from comparison.models import RESNETS, make_model
 from comparison.settings import HeadName, Settings
 from etflayers import FixedETFHead, LearnedETFHead, NearestETFHead, provide_targets, replace_classifier
-from etflayers.errors import require
+from etflayers.checks import require
 
 
 class LinearHead(nn.Linear):
@@ -44,7 +44,7 @@ class StandardHead(nn.Linear):
     @torch.no_grad()
     def to_linear(self, *, normalized_inputs: bool = False) -> nn.Linear:
         """The weight that decides, for the metrics, as from the heads of the library."""
-        require(normalized_inputs or not self.normalize, "the logits are linear in normalised features only")
+        require(normalized_inputs or not self.normalize, "the logits are linear in normalized features only")
         linear = nn.Linear(self.in_features, self.out_features, bias=False).to(self.weight)
         linear.weight.copy_(self.scale * F.normalize(self.weight, dim=-1))
         return linear

@@ -1,4 +1,4 @@
-"""What is minimised: a loss of the logits, and a decay of the features where asked."""
+"""What is minimized: a loss of the logits, and a decay of the features where asked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_criterion(settings: Settings) -> nn.Module:
 def feature_penalty(features: Tensor, settings: Settings) -> Tensor:
     """``lambda/2`` times the mean of ``|h|^2``: the feature decay of the unconstrained-features model.
 
-    On features as the backbone gives them: a head that normalises them leaves their length to this term.
+    On features as the backbone gives them: a head that normalizes them leaves their length to this term.
     """
     return 0.5 * settings.feature_decay * features.float().square().sum(-1).mean()
 
@@ -38,7 +38,7 @@ def feature_penalty(features: Tensor, settings: Settings) -> Tensor:
 def total_loss(
     criterion: nn.Module, logits: Tensor, targets: Tensor, features: Tensor, settings: Settings
 ) -> Tensor:
-    """The loss that training steps minimise."""
+    """The loss that training steps minimize."""
     loss: Tensor = criterion(logits, targets)
     if settings.feature_decay == 0:
         return loss

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from comparison.data import ImageData
 from comparison.settings import Settings
-from etflayers.errors import InvalidArgumentError, MissingDependencyError, require
+from etflayers.checks import require
+from etflayers.errors import InvalidArgumentError, MissingDependencyError
 
 # (channels of the stages, blocks of the stages, stride of the stem)
 RESNETS = {
@@ -46,7 +47,7 @@ class ResNet(nn.Module):
     """A ResNet for small images: a 3x3 stem without max pooling, stages that halve the image, a global mean.
 
     Args:
-        channels: colours of the images.
+        channels: colors of the images.
         num_classes: K.
         widths: channels of each stage; the last are the features.
         blocks: blocks in each stage.
@@ -78,7 +79,7 @@ class ResNet(nn.Module):
 
 
 class GreyAsRGB(nn.Module):
-    """Three equal colours, for a model that knows no grey images."""
+    """Three equal colors, for a model that knows no grey images."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.expand(-1, 3, -1, -1)
@@ -90,7 +91,7 @@ def make_model(settings: Settings, data: ImageData, feature_dim: int | None, see
     Args:
         settings: give the model: ``small``, ``resnet18``, ``torchvision:NAME`` or ``timm:NAME``; width and
             depth of the first two.
-        data: gives the number of colours and of classes.
+        data: gives the number of colors and of classes.
         feature_dim: width of the last stage of a ResNet of this module; other models keep their width, and
             the head projects.
         seed: of the weights.

@@ -1,4 +1,4 @@
-"""One optimiser for ordinary parameters, its Riemannian counterpart for rotations, one learning rate."""
+"""One optimizer for ordinary parameters, its Riemannian counterpart for rotations, one learning rate."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.optim import Optimizer
 
 from comparison.heads import head_of
 from comparison.settings import Settings
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 
 WARM_UP = 0.1  # share of the steps
 NESTEROV = 0.9
 
 
 def make_optimizers(model: nn.Module, settings: Settings) -> list[Optimizer]:
-    """The optimisers that together train all parameters of a model.
+    """The optimizers that together train all parameters of a model.
 
-    The backbone gets the same optimiser with every head, or a comparison of heads would be one of optimisers.
+    The backbone gets the same optimizer with every head, or a comparison of heads would be one of optimizers.
     A parameter on a manifold, the rotation of the learned head, gets the Riemannian one: no weight decay,
     because its length does not change.
     """

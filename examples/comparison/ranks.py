@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from comparison.data import Split
-from etflayers.errors import require
+from etflayers.checks import require
 from etflayers.nn.distributed import all_reduce_sum
 
 Item = TypeVar("Item")
@@ -92,10 +92,10 @@ def distributed(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def with_shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let batch normalisation see the batch of all ranks. Changes the model.
+    """Let batch normalization see the batch of all ranks. Changes the model.
 
     Raises:
-        InvalidArgumentError: on the CPU, a kind of batch normalisation that is not ``nn.BatchNorm2d``.
+        InvalidArgumentError: on the CPU, a kind of batch normalization that is not ``nn.BatchNorm2d``.
     """
     if world_size() == 1:
         return model
@@ -121,12 +121,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         axes = (0, 2, 3)
         count = all_reduce_sum(images.new_tensor([images.numel() / images.shape[1]]))
         mean = all_reduce_sum(images.sum(axes)) / count
-        centred = images - mean.view(1, -1, 1, 1)
-        variance = all_reduce_sum(centred.square().sum(axes)) / count
+        centered = images - mean.view(1, -1, 1, 1)
+        variance = all_reduce_sum(centered.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * count / (count - 1), momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)

@@ -169,7 +169,7 @@ def memory_table(report: Sequence[Memory], batch_size: int) -> Table:
         f"memory, batch of {batch_size}",
     )
     table.caption = (
-        "memory: parameters, gradients, optimiser states and activations kept for the backward pass"
+        "memory: parameters, gradients, optimizer states and activations kept for the backward pass"
     )
     table.caption_justify = "left"
     default = report[0]

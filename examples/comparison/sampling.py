@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from comparison.settings import Settings
-from etflayers.errors import require
+from etflayers.checks import require
 
 
 def kept_images(targets: Tensor, num_classes: int, settings: Settings) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import tyro
 
-from etflayers.errors import InvalidArgumentError, require
+from etflayers.checks import require
+from etflayers.errors import InvalidArgumentError
 
 HeadName = Literal["linear", "standard", "fixed", "nearest", "nearest-detached", "learned"]
 DataName = Literal["mnist5k", "digits", "folder", "mnist", "fashion-mnist", "cifar10", "cifar100"]
 
-# Learning rate and weight decay of each optimiser, where the command line gives none. The decay is strong
+# Learning rate and weight decay of each optimizer, where the command line gives none. The decay is strong
 # for so small a data set, because it is what lets the class means collapse within a short training.
 RECIPES = {"sgd": (0.05, 5e-3), "adam": (2e-3, 5e-4), "adamw": (2e-3, 5e-2)}
 
@@ -135,7 +136,7 @@ class Settings:
         for name in ("epochs", "batch_size", "checkpoint_every", "image_size"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        require(self.batch_size >= 2, "--batch-size must be at least 2: batch normalisation needs two images")
+        require(self.batch_size >= 2, "--batch-size must be at least 2: batch normalization needs two images")
         require(self.shift >= 0, f"--shift must not be negative, got {self.shift}")
         require(
             self.threads is None or self.threads >= 1, f"--threads must be at least 1, got {self.threads}"

@@ -21,7 +21,8 @@ from comparison.optimizers import make_optimizers, set_learning_rate
 from comparison.ranks import distributed, gathered, rank, share, with_shared_statistics, world_size
 from comparison.sampling import epoch_order
 from comparison.settings import HeadName, Settings
-from etflayers.errors import ManifoldError, NonFiniteError, require
+from etflayers.checks import require
+from etflayers.errors import ManifoldError, NonFiniteError
 from etflayers.functional import nearest_etf
 from etflayers.metrics import frame_distance, read_classifier
 
@@ -69,7 +70,7 @@ def run_name(head: str, seed: int) -> str:
 
 
 class Trainer:
-    """Model, optimisers and position of one run.
+    """Model, optimizers and position of one run.
 
     Everything random in an epoch, the order of the images and their augmentation, comes from a generator
     seeded by (seed, epoch): a continued run draws it again and skips the steps already taken.
@@ -126,7 +127,7 @@ class Trainer:
             if self.settings.flip:
                 mirror = flips[chosen.cpu()].to(self.device).view(-1, 1, 1, 1)
                 images = torch.where(mirror, images.flip(-1), images)
-            yield self.data.normalised(images), train.targets[chosen]
+            yield self.data.normalized(images), train.targets[chosen]
 
     def update(self, images: Tensor, targets: Tensor) -> None:
         """One step of training."""
@@ -147,7 +148,7 @@ class Trainer:
         """Measure the model and add a row to the history."""
         with autocast(self.settings):
             train = measure(self.model, self.criterion, self.data.train, self.data)
-            test = measure(self.model, self.criterion, self.data.test, self.data, centres=train.statistics)
+            test = measure(self.model, self.criterion, self.data.test, self.data, centers=train.statistics)
         row: Row = {"epoch": self.epoch}
         for part, measured in (("train", train), ("test", test)):
             row |= {f"{part}_{name}": value for name, value in measured.row.items()}

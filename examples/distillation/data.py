@@ -1,4 +1,4 @@
-"""Real images as the networks see them: normalised, in memory, of one size."""
+"""Real images as the networks see them: normalized, in memory, of one size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comparison.data import load
 from comparison.settings import Settings as ComparisonSettings
-from etflayers.errors import require
+from etflayers.checks import require
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RealData:
         return channels, height, width
 
     @property
-    def normalisation(self) -> dict[str, Tensor]:
+    def normalization(self) -> dict[str, Tensor]:
         """What takes inputs back to pixels between 0 and 1, as a distilled set has it."""
         return {"mean": self.mean, "std": self.deviation}
 
@@ -71,7 +71,7 @@ def load_images(settings: ComparisonSettings, image_size: int | None = None) -> 
     device = settings.torch_device
 
     def prepared(images: Tensor, targets: Tensor) -> Images:
-        inputs = data.normalised(images).contiguous()
+        inputs = data.normalized(images).contiguous()
         if image_size is not None and inputs.shape[-2:] != (image_size, image_size):
             inputs = F.interpolate(inputs, (image_size, image_size), mode="bilinear", antialias=True)
         return Images(inputs.to(device), targets.to(device))

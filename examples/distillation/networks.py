@@ -14,7 +14,7 @@ from comparison.settings import Settings as ComparisonSettings
 from distillation.data import RealData
 from distillation.settings import DistilHeadName, NetworkName, NormName
 from etflayers import NearestETFHead
-from etflayers.errors import require
+from etflayers.checks import require
 
 Factory = Callable[[], nn.Module]
 CONVNET_WIDTH, MLP_WIDTH = 32, 128
@@ -60,7 +60,7 @@ def lenet(shape: tuple[int, int, int]) -> nn.Sequential:
 
 
 def convnet(shape: tuple[int, int, int], width: int, norm: NormName) -> nn.Sequential:
-    """Three blocks, 3x3 convolution, normalisation, ReLU and average pooling (Gidaris, Komodakis 2018)."""
+    """Three blocks, 3x3 convolution, normalization, ReLU and average pooling (Gidaris, Komodakis 2018)."""
     in_channels, height, image_width = shape
     layers: list[nn.Module] = []
     for _ in range(3):

@@ -82,7 +82,7 @@ class OuterRun(ABC):
 
     @abstractmethod
     def update(self) -> Row:
-        """Find the gradients and take a step of the optimiser."""
+        """Find the gradients and take a step of the optimizer."""
 
     def finish(
         self,

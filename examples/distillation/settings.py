@@ -10,7 +10,7 @@ import torch
 
 from comparison.settings import DataName
 from comparison.settings import Settings as ComparisonSettings
-from etflayers.errors import require
+from etflayers.checks import require
 
 NetworkName = Literal["lenet", "convnet", "mlp", "linear"]
 NormName = Literal["none", "instance", "batch"]

@@ -106,8 +106,8 @@ def margin_figure(runs: Sequence[Run], title: str) -> Figure:
 def tetrahedron_figure(runs: Sequence[Run], title: str) -> Figure:
     """Four class means and four classifier rows in space, before and after training, for each head.
 
-    They are seen in the span of the centred class means, turned such that the nearest simplex ETF is the same
-    regular tetrahedron in every panel.
+    They are seen in the span of the centered class means, turned such that the nearest simplex ETF is the
+    same regular tetrahedron in every panel.
     """
     shown = one_of_each_head(runs)
     figure = Figure(figsize=(0.6 + 2.2 * len(shown), 4.6), layout="constrained")
@@ -162,20 +162,20 @@ def _scale_towards_zero(axes: Axes, values: np.ndarray) -> None:
 
 
 def _draw_margins(axes: Axes, runs: Sequence[Run], snapshot: str, linestyle: str = "solid") -> None:
-    for head, colour in COLOURS.items():
+    for head, color in COLOURS.items():
         curves = [run.snapshots[snapshot].numpy() for run in runs if run.head == head]
         if not curves:
             continue
         values = np.stack(curves)
         share = (np.arange(values.shape[1]) + 0.5) / values.shape[1]
-        axes.plot(share, values.mean(0), color=colour, linestyle=linestyle)
-        axes.fill_between(share, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(share, values.mean(0), color=color, linestyle=linestyle)
+        axes.fill_between(share, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set(xlim=(0, 1), xlabel="share of the samples", xticks=(0, 0.25, 0.5, 0.75))
 
 
 def tetrahedron_basis(means: Tensor) -> Tensor:
-    """Orthonormal basis ``(d, 3)`` of the span of four centred class means ``(4, d)``.
+    """Orthonormal basis ``(d, 3)`` of the span of four centered class means ``(4, d)``.
 
     It takes their nearest simplex ETF W* to the tetrahedron T = simplex_etf(4, 3). Both have the Gram matrix
     c^2 (I - 11'/4) with c^2 = 4/3, so B = W*' T / c^2 has orthonormal columns, and W* B = T.
@@ -185,20 +185,20 @@ def tetrahedron_basis(means: Tensor) -> Tensor:
 
 def _draw_tetrahedron(axes: Axes3D, run: Run, moment: str) -> None:
     means, frame = (run.snapshots[f"{moment}_{what}"].double() for what in ("class_means", "frame"))
-    basis, centre = tetrahedron_basis(means), means.mean(0)
-    means, frame = means - centre, frame - frame.mean(0)
+    basis, center = tetrahedron_basis(means), means.mean(0)
+    means, frame = means - center, frame - frame.mean(0)
     size = _root_mean_square(means)
     for edge in combinations(simplex_etf(4, 3), 2):
         axes.plot(*torch.stack(edge, 1), color="#BBBBBB", linewidth=1)
     if moment == "last" and "last_features" in run.snapshots:
-        points = (run.snapshots["last_features"].double() - centre) @ basis / size
-        colours = [CLASS_COLOURS[y] for y in run.snapshots["last_features_targets"]]
-        axes.scatter(*points.T, c=colours, s=5, alpha=0.4, linewidths=0, depthshade=False)
+        points = (run.snapshots["last_features"].double() - center) @ basis / size
+        colors = [CLASS_COLOURS[y] for y in run.snapshots["last_features_targets"]]
+        axes.scatter(*points.T, c=colors, s=5, alpha=0.4, linewidths=0, depthshade=False)
     rows = frame @ basis / _root_mean_square(frame)
-    for mean, row, colour in zip(means @ basis / size, rows, CLASS_COLOURS, strict=True):
-        axes.plot(*mean.unsqueeze(1), color=colour, marker="o", markersize=6)
-        axes.plot(*torch.stack([torch.zeros(3), row], 1), color=colour, linewidth=1)
-        axes.plot(*row.unsqueeze(1), color=colour, marker="^", markersize=8, markerfacecolor="none")
+    for mean, row, color in zip(means @ basis / size, rows, CLASS_COLOURS, strict=True):
+        axes.plot(*mean.unsqueeze(1), color=color, marker="o", markersize=6)
+        axes.plot(*torch.stack([torch.zeros(3), row], 1), color=color, linewidth=1)
+        axes.plot(*row.unsqueeze(1), color=color, marker="^", markersize=8, markerfacecolor="none")
     axes.set_axis_off()
     axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
     axes.set_box_aspect((1, 1, 1), zoom=1.3)
@@ -213,5 +213,5 @@ def _root_mean_square(rows: Tensor) -> Tensor:
 def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     """One legend below all panels, where it covers no curve."""
     heads = {run.head for run in runs}
-    lines = [Line2D([], [], color=colour, label=head) for head, colour in COLOURS.items() if head in heads]
+    lines = [Line2D([], [], color=color, label=head) for head, color in COLOURS.items() if head in heads]
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from comparison.evaluation import Row
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 from study.measures import existing
 from study.settings import StudySettings
 

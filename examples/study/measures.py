@@ -1,7 +1,7 @@
 """What the measures of an epoch are called, how they are defined and where they end at neural collapse.
 
 Formulas in the notation of ``docs/metrics.md``: K classes, d features, N samples h of class y; M has the
-centred class means as rows, W the rows of the classifier, b its bias, C = I - 11'/K.
+centered class means as rows, W the rows of the classifier, b its bias, C = I - 11'/K.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def _of_rows(what: str, x: str) -> dict[str, Measure]:
 MEASURES: dict[str, Measure] = {
     "nc1_trace": Measure("NC1 trace ratio", "tr(Σ_W Σ_B⁺) / K", 0, "[1]"),
     "nc1_trace_sum": Measure("NC1 trace ratio, no 1/K", "tr(Σ_W Σ_B⁺)", 0, "[1]"),
-    "nc1_trace_about_centres": Measure(
-        "NC1 about train centres",
+    "nc1_trace_about_centers": Measure(
+        "NC1 about train centers",
         "mean of (h − m_y)' Σ_B⁺ (h − m_y) / K, m_y and Σ_B of the training set",
         0,
         "[1]",
@@ -90,7 +90,7 @@ MEASURES: dict[str, Measure] = {
         "Calibration error", "mean of |accuracy − confidence| over 15 bins of confidence, by size", None
     ),
     "accuracy": Measure("Accuracy", "share of samples with argmax(logits) = y", 1),
-    "loss": Measure("Loss", "mean over the samples of what training minimises", None),
+    "loss": Measure("Loss", "mean over the samples of what training minimizes", None),
 }
 
 SOURCES = (

@@ -27,7 +27,7 @@ CAPTIONS = {
     "etf_distances": "Distances to and between nearest simplex ETFs by epoch.",
     "margins": "Cosine margins of all samples in ascending order (the curve P_CM). A sample below 0 is "
     "closer to the classifier row of another class.",
-    "cosines": "Cosines between centred class means and between centred classifier rows at the end, first "
+    "cosines": "Cosines between centered class means and between centered classifier rows at the end, first "
     "seed of each head. At collapse every one off the diagonal is −1/(K − 1).",
     "accuracy": "Accuracy by epoch.",
     "loss": "Loss by epoch.",

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from comparison.settings import HeadName, Settings
-from etflayers.errors import require
+from etflayers.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

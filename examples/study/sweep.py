@@ -19,7 +19,8 @@ from comparison.progress import threads
 from comparison.reporting import write_csv
 from comparison.settings import HeadName, Settings
 from comparison.training import Run, train
-from etflayers.errors import NonFiniteError, require, require_module
+from etflayers.checks import require, require_module
+from etflayers.errors import NonFiniteError
 
 EARLY = 2  # the epoch at which the first accuracy is read
 

@@ -26,7 +26,7 @@ SWEEP: dict[str, dict[str, Any]] = {
     "proximity 0": {"proximity": 0.0},
     "proximity 0.1": {"proximity": 0.1},
     "proximity 1": {"proximity": 1.0},
-    "no centre": {"center": False},
+    "no center": {"center": False},
     "scale 2.5": {"scale": 2.5},
     "scale 10": {"scale": 10.0},
 }

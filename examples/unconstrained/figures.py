@@ -18,7 +18,7 @@ from unconstrained.descent import Run
 from unconstrained.reporting import DISTANCES
 from unconstrained.settings import HeadName
 
-# Colours of Okabe and Ito, which the colour-blind can tell apart. Fixed and learned, and the two nearest, may
+# Colors of Okabe and Ito, which the color-blind can tell apart. Fixed and learned, and the two nearest, may
 # coincide: the second of each pair is dashed, so that both are seen.
 STYLES: dict[HeadName, tuple[str, str]] = {
     "standard": ("#4D4D4D", "-"),
@@ -90,14 +90,14 @@ def _counts(runs: Sequence[Run]) -> list[int]:
 
 def _draw(axes: Axes, runs: Sequence[Run], name: str) -> None:
     """Median over the seeds of each head by step, and a band from the lowest to the highest."""
-    for head, (colour, dashes) in STYLES.items():
+    for head, (color, dashes) in STYLES.items():
         histories = [run.history[1:] for run in runs if run.key.head == head]  # a log axis has no step 0
         if not histories:
             continue
         steps = [row["step"] for row in histories[0]]
         values = np.asarray([[row[name] for row in history] for history in histories])
-        axes.plot(steps, np.median(values, 0), color=colour, linestyle=dashes, label=head)
-        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(steps, np.median(values, 0), color=color, linestyle=dashes, label=head)
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.set(xscale="log", yscale="log")
     axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,4 +1,4 @@
-r"""The regularised model, its convex counterpart, and its critical points, in float64.
+r"""The regularized model, its convex counterpart, and its critical points, in float64.
 
     f(W, H, b) = 1/N sum_i l(W h_i + b, y_i) + lw/2 |W|^2 + lh/2 |H|^2 + lb/2 |b|^2.
 
@@ -9,7 +9,7 @@ r"""The regularised model, its convex counterpart, and its critical points, in f
 
 which has no bad minimum to end in.
 
-**Critical points.** Let W and H use the first r features only and minimise there. The other features have
+**Critical points.** Let W and H use the first r features only and minimize there. The other features have
 the gradients ``G H_o' + lw W_o`` and ``W_o' G + lh H_o``, with G the gradient of the loss in Z, and these are
 zero: the point is critical for f. Along unused directions the Hessian is ``lw |dW|^2 + lh |dH|^2 +
 2 <G, dW dH>``. Its least eigenvalue is that of [[lw, -s], [-s, lh]], s the largest singular value of G, and
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers.errors import require, require_module
+from etflayers.checks import require, require_module
 from etflayers.metrics import Classifier, class_statistics, collapse_measures
 
 

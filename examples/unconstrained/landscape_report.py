@@ -60,7 +60,7 @@ def landscape_rows(landscape: Landscape, settings: Settings) -> list[dict[str, A
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = make_table(
-        "Critical points of the regularised model",
+        "Critical points of the regularized model",
         "loss",
         "rank",
         "seed",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from comparison.heads import StandardHead
 from comparison.losses import HalfSquaredError
 from etflayers import FixedETFHead, LearnedETFHead, NearestETFHead
-from etflayers.errors import require_module
+from etflayers.checks import require_module
 from unconstrained.settings import HeadName, Settings
 
 

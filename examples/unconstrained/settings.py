@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from etflayers.errors import require
+from etflayers.checks import require
 
 HeadName = Literal["standard", "fixed", "nearest", "nearest-detached", "learned"]
 
@@ -80,7 +80,7 @@ class Settings:
     sweep: bool = False
     """Instead: change the options of the nearest head one at a time and report the steps it takes."""
     theory: bool = False
-    """Instead: check the landscape of the regularised model in float64 against convex optimisation."""
+    """Instead: check the landscape of the regularized model in float64 against convex optimization."""
     out: Path = Path("runs/ufm")
     """Folder for tables, figures and checkpoints."""
     checkpoint_every: int = 500

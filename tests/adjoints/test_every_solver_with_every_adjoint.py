@@ -46,7 +46,7 @@ def cases():
 
 def problem(num_classes, in_features, weighted):
     """Class means, the options of the node and the linear form that they amount to."""
-    # Distinct singular values, or the derivative of a factorisation would not exist.
+    # Distinct singular values, or the derivative of a factorization would not exist.
     means = means_with_condition(num_classes, in_features, 8.0).requires_grad_()
     if not weighted:
         return means, {}, means

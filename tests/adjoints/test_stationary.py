@@ -1,4 +1,4 @@
-"""Every general solver with every adjoint; the derivative of a minimiser where there is no closed form."""
+"""Every general solver with every adjoint; the derivative of a minimizer where there is no closed form."""
 
 import pytest
 import torch

@@ -188,10 +188,10 @@ def test_parameters_in_another_order_are_traced_again(traces: list[fx.GraphModul
     assert len(traces) == 4
 
 
-def test_several_initialisations_at_once(traces: list[fx.GraphModule]) -> None:
+def test_several_initializations_at_once(traces: list[fx.GraphModule]) -> None:
     model, data = convolutional(nn.BatchNorm2d(3)), Data(SGD(momentum=0.9))
     params = {n: torch.randn(2, *p.shape, dtype=DTYPE).requires_grad_() for n, p in model.named_parameters()}
-    options = {"params": params, "initialisations": 2}
+    options = {"params": params, "initializations": 2}
     expected = data.hypergradient(model, KeptGraph(), **options)
     assert_same(data.hypergradient(model, StepAdjoint(compile=True), **options), expected)
     assert len(traces) == 2

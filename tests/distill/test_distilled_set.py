@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from etflayers.distill import (
     DistilledSet,
     image_grid,
-    kmeans_centres,
+    kmeans_centers,
     partial_means,
     per_class,
     random_samples,
@@ -25,7 +25,7 @@ from etflayers.distill import (
 )
 from etflayers.errors import InvalidArgumentError, MissingDependencyError, NonFiniteError
 
-STARTS = [random_samples, partial_means, kmeans_centres]
+STARTS = [random_samples, partial_means, kmeans_centers]
 
 
 def real_data(count=60, classes=3):
@@ -94,12 +94,12 @@ def test_partial_means_average_to_the_class_mean():
     assert len(torch.unique(chosen.flatten(1), dim=0)) == 15
 
 
-def test_kmeans_centres_are_the_means_of_what_is_nearest_to_them():
+def test_kmeans_centers_are_the_means_of_what_is_nearest_to_them():
     images = torch.randn(80, 1, 2, 3)
-    centres = kmeans_centres(images, 4, None)
-    assigned = torch.cdist(images.flatten(1), centres.flatten(1)).argmin(1)
+    centers = kmeans_centers(images, 4, None)
+    assigned = torch.cdist(images.flatten(1), centers.flatten(1)).argmin(1)
     for k in range(4):
-        torch.testing.assert_close(centres[k], images[assigned == k].mean(0))
+        torch.testing.assert_close(centers[k], images[assigned == k].mean(0))
 
 
 @pytest.mark.parametrize("representatives", STARTS)
@@ -111,11 +111,11 @@ def test_a_generator_decides_all_that_is_random(representatives):
         return per_class(images, targets, generator=torch.Generator().manual_seed(seed), **options)[0]
 
     assert torch.equal(chosen(1), chosen(1))
-    if representatives is not kmeans_centres:  # whose best of several starts may be the same
+    if representatives is not kmeans_centers:  # whose best of several starts may be the same
         assert not torch.equal(chosen(1), chosen(2))
 
 
-@pytest.mark.parametrize(("kind", "total"), [("one-hot", 1.0), ("centred", 0.0)])
+@pytest.mark.parametrize(("kind", "total"), [("one-hot", 1.0), ("centered", 0.0)])
 def test_soft_labels_start_at_the_class(kind, total):
     distilled = DistilledSet.from_noise((4,), 3, count=2, labels=kind)
     assert distilled.labels.requires_grad
@@ -224,9 +224,9 @@ def test_batches_split_in_order():
 def test_images_are_shown_in_their_own_units(tmp_path):
     real = torch.rand(6, 3, 4, 4)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    normalised = (real - mean[:, None, None]) / std[:, None, None]
-    distilled = DistilledSet(normalised, torch.arange(3).repeat(2), mean=mean, std=std)
-    torch.testing.assert_close(distilled.denormalised(), real)
+    normalized = (real - mean[:, None, None]) / std[:, None, None]
+    distilled = DistilledSet(normalized, torch.arange(3).repeat(2), mean=mean, std=std)
+    torch.testing.assert_close(distilled.denormalized(), real)
     grid = distilled.images(padding=1)
     assert grid.shape == (3, 2 * 5 + 1, 3 * 5 + 1)
     expected = (real[4] * 255).round().to(torch.uint8)  # second row, second column
@@ -293,7 +293,7 @@ def test_refuses_what_is_not_finite():
         ("safetensors", lambda path: hard_set().save(path)),
         ("safetensors", DistilledSet.load),
         ("PIL", lambda path: write_png(path, torch.zeros(1, 1, 1, dtype=torch.uint8))),
-        ("sklearn", lambda path: kmeans_centres(IMAGES, 1, None)),
+        ("sklearn", lambda path: kmeans_centers(IMAGES, 1, None)),
     ],
 )
 def test_names_the_extra_that_is_missing(missing, call, monkeypatch, tmp_path):

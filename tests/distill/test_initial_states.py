@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from etflayers.distill import (
     SGD,
     Adam,
-    FixedInitialisation,
+    FixedInitialization,
     InitialState,
     InnerSolution,
     KeptGraph,
     OnlinePool,
-    RandomInitialisation,
+    RandomInitialization,
     RunningNormClip,
     StepAdjoint,
     StoredPool,
@@ -48,7 +48,7 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, K)).to(DTYPE)
 
 
-def normalised() -> nn.Module:
+def normalized() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Softplus(), nn.Flatten(), nn.Linear(12, K)
     ).to(DTYPE)
@@ -74,8 +74,8 @@ def same(one: InitialState, two: InitialState) -> bool:
 
 
 def test_the_fixed_source_keeps_the_state_that_the_model_had() -> None:
-    model = normalised()
-    source, before = FixedInitialisation(model), InitialState.of(model)
+    model = normalized()
+    source, before = FixedInitialization(model), InitialState.of(model)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.add_(1)
@@ -85,7 +85,7 @@ def test_the_fixed_source_keeps_the_state_that_the_model_had() -> None:
 
 def test_the_random_source_is_the_factory_under_a_seed() -> None:
     before = torch.get_rng_state()
-    source = RandomInitialisation(plain)
+    source = RandomInitialization(plain)
     one, two, again = (source(seeded(seed)) for seed in (1, 2, 1))
     assert same(one, again)
     assert not same(one, two)
@@ -142,7 +142,7 @@ def test_the_online_pool_goes_on_from_its_state_dict() -> None:
 
 def test_pools_refuse_what_is_not_one_network() -> None:
     with pytest.raises(InvalidArgumentError, match="state 1 are not those of the first"):
-        StoredPool([InitialState.of(plain()), InitialState.of(normalised())])
+        StoredPool([InitialState.of(plain()), InitialState.of(normalized())])
     with pytest.raises(InvalidArgumentError, match="states is empty"):
         stack_states([])
     pool = OnlinePool(plain, size=2, max_age=5)
@@ -173,13 +173,13 @@ class Data:
     [KeptGraph(), StepAdjoint(), StepAdjoint(mode="forward"), StepAdjoint(checkpoint_every="sqrt")],
     ids=["kept", "reverse", "forward", "sqrt"],
 )
-@pytest.mark.parametrize("factory", [plain, normalised, WithNearestHead])
+@pytest.mark.parametrize("factory", [plain, normalized, WithNearestHead])
 def test_many_initial_states_at_once_are_each_by_itself(
     factory: Callable[[], nn.Module], adjoint: InnerAdjoint, rule: InnerOptimizer
 ) -> None:
     data, model, generator = Data(), factory(), seeded(0)
     head = isinstance(model, WithNearestHead)
-    states = [RandomInitialisation(factory)(generator) for _ in range(N)]
+    states = [RandomInitialization(factory)(generator) for _ in range(N)]
     weights = [1.0, 2.0, 3.0]  # so that a mix-up of the states would show
 
     def outer(state: dict[str, Tensor]) -> Tensor:
@@ -199,7 +199,7 @@ def test_many_initial_states_at_once_are_each_by_itself(
             adjoint=adjoint,
             buffers=start.buffers,
             generator=seeded(3),
-            initialisations=n,
+            initializations=n,
         )
 
     single = [train(state, None) for state in states]
@@ -226,7 +226,7 @@ def test_random_numbers_differ_between_initial_states_and_are_replayed() -> None
     for adjoint in (KeptGraph(), StepAdjoint()):
         trained = unrolled_inner_loop(
             model, start.params, data.images, data.labels, lr=0.1, adjoint=adjoint, generator=seeded(1),
-            initialisations=2,
+            initializations=2,
         )  # fmt: skip
         weight = trained.params["2.weight"]
         assert not torch.equal(weight[0], weight[1])
@@ -238,9 +238,9 @@ def test_stacks_that_do_not_fit_are_refused() -> None:
     model, data = plain(), Data()
     state = InitialState.of(model)
     with pytest.raises(InvalidArgumentError, match=r"must have shape \(2, 5, 16\), got \(5, 16\)"):
-        unrolled_inner_loop(model, state.params, data.images, data.labels, lr=0.1, initialisations=2)
-    with pytest.raises(InvalidArgumentError, match="initialisations must be None or an integer >= 1, got 0"):
-        unrolled_inner_loop(model, state.params, data.images, data.labels, lr=0.1, initialisations=0)
+        unrolled_inner_loop(model, state.params, data.images, data.labels, lr=0.1, initializations=2)
+    with pytest.raises(InvalidArgumentError, match="initializations must be None or an integer >= 1, got 0"):
+        unrolled_inner_loop(model, state.params, data.images, data.labels, lr=0.1, initializations=0)
 
 
 def test_clipping_is_that_of_its_definition() -> None:
@@ -301,7 +301,7 @@ def hypergradient_of(states: list[InitialState]) -> list[Tensor]:
 
 
 def drawn(rank: int) -> list[InitialState]:
-    return [RandomInitialisation(plain)(seeded(rank))]
+    return [RandomInitialization(plain)(seeded(rank))]
 
 
 def of_one_rank(rank: int, port: int, results: mp.SimpleQueue) -> None:

@@ -54,7 +54,7 @@ ADJOINTS: dict[str, InnerAdjoint] = {
 
 
 def convolutional(*extra: nn.Module) -> nn.Sequential:
-    """Smooth, so that finite differences exist; no bias that a normalisation would make redundant."""
+    """Smooth, so that finite differences exist; no bias that a normalization would make redundant."""
     return nn.Sequential(
         nn.Conv2d(1, 3, 3, bias=False), *extra, nn.Softplus(), nn.Flatten(), nn.Linear(12, K)
     ).to(DTYPE)

@@ -58,10 +58,10 @@ def test_a_forecast_counts_every_initial_state() -> None:
     loop, (images, labels) = loop_of(StepAdjoint(), 9), data()
     start = stack_states([InitialState.of(loop.model)] * 3)
     forecast = memory_forecast(
-        loop, images, labels, lr=0.01, params=start.params, buffers=start.buffers, initialisations=3
+        loop, images, labels, lr=0.01, params=start.params, buffers=start.buffers, initializations=3
     )
     with PeakMemory() as memory:
-        trained = loop(images, labels, lr=0.01, params=start.params, buffers=start.buffers, initialisations=3)
+        trained = loop(images, labels, lr=0.01, params=start.params, buffers=start.buffers, initializations=3)
         sum(value.square().sum() for value in trained.params.values()).backward()
     assert forecast == pytest.approx(memory.peak, rel=0.03)
     assert forecast > 2 * memory_forecast(loop, images, labels, lr=0.01)

@@ -14,7 +14,7 @@ from etflayers.distill import (
     NNGPKernel,
     NTKKernel,
     RBFKernel,
-    centred_one_hot,
+    centered_one_hot,
     kernel_ridge,
     solve_labels,
 )
@@ -79,7 +79,7 @@ def test_a_vanishing_ridge_interpolates():
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_solved_labels_are_optimal(kernel):
     x, s, _ = problem(inputs=40)
-    targets = centred_one_hot(torch.arange(40) % 3, 3, dtype=torch.float64)
+    targets = centered_one_hot(torch.arange(40) % 3, 3, dtype=torch.float64)
     labels = solve_labels(x, targets, s, kernel=kernel, ridge=1e-3).requires_grad_()
 
     def loss(labels):
@@ -187,7 +187,7 @@ X, S, Y = torch.zeros(4, 3), torch.ones(2, 3), torch.zeros(2, 5)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kernel_ridge(X, S, torch.tensor([0, 1]), kernel=LinearKernel()), "centred_one_hot"),
+        (lambda: kernel_ridge(X, S, torch.tensor([0, 1]), kernel=LinearKernel()), "centered_one_hot"),
         (lambda: kernel_ridge(X, S, Y[:1], kernel=LinearKernel()), "one row for each of the 2"),
         (lambda: kernel_ridge(X, S[:, :2], Y, kernel=LinearKernel()), "samples of one shape"),
         (lambda: kernel_ridge(X, S[:0], Y[:0], kernel=LinearKernel()), "at least one sample"),
@@ -197,8 +197,8 @@ X, S, Y = torch.zeros(4, 3), torch.ones(2, 3), torch.zeros(2, 5)
         (lambda: solve_labels(X, Y, S, kernel=LinearKernel()), "one row for each of the 4"),
         (lambda: KernelRidgeInnerLoop(LinearKernel(), ridge=math.nan), "ridge"),
         (lambda: KernelRidgeInnerLoop(LinearKernel(), dtype=torch.bfloat16), "float32 or"),
-        (lambda: centred_one_hot(torch.tensor([3]), 3), "num_classes"),
-        (lambda: centred_one_hot(torch.tensor([0.0]), 3), "integers"),
+        (lambda: centered_one_hot(torch.tensor([3]), 3), "num_classes"),
+        (lambda: centered_one_hot(torch.tensor([0.0]), 3), "integers"),
     ],
 )
 def test_refuses(call, message):
@@ -206,8 +206,8 @@ def test_refuses(call, message):
         call()
 
 
-def test_centred_one_hot_sums_to_zero():
-    vectors = centred_one_hot(torch.arange(6).view(2, 3) % 4, 4)
+def test_centered_one_hot_sums_to_zero():
+    vectors = centered_one_hot(torch.arange(6).view(2, 3) % 4, 4)
     assert vectors.shape == (2, 3, 4)
     torch.testing.assert_close(vectors.sum(-1), torch.zeros(2, 3))
     assert torch.equal(vectors.argmax(-1), torch.arange(6).view(2, 3) % 4)
@@ -254,7 +254,7 @@ def test_learned_support_beats_the_one_it_started_from():
     angles = torch.rand(200) * 2 * math.pi
     radii = 1 + torch.arange(200) % 2
     x = (radii * torch.stack((angles.cos(), angles.sin()))).T
-    targets = centred_one_hot(torch.arange(200) % 2, 2)
+    targets = centered_one_hot(torch.arange(200) % 2, 2)
     inner_loop = KernelRidgeInnerLoop(RBFKernel(1.0), ridge=1e-3)
     support = x[:4].clone().requires_grad_()
     labels = targets[:4].clone().requires_grad_()

@@ -19,8 +19,8 @@ from etflayers.errors import InvalidArgumentError
 def write_images(folder: Path, count: int, *, size: int = 12, mode: str = "L", shade: int = 0) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
-        colour = shade + number if mode == "L" else (shade + number, 10, 200)
-        Image.new(mode, (size, size), colour).save(folder / f"{number:03}.png")
+        color = shade + number if mode == "L" else (shade + number, 10, 200)
+        Image.new(mode, (size, size), color).save(folder / f"{number:03}.png")
 
 
 def of_folder(root: Path, size: int = 8) -> Settings:
@@ -42,7 +42,7 @@ def test_embedded_data(name: str, train: int, test: int, side: int) -> None:
     share = data.test.targets.bincount() / (data.test.targets.bincount() + data.train.targets.bincount())
     assert share.sub(0.2).abs().max() < 0.005
     assert len(data.train) + len(data.test) == {"mnist5k": 5000, "digits": 1797}[name]
-    pixels = data.normalised(data.train.images)
+    pixels = data.normalized(data.train.images)
     assert abs(float(pixels.double().mean())) < 1e-4
     assert float(pixels.double().std()) == pytest.approx(1, abs=1e-4)
 
@@ -67,7 +67,7 @@ def test_folder_is_split_by_class(tmp_path: Path) -> None:
     assert sorted(shades) == [*range(50, 60), *range(100, 105)]
 
 
-def test_folder_with_its_own_split_and_mixed_colours(tmp_path: Path) -> None:
+def test_folder_with_its_own_split_and_mixed_colors(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "a", 3)
     write_images(tmp_path / "train" / "b", 3, mode="RGB")
     write_images(tmp_path / "test" / "a", 2, shade=7)

@@ -92,9 +92,9 @@ def test_training_on_few_images_collapses_there(digits: RealData) -> None:
 def test_labels_are_probabilities_or_classes(digits: RealData) -> None:
     hot = TrainingSet.of("soft", some_set(digits, labels="one-hot"))
     assert hot.labels.shape == (20, 10)
-    centred = TrainingSet.of("regression", some_set(digits, labels="centred"))
-    assert torch.equal(centred.labels, torch.arange(10).repeat(2))
-    assert torch.equal(hot.classes, centred.classes)
+    centered = TrainingSet.of("regression", some_set(digits, labels="centered"))
+    assert torch.equal(centered.labels, torch.arange(10).repeat(2))
+    assert torch.equal(hot.classes, centered.classes)
 
 
 def test_own_steps_are_those_of_the_set(digits: RealData) -> None:

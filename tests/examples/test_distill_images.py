@@ -79,7 +79,7 @@ def one_image(data: RealData) -> RealData:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 def test_inner_loop_is_ordinary_training(digits: RealData, optimizer: Any) -> None:
-    """PyTorch's own optimisers come to the same network, in float64, whatever the batches and rates."""
+    """PyTorch's own optimizers come to the same network, in float64, whatever the batches and rates."""
     settings = small(optimizer=optimizer, labels="soft")
     distilled = first_set(settings, digits, "real", 0).double()
     with torch.no_grad():
@@ -155,10 +155,10 @@ class KilledError(Exception):
     "options",
     [
         {},
-        {"initialisation": "random", "labels": "soft", "networks": 2, "optimizer": "momentum"},
-        {"initialisation": "pool", "window": "random", "optimizer": "adam", "rate": 0.003},
-        {"initialisation": "online", "window": "last"},
-        {"initialisation": "pretrained", "window": "moving"},
+        {"initialization": "random", "labels": "soft", "networks": 2, "optimizer": "momentum"},
+        {"initialization": "pool", "window": "random", "optimizer": "adam", "rate": 0.003},
+        {"initialization": "online", "window": "last"},
+        {"initialization": "pretrained", "window": "moving"},
         {"head": "fixed", "network": "convnet", "width": 9},
         {"head": "nearest"},
         {"network": "convnet", "width": 4, "norm": "batch"},
@@ -330,7 +330,7 @@ def test_files_hold_what_was_found(tiny: Path) -> None:
     with (tiny / "summary.csv").open() as file:
         rows = {row["training"]: float(row["accuracy"]) for row in csv.DictReader(file)}
     expected = ("distilled", "distilled, fresh networks", "random real images", "average images")
-    assert tuple(rows) == expected  # one centre of k-means is the average image
+    assert tuple(rows) == expected  # one center of k-means is the average image
     for name, accuracy in rows.items():
         assert accuracy == pytest.approx(fmean(accuracies[name]))
     for name in ("seed0-images", "steps", "learning"):
@@ -380,7 +380,7 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
     options = [
         "images",
         "--quick",
-        "--initialisation",
+        "--initialization",
         "pretrained",
         "--outer",
         "misclassify",
@@ -401,12 +401,12 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--per-class", "0"], "--per-class must be at least 1"),
         (["--rate", "0"], "--rate must be a positive number"),
         (["--window-length", "31"], "--window-length must lie in [1, 30]"),
-        (["--source", "digits"], "add --initialisation pretrained"),
+        (["--source", "digits"], "add --initialization pretrained"),
         (["--outer", "misclassify"], "needs trained networks"),
         (["--other-networks", "mlp", "lenet"], "--other-networks must be others than --network lenet"),
-        (["--initialisation", "pretrained", "--outer", "misclassify", "--target", "0"], "two classes"),
-        (["--initialisation", "online", "--window", "random"], "--window full or last"),
-        (["--initialisation", "pretrained", "--outer", "misclassify", "--target", "10"], "[0, 10)"),
+        (["--initialization", "pretrained", "--outer", "misclassify", "--target", "0"], "two classes"),
+        (["--initialization", "online", "--window", "random"], "--window full or last"),
+        (["--initialization", "pretrained", "--outer", "misclassify", "--target", "10"], "[0, 10)"),
         (["--network", "mlp", "--steps", "3"], "steps must divide the 10 inputs"),
         (["--data", "digits", "--network", "lenet"], "add --image-size 28"),
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),

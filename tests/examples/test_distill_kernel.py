@@ -26,7 +26,7 @@ from distillation.kernel.learning import (
     with_solved_labels,
 )
 from distillation.kernel.study import KernelSettings, learn_kernel_set
-from etflayers.distill import DistilledSet, centred_one_hot
+from etflayers.distill import DistilledSet, centered_one_hot
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 
 
@@ -45,7 +45,7 @@ def small(**options: Any) -> KernelSettings:
 
 def squared_error(settings: KernelSettings, distilled: DistilledSet, data: RealData) -> float:
     outputs = predictions(make_loop(settings, data), distilled, data.train.inputs)
-    return float((outputs - centred_one_hot(data.train.targets, 10)).square().sum(-1).mean())
+    return float((outputs - centered_one_hot(data.train.targets, 10)).square().sum(-1).mean())
 
 
 @pytest.mark.parametrize("labels", ["fixed", "learned", "solved"])
@@ -57,7 +57,7 @@ def test_learned_set_is_better_than_its_start(labels: Any, digits: RealData) -> 
         start = with_solved_labels(make_loop(settings, digits), start, digits.train)
     # 25 steps are the beginning of learning; a set that stood still would keep all of its error.
     assert squared_error(settings, learned.distilled, digits) < 0.9 * squared_error(settings, start, digits)
-    hot = centred_one_hot(torch.arange(10), 10)
+    hot = centered_one_hot(torch.arange(10), 10)
     assert torch.equal(learned.distilled.labels.detach(), hot) == (labels == "fixed")
     assert [row["step"] for row in learned.history] == list(range(25))
 
@@ -87,7 +87,7 @@ def test_gradient_needs_none_through_the_best_labels(digits: RealData) -> None:
     made = representatives("real", 1, digits, digits.train, torch.Generator().manual_seed(0))
     support = made.inputs.detach().double().requires_grad_()
     inputs = digits.train.inputs[:60].double()
-    targets = centred_one_hot(digits.train.targets[:60], 10, dtype=torch.float64)
+    targets = centered_one_hot(digits.train.targets[:60], 10, dtype=torch.float64)
     labels = loop.solve_labels(inputs, targets, support)
     gradients = [
         torch.autograd.grad((loop(inputs, support, chosen) - targets).square().sum(), support)[0]
@@ -116,7 +116,7 @@ def test_batches_are_shifted_images(digits: RealData) -> None:
 def test_kernel_of_all_images_classifies(digits: RealData) -> None:
     found = full_accuracy(make_loop(small(), digits), digits)
     assert found is not None
-    assert found > 0.97  # scikit-learn's nearest neighbour on these digits has 0.98
+    assert found > 0.97  # scikit-learn's nearest neighbor on these digits has 0.98
 
 
 def test_network_learns_the_labels_it_is_given(digits: RealData) -> None:
@@ -171,7 +171,7 @@ def test_outputs(tmp_path: Path) -> None:
     with (tmp_path / "sets.csv").open() as file:
         written = list(csv.DictReader(file))
     assert [float(row["test_accuracy"]) for row in written] == [row["test_accuracy"] for row in rows]
-    # For each of two sizes: the learned set, 2 draws, means and centres, with 2 kinds of labels; 3 networks.
+    # For each of two sizes: the learned set, 2 draws, means and centers, with 2 kinds of labels; 3 networks.
     assert len(rows) == 2 * (5 * 2 + 3)
     content = json.loads((tmp_path / "summary.json").read_text())
     best = [

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from comparison.data import ImageData, load
-from comparison.evaluation import centred_cosines, measure
+from comparison.evaluation import centered_cosines, measure
 from comparison.heads import StandardHead, captured_features, head_of, make_classifier
 from comparison.models import GreyAsRGB
 from comparison.optimizers import make_optimizers, set_learning_rate
@@ -72,7 +72,7 @@ def test_batches_of_a_continued_epoch_are_those_still_to_come(trainers: dict[str
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_every_parameter_has_one_optimiser_and_the_rotation_stays_on_the_manifold(
+def test_every_parameter_has_one_optimizer_and_the_rotation_stays_on_the_manifold(
     digits: ImageData, optimizer: str
 ) -> None:
     pytest.importorskip("geoopt")
@@ -92,7 +92,7 @@ def test_every_parameter_has_one_optimiser_and_the_rotation_stays_on_the_manifol
     assert (rotation.detach() - start).norm() > 0.01
 
 
-def test_backbones_get_the_same_optimiser(trainers: dict[str, Trainer]) -> None:
+def test_backbones_get_the_same_optimizer(trainers: dict[str, Trainer]) -> None:
     plain = [make_optimizers(trainer.model, SETTINGS)[0] for trainer in trainers.values()]
     options = [
         {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
@@ -119,7 +119,7 @@ def test_evaluation_measures_all_images_in_eval_mode(digits: ImageData) -> None:
     assert model.training
     model.eval()
     with torch.no_grad(), captured_features(model) as features:
-        logits = model(digits.normalised(digits.train.images))
+        logits = model(digits.normalized(digits.train.images))
     targets = digits.train.targets
     means = torch.stack([features[0][targets == label].double().mean(0) for label in range(10)])
     torch.testing.assert_close(measures.statistics.means, means, rtol=1e-5, atol=1e-6)
@@ -131,9 +131,9 @@ def test_evaluation_measures_all_images_in_eval_mode(digits: ImageData) -> None:
     mismatch = float((logits.argmax(1) != distances.argmin(1)).double().mean())
     assert measures.row["nc4_disagreement"] == pytest.approx(mismatch)
     assert len(measures.margins) == len(targets)
-    rest = measure(model, nn.CrossEntropyLoss(), digits.test, digits, centres=measures.statistics)
+    rest = measure(model, nn.CrossEntropyLoss(), digits.test, digits, centers=measures.statistics)
     with torch.no_grad(), captured_features(model.eval()) as features:
-        logits = model(digits.normalised(digits.test.images))
+        logits = model(digits.normalized(digits.test.images))
     mismatch = float((logits.argmax(1) != torch.cdist(features[0].double(), means).argmin(1)).double().mean())
     assert rest.row["nc4_disagreement"] == pytest.approx(mismatch)
 
@@ -158,9 +158,9 @@ def test_standard_head_is_measured_by_the_weight_that_decides() -> None:
     assert equinorm(read_classifier(head).weight) < 1e-6
 
 
-def test_cosines_are_those_of_centred_rows() -> None:
+def test_cosines_are_those_of_centered_rows() -> None:
     frame = simplex_etf(6, 9, rotation="haar", dtype=torch.float64)
-    cosines = centred_cosines(7 * frame + torch.arange(9))
+    cosines = centered_cosines(7 * frame + torch.arange(9))
     expected = torch.full((6, 6), -0.2, dtype=torch.float64).fill_diagonal_(1)
     torch.testing.assert_close(cosines, expected)
 

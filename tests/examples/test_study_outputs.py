@@ -225,7 +225,7 @@ def test_every_figure_shows_every_head(pictures: list[Path]) -> None:
     for path in pictures:
         with Image.open(path) as picture:
             assert picture.format == "PNG"
-            counts = {colour: count for count, colour in picture.convert("RGB").getcolors(2**24)}
+            counts = {color: count for count, color in picture.convert("RGB").getcolors(2**24)}
         for head in HEADS:
             assert counts.get(ImageColor.getrgb(COLOURS[head]), 0) > 20, (path.name, head)
 
@@ -240,8 +240,8 @@ def test_tetrahedron_is_seen_without_distortion() -> None:
     means = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     basis = figures.tetrahedron_basis(means)
     torch.testing.assert_close(nearest_etf(means) @ basis, simplex_etf(4, 3, dtype=torch.float64))
-    centred = means - means.mean(0)
-    torch.testing.assert_close(torch.cdist(centred @ basis, centred @ basis), torch.cdist(means, means))
+    centered = means - means.mean(0)
+    torch.testing.assert_close(torch.cdist(centered @ basis, centered @ basis), torch.cdist(means, means))
 
 
 def test_panels_are_for_measures_that_exist(runs: list[Run]) -> None:

@@ -141,7 +141,7 @@ def test_options_train(tmp_path: Path, options: tuple[str, ...]) -> None:
     [
         (("--feature-dim", "8"), "at least K - 1 = 9"),
         (("--batch-size", "5000"), "more than the 1438 training images"),
-        (("--batch-size", "1"), "batch normalisation"),
+        (("--batch-size", "1"), "batch normalization"),
         (("--epochs", "0"), "--epochs must be at least 1"),
         (("--lr", "-1"), "--lr must be positive"),
         (("--scale", "0", "--head", "fixed"), "scale must be positive"),

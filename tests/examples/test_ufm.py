@@ -247,7 +247,7 @@ def test_divergence_is_an_error() -> None:
         run("standard", settings, lr=100)
 
 
-def test_unnormalised_features_decay() -> None:
+def test_unnormalized_features_decay() -> None:
     """With decay the lengths of free features have an optimum, and all features of a class find it."""
     settings = Settings(
         classes=(3,), per_class=2, steps=700, spacing=4, normalize=False, scale=1, feature_decay=0.01

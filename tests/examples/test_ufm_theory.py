@@ -1,4 +1,4 @@
-"""The landscape of the regularised model: one value of all minima, negative curvature elsewhere."""
+"""The landscape of the regularized model: one value of all minima, negative curvature elsewhere."""
 
 from __future__ import annotations
 

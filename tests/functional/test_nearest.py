@@ -69,11 +69,11 @@ def test_no_other_frame_is_nearer(seed, num_classes, extra, step, weighted, prox
     problem = {"weights": weights, "anchor": anchor, "proximity": proximity}
     frame = nearest_etf(means, **problem)
     best = objective(means, frame, **problem)
-    # A frame anywhere, and a rotated neighbour of the answer.
+    # A frame anywhere, and a rotated neighbor of the answer.
     skew = torch.randn(in_features, in_features, **options)
-    neighbour = frame @ torch.linalg.matrix_exp(step * (skew - skew.T) / in_features)
+    neighbor = frame @ torch.linalg.matrix_exp(step * (skew - skew.T) / in_features)
     elsewhere = simplex_etf(num_classes, in_features, rotation="haar", **options)
-    for other in (neighbour, elsewhere):
+    for other in (neighbor, elsewhere):
         assert best <= objective(means, other, **problem) + 1e-9
 
 

@@ -7,8 +7,8 @@ from etflayers import nearest_etf, simplex_etf
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from etflayers.functional import huber_nearest_etf, mahalanobis_nearest_etf, solve_stiefel, stiefel_argmin
 from etflayers.geometry import (
-    centred_basis_adjoint,
-    centred_basis_apply,
+    centered_basis_adjoint,
+    centered_basis_apply,
     etf_radius,
     is_simplex_etf,
     random_stiefel,
@@ -34,13 +34,13 @@ def test_the_linear_objective_is_the_nearest_etf_with_its_gradient(num_classes, 
     start = random_stiefel(in_features, num_classes - 1, batch=(2,), dtype=torch.float64)
     if in_features == num_classes - 1:
         # O(d) has two components, and no path leads from one to the other.
-        start = (centred_basis_apply(nearest_etf(means)).mT / etf_radius(num_classes)).detach()
+        start = (centered_basis_apply(nearest_etf(means)).mT / etf_radius(num_classes)).detach()
 
     def linear(q, means):
-        return -(q * centred_basis_apply(means).mT).sum((-2, -1))
+        return -(q * centered_basis_apply(means).mT).sum((-2, -1))
 
     rotation = stiefel_argmin(linear, means, start=start)
-    frame = etf_radius(num_classes) * centred_basis_adjoint(rotation.mT)
+    frame = etf_radius(num_classes) * centered_basis_adjoint(rotation.mT)
     expected = nearest_etf(means)
     assert relative_error(frame, expected) < 1e-8
     cotangent = torch.randn_like(frame)
@@ -62,8 +62,8 @@ def test_huber_with_a_threshold_that_nobody_reaches_is_the_plain_nearest_etf():
 
 
 @pytest.mark.parametrize("nearest", ["mahalanobis", "huber"])
-def test_nearest_etfs_are_critical_and_better_than_their_neighbours(nearest):
-    # The losses by their definitions, with the translation minimised by a general-purpose routine.
+def test_nearest_etfs_are_critical_and_better_than_their_neighbors(nearest):
+    # The losses by their definitions, with the translation minimized by a general-purpose routine.
     means = torch.randn(4, 5, dtype=torch.float64)
     factor = torch.randn(5, 5, dtype=torch.float64)
     if nearest == "mahalanobis":
@@ -82,14 +82,14 @@ def test_nearest_etfs_are_critical_and_better_than_their_neighbours(nearest):
             )
 
     def loss(frame):
-        centre = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+        center = torch.zeros(5, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [centre], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+            [center], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
         )
 
         def closure():
             optimizer.zero_grad()
-            value = rho(means / size - frame - centre).sum()
+            value = rho(means / size - frame - center).sum()
             value.backward()
             return value
 
@@ -100,8 +100,8 @@ def test_nearest_etfs_are_critical_and_better_than_their_neighbours(nearest):
     best = loss(frame)
     for _ in range(10):
         skew = torch.randn(5, 5, dtype=torch.float64)
-        neighbour = frame @ torch.linalg.matrix_exp(1e-3 * (skew - skew.mT))
-        assert loss(neighbour) > best
+        neighbor = frame @ torch.linalg.matrix_exp(1e-3 * (skew - skew.mT))
+        assert loss(neighbor) > best
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -123,7 +123,9 @@ def test_huber_shrugs_off_corrupted_means(seed):
 def test_the_riemannian_gradient_at_the_minimum_is_small():
     means = torch.randn(1, 5, 8, dtype=torch.float64)
     found = solve_stiefel(
-        lambda q, x: ((centred_basis_apply(x).mT - q) * torch.arange(1.0, 9)[:, None]).square().sum((-2, -1)),
+        lambda q, x: (
+            ((centered_basis_apply(x).mT - q) * torch.arange(1.0, 9)[:, None]).square().sum((-2, -1))
+        ),
         means,
         start=start_of(8, 4),
     )

@@ -7,8 +7,8 @@ from scipy import stats
 from etflayers import simplex_etf
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import (
-    centred_basis_adjoint,
-    centred_basis_apply,
+    centered_basis_adjoint,
+    centered_basis_apply,
     is_simplex_etf,
     random_stiefel,
     require_etf_dims,
@@ -31,7 +31,7 @@ def test_rows_are_unit_and_equiangular(num_classes, in_features, rotation):
     assert is_simplex_etf(frame).ok
 
 
-def test_canonical_frame_is_the_centred_identity_and_zero_columns():
+def test_canonical_frame_is_the_centered_identity_and_zero_columns():
     k = 4
     expected = math.sqrt(k / (k - 1)) * (torch.eye(k) - 1 / k)
     frame = simplex_etf(k, 6)
@@ -79,19 +79,19 @@ def test_generator_makes_the_frame_repeatable():
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 101])
-def test_centred_basis_is_orthonormal_and_orthogonal_to_one(num_classes):
-    basis = centred_basis_apply(torch.eye(num_classes, dtype=torch.float64))
+def test_centered_basis_is_orthonormal_and_orthogonal_to_one(num_classes):
+    basis = centered_basis_apply(torch.eye(num_classes, dtype=torch.float64))
     identity = torch.eye(num_classes - 1, dtype=torch.float64)
     torch.testing.assert_close(basis @ basis.T, identity)
     assert basis.sum(1).abs().max() < 1e-13
-    torch.testing.assert_close(centred_basis_adjoint(identity), basis.T)
+    torch.testing.assert_close(centered_basis_adjoint(identity), basis.T)
 
 
-def test_centred_basis_ignores_a_large_common_translation_in_float32():
+def test_centered_basis_ignores_a_large_common_translation_in_float32():
     rows = torch.randn(6, 8)
     shifted = (rows * 1024).round() / 1024 + 4096  # both summands exact in float32
-    exact = centred_basis_apply(shifted.double())
-    error = (centred_basis_apply(shifted).double() - exact).abs().max()
+    exact = centered_basis_apply(shifted.double())
+    error = (centered_basis_apply(shifted).double() - exact).abs().max()
     assert error < 1e-6  # summing 4096-sized rows would lose 5e-4
 
 

@@ -1,4 +1,4 @@
-"""The nearest frame without a factorisation: by products here, by kernels without a GPU and on one."""
+"""The nearest frame without a factorization: by products here, by kernels without a GPU and on one."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def test_any_rank_gives_a_simplex_and_the_minimum_norm_gradient(
     linear = scale * degenerate(kind, num_classes, num_classes + extra)
     found = polar(linear)
     assert is_simplex_etf(found.frame, atol=1e-8).ok
-    centred = linear.double() - linear.double().mean(0)
-    exact = SVD()(linear).inverse @ centred
-    assert float((found.inverse @ centred - exact).norm()) <= 1e-8 * float(exact.norm())
+    centered = linear.double() - linear.double().mean(0)
+    exact = SVD()(linear).inverse @ centered
+    assert float((found.inverse @ centered - exact).norm()) <= 1e-8 * float(exact.norm())
     direction = torch.randn(linear.shape)
     gradient, expected = polar_adjoint(direction, *found), exact_adjoint(direction, linear, found.frame)
     assert float((gradient - expected).norm()) <= 1e-6 * float(expected.norm())

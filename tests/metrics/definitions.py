@@ -82,7 +82,7 @@ def direct_statistics(data: Data, of: str = "classes") -> dict[str, Any]:
         "overall": overall,
         "between": between,
         "variances": variances,
-        "centred": means - overall,
+        "centered": means - overall,
     }
 
 
@@ -102,7 +102,7 @@ def angles(rows: Array) -> Array:
 
 
 def nearest_frame(rows: Array) -> Array:
-    """c times the polar factor of the centred rows, by NumPy's SVD."""
+    """c times the polar factor of the centered rows, by NumPy's SVD."""
     k = len(rows)
     left, _, right = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
     rank = k - 1
@@ -119,7 +119,7 @@ def direct_measures(data: Data, of: str = "classes") -> dict[str, float]:
     result: dict[str, float] = {}
     # rcond: the rank of Sigma_B is K - 1, and its smallest true eigenvalue far above rounding.
     result["nc1_trace_sum"] = np.trace(s["within"] @ np.linalg.pinv(s["between"], rcond=1e-9, hermitian=True))
-    result["nc1_trace"] = result["nc1_trace_about_centres"] = result["nc1_trace_sum"] / k
+    result["nc1_trace"] = result["nc1_trace_about_centers"] = result["nc1_trace_sum"] / k
     # With 40 digits: at collapse Sigma_T is nearly singular, and rounding Sigma_B to 16 changes its rank.
     with mpmath.workdps(40):
         within, means = mpmath.matrix(s["within"]), mpmath.matrix(s["means"])
@@ -139,14 +139,14 @@ def direct_measures(data: Data, of: str = "classes") -> dict[str, float]:
         singular = np.linalg.svd(features[targets == j], compute_uv=False)
         ranks.append((singular.sum() / np.sqrt((singular**2).sum())) ** 2)
     result["nc1_numerical_rank"] = float(np.mean(ranks))
-    for name, rows in (("means", s["centred"]), ("weights", weight)):
+    for name, rows in (("means", s["centered"]), ("weights", weight)):
         lengths = np.sqrt((rows**2).sum(1))
         result[f"nc2_equinorm_{name}"] = lengths.std(ddof=1) / lengths.mean()
         result[f"nc2_equiangularity_mean_{name}"] = float(angles(rows).mean())
         result[f"nc2_equiangularity_max_{name}"] = float(angles(rows).max())
         result[f"nc2_gram_{name}"] = coherence(rows @ rows.T)
         result[f"nc2_etf_distance_{name}"] = norm(rows / norm(rows) - nearest_frame(rows) / np.sqrt(k))
-    w, m = weight, s["centred"]
+    w, m = weight, s["centered"]
     result["nc3_distance"] = norm(w / norm(w) - m / norm(m))
     result["nc3_distance_squared"] = result["nc3_distance"] ** 2
     result["nc3_coherence"] = coherence(w @ m.T)

@@ -149,7 +149,7 @@ def test_logits_given_win_over_the_linear_layer() -> None:
     assert metric.compute()["accuracy"].item() == 0.0
 
 
-def test_heads_are_read_with_scale_and_centre() -> None:
+def test_heads_are_read_with_scale_and_center() -> None:
     data = make_data("random", torch.float32)
     head = NearestETFHead(7, 5, scale=3.0)
     head(data.features, data.targets)
@@ -182,11 +182,11 @@ def test_excluded_classes_leave_the_classifier_too() -> None:
 def test_ignored_samples_are_left_out_everywhere() -> None:
     data = make_data("random")
     layer = nn.Linear(7, 5, dtype=torch.float64)
-    centres = class_statistics(data.features, data.targets, 5)
-    metric = NeuralCollapse(5, 7, classifier=layer, centres=centres)
+    centers = class_statistics(data.features, data.targets, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer, centers=centers)
     extra = torch.full((4, 7), 100.0, dtype=torch.float64)
     metric.update(torch.cat((extra, data.features)), torch.cat((torch.full((4,), -100), data.targets)))
-    expected = NeuralCollapse(5, 7, classifier=layer, centres=centres)
+    expected = NeuralCollapse(5, 7, classifier=layer, centers=centers)
     expected.update(data.features, data.targets)
     assert_equal(metric.compute(), expected.compute())
 
@@ -203,21 +203,21 @@ def test_drift_of_the_nearest_frame() -> None:
     torch.testing.assert_close(frame_distance(frame, other), expected)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_the_curve_of_margins(centred: bool) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_curve_of_margins(centered: bool) -> None:
     data = make_data("imbalanced")
-    centre = data.features.mean(0) if centred else None
-    metric = CosineMargins(centre=centre)
+    center = data.features.mean(0) if centered else None
+    metric = CosineMargins(center=center)
     for features, targets in batches(data):
         metric.update(features, targets, data.weight)
     features, targets = data.arrays
     weight = data.weight.numpy()
-    if centred:
+    if centered:
         features, weight = features - features.mean(0), weight - weight.mean(0)
     expected = torch.from_numpy(direct_margins(features, targets, weight)).sort().values
     torch.testing.assert_close(metric.compute(), expected.float(), rtol=0, atol=1e-7)
-    with pytest.raises(InvalidArgumentError, match=r"centre must have shape"):
-        cosine_margins(data.features, data.targets, data.weight, centre=torch.zeros(3))
+    with pytest.raises(InvalidArgumentError, match=r"center must have shape"):
+        cosine_margins(data.features, data.targets, data.weight, center=torch.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_curve_of_margins(centred: bool) -> None:
         ({"calibration_bins": 0}, "calibration_bins must be"),
         ({"classifier": nn.ReLU()}, "classifier must have a weight"),
         ({"classifier": nn.Linear(4, 5)}, "classifier must have a weight of shape"),
-        ({"centres": class_statistics(torch.eye(2), torch.arange(2), 2)}, "centres need a classifier"),
+        ({"centers": class_statistics(torch.eye(2), torch.arange(2), 2)}, "centers need a classifier"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], match: str) -> None:
@@ -255,9 +255,9 @@ def test_bad_batches_are_refused_and_change_nothing() -> None:
         metric.update(data.features * torch.nan, data.targets)
     metric._computed = None
     assert_equal(metric.compute(), before)
-    centres = class_statistics(data.features, data.targets % 4, 5, unseen="exclude")
-    metric = NeuralCollapse(5, 7, classifier=layer, centres=centres)
-    with pytest.raises(InvalidArgumentError, match="centres must hold every class"):
+    centers = class_statistics(data.features, data.targets % 4, 5, unseen="exclude")
+    metric = NeuralCollapse(5, 7, classifier=layer, centers=centers)
+    with pytest.raises(InvalidArgumentError, match="centers must hold every class"):
         metric.update(data.features, data.targets)
     assert not metric.moments.counts.any()
 

@@ -31,13 +31,13 @@ def linear(data: Data) -> nn.Linear:
 
 
 def measure(data: Data, batch: int = 32, **options: Any) -> dict[str, Tensor]:
-    """Two passes: one for the centres, one for all metrics."""
+    """Two passes: one for the centers, one for all metrics."""
     shape = (data.num_classes, data.features.shape[1])
     metrics = [NeuralCollapse(*shape, **options)]
     for second in (False, True):
         if second:
-            centres = metrics[0].statistics()
-            metrics.append(NeuralCollapse(*shape, classifier=linear(data), centres=centres, **options))
+            centers = metrics[0].statistics()
+            metrics.append(NeuralCollapse(*shape, classifier=linear(data), centers=centers, **options))
         for features, targets in zip(data.features.split(batch), data.targets.split(batch), strict=True):
             metrics[-1].update(features, targets)
     return metrics[1].compute()
@@ -128,23 +128,23 @@ def collapse_measures_nc1(statistics: ClassStatistics) -> float:
     return covariance_trace_ratio(statistics).item()
 
 
-def test_spread_of_other_data_about_centres() -> None:
+def test_spread_of_other_data_about_centers() -> None:
     train, test = make_data("imbalanced"), make_data("wide")
-    centres = class_statistics(train.features, train.targets, 5, scatter="none")
-    squares = between_whitening(centres).squared_deviations(test.features, test.targets)
-    residuals = test.features - centres.means[test.targets]
+    centers = class_statistics(train.features, train.targets, 5, scatter="none")
+    squares = between_whitening(centers).squared_deviations(test.features, test.targets)
+    residuals = test.features - centers.means[test.targets]
     between = torch.from_numpy(direct_statistics(train)["between"])
     inverse = torch.linalg.pinv(between, rtol=1e-9, hermitian=True)
     torch.testing.assert_close(squares, ((residuals @ inverse) * residuals).sum(-1))
     partial = class_statistics(train.features, train.targets % 3, 5, unseen="exclude")
-    with pytest.raises(ValueError, match="centres must hold every class"):
+    with pytest.raises(ValueError, match="centers must hold every class"):
         between_whitening(partial).squared_deviations(test.features, test.targets)
 
 
-def test_numerical_rank_of_centred_features() -> None:
+def test_numerical_rank_of_centered_features() -> None:
     data = make_data("random")
     statistics = class_statistics(data.features, data.targets, data.num_classes, scatter="per_class")
-    ranks = numerical_rank(statistics, centred=True)
+    ranks = numerical_rank(statistics, centered=True)
     for k, rank in enumerate(ranks):
         rows = data.features[data.targets == k]
         values = torch.linalg.svdvals(rows - rows.mean(0))

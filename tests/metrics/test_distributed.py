@@ -16,7 +16,7 @@ from tests.metrics.definitions import make_data
 
 
 def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """The metrics of the whole data (rank None), or of one share after synchronisation."""
+    """The metrics of the whole data (rank None), or of one share after synchronization."""
     data = make_data("offset")
     order = data.targets.argsort()  # no rank sees every class
     features, targets = data.features[order], data.targets[order]
@@ -24,8 +24,8 @@ def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) ->
     with torch.no_grad():
         layer.weight.copy_(data.weight)
         layer.bias.copy_(data.bias)
-    centres = class_statistics(features, targets, 5)
-    metric = NeuralCollapse(5, 7, classifier=layer, centres=centres, process_group=group)
+    centers = class_statistics(features, targets, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer, centers=centers, process_group=group)
     margins = CosineMargins(process_group=group)
     if rank is not None:
         # Of four ranks one has nothing at all.
@@ -38,7 +38,7 @@ def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) ->
     first = metric.compute()
     again = {name: value.clone() for name, value in first.items()}
     statistics = metric.statistics()
-    # After the synchronisation each rank goes on with its own part.
+    # After the synchronization each rank goes on with its own part.
     metric.update(data.features[:5], data.targets[:5])
     return {
         "metrics": again,

@@ -32,12 +32,12 @@ def trained(head: ETFHead, generator: torch.Generator) -> ETFHead:
 
 
 def by_hand(head: ETFHead, features: Tensor) -> Tensor:
-    """s (z - m) W' in float64 from the head's own frame and centre."""
+    """s (z - m) W' in float64 from the head's own frame and center."""
     rows = features.double()
     if head.normalize:
         rows = rows / rows.square().sum(-1, keepdim=True).sqrt()
-    if isinstance(head, NearestETFHead) and head.centre is not None:
-        rows = rows - head.centre.double()
+    if isinstance(head, NearestETFHead) and head.center is not None:
+        rows = rows - head.center.double()
     return head.scale * rows @ head.weight.detach().double().T
 
 
@@ -112,7 +112,7 @@ def test_to_linear_gives_the_same_logits_and_draws_no_random_numbers(
     assert torch.equal(linear.weight, weight)
 
 
-def test_to_linear_refuses_to_be_silently_wrong_about_normalisation(make_head: MakeHead) -> None:
+def test_to_linear_refuses_to_be_silently_wrong_about_normalization(make_head: MakeHead) -> None:
     with pytest.raises(InvalidArgumentError, match=r"to_linear\(normalized_inputs=True\)"):
         make_head(normalize=True).to_linear()
 

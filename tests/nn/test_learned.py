@@ -1,4 +1,4 @@
-"""The learned head: its parameter, the optimisers that may move it and those that may not."""
+"""The learned head: its parameter, the optimizers that may move it and those that may not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_weight_is_the_etf_of_the_rotation_and_differentiable_in_it() -> None:
     "optimizer", ["RiemannianSGD", "RiemannianSGD-momentum", "RiemannianAdam", "RiemannianAdam-decay"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_riemannian_optimisers_learn_and_stay_on_the_manifold(optimizer: str, dtype: torch.dtype) -> None:
+def test_riemannian_optimizers_learn_and_stay_on_the_manifold(optimizer: str, dtype: torch.dtype) -> None:
     head = make(dtype=dtype)
     name, _, variant = optimizer.partition("-")
     options: dict[str, Any] = {"lr": 0.1 if name == "RiemannianSGD" else 0.01}

@@ -62,8 +62,8 @@ class Reference:
         left, _, right = np.linalg.svd(basis @ linear, full_matrices=False)
         self.frame = np.sqrt(num_classes / (num_classes - 1)) * basis.T @ left @ right
 
-        centre = np.mean(list(self.means.values()), axis=0) if self.center else np.zeros(in_features)
-        return np.array([[self.scale * np.dot(row - centre, w) for w in self.frame] for row in rows])
+        center = np.mean(list(self.means.values()), axis=0) if self.center else np.zeros(in_features)
+        return np.array([[self.scale * np.dot(row - center, w) for w in self.frame] for row in rows])
 
 
 def double_head(in_features: int = 6, num_classes: int = 4, **options: Any) -> NearestETFHead:
@@ -198,8 +198,8 @@ def test_never_seen_classes_have_no_say_and_ignored_samples_none_either() -> Non
     torch.testing.assert_close(other.frame, head.frame)
     assert logits.shape == (12, 4)  # ignored samples still get logits
     assert head.averages.seen.tolist() == [True, True, True, False]
-    expected_centre = torch.stack([features[targets == k].mean(0) for k in range(3)]).mean(0)
-    torch.testing.assert_close(head.centre, expected_centre)
+    expected_center = torch.stack([features[targets == k].mean(0) for k in range(3)]).mean(0)
+    torch.testing.assert_close(head.center, expected_center)
 
 
 def test_a_batch_of_ignored_samples_only_leaves_the_frame_at_the_anchor() -> None:
@@ -245,14 +245,14 @@ def test_detach_cuts_exactly_the_second_path(generator: torch.Generator) -> None
 
     for name, tensor in attached.state_dict().items():  # forward, detaching changes nothing
         torch.testing.assert_close(detached.state_dict()[name], tensor, rtol=0, atol=1e-14)
-    # What is left is the gradient with frame and centre held constant ...
+    # What is left is the gradient with frame and center held constant ...
     torch.testing.assert_close(first, 2 * cotangent @ attached.frame, rtol=0, atol=1e-12)
-    # ... and what was cut is the gradient of the logits of constant features by way of frame and centre.
+    # ... and what was cut is the gradient of the logits of constant features by way of frame and center.
     constant = features.detach()
     step = 1e-6 * torch.randn(9, 6, generator=generator, dtype=torch.float64)
 
     def frame_path(moved: Tensor) -> Tensor:
-        """<cotangent, logits> of the constant features, with frame and centre from ``moved``."""
+        """<cotangent, logits> of the constant features, with frame and center from ``moved``."""
         head = double_head(scale=2.0, momentum=0.4)
         head(*stream(1, classes=[0, 1, 2, 3])[0])
         head(moved, targets)

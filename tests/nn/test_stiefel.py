@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from etflayers import nearest_etf
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import huber_nearest_etf
-from etflayers.geometry import centred_basis_apply, etf_radius, is_simplex_etf, is_stiefel, project_stiefel
+from etflayers.geometry import centered_basis_apply, etf_radius, is_simplex_etf, is_stiefel, project_stiefel
 from etflayers.nn import HuberNearestETF, MahalanobisNearestETF, StiefelNode
 from etflayers.solvers import RiemannianNewton
 from etflayers.status import Status
@@ -27,7 +27,7 @@ class Metric(nn.Module):
 
     def forward(self, q, means):
         self.evaluations += 1
-        coordinates = centred_basis_apply(means)
+        coordinates = centered_basis_apply(means)
         gap = coordinates - etf_radius(means.shape[-2]) * q.mT
         return (gap @ self.factor).square().sum((-2, -1))
 

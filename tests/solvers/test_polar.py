@@ -5,7 +5,7 @@ from scipy import linalg
 
 from etflayers import SVD, ByRegime, GramEigh
 from etflayers.errors import NonFiniteError
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius, is_simplex_etf
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius, is_simplex_etf
 from etflayers.solvers import QRSVD, NewtonSchulz
 from etflayers.testing import means_with_condition, relative_error
 
@@ -15,8 +15,8 @@ SHAPES = [(2, 1), (2, 5), (5, 4), (5, 5), (5, 9), (40, 39), (40, 64)]
 
 
 def scipy_frame(linear):
-    factor, _ = linalg.polar(centred_basis_apply(linear).numpy())
-    return etf_radius(len(linear)) * centred_basis_adjoint(torch.from_numpy(np.ascontiguousarray(factor)))
+    factor, _ = linalg.polar(centered_basis_apply(linear).numpy())
+    return etf_radius(len(linear)) * centered_basis_adjoint(torch.from_numpy(np.ascontiguousarray(factor)))
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -31,18 +31,18 @@ def test_frame_agrees_with_scipy_polar(solver, num_classes, in_features):
 def test_factors_satisfy_their_definitions(solver, num_classes, in_features):
     linear = torch.randn(3, num_classes, in_features, dtype=torch.float64) + 5
     frame, inverse, basis, divisors = solver(linear)
-    centred = linear - linear.mean(-2, keepdim=True)
-    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    centered = linear - linear.mean(-2, keepdim=True)
+    left, values, _ = torch.linalg.svd(centered, full_matrices=False)
     radius = etf_radius(num_classes)
     root = radius * left @ torch.diag_embed(values) @ left.mT
     exact = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(centred @ frame.mT, root, **exact)
-    # `inverse` may hold anything along 1: compare what it does to centred rows, which is all it is used for.
-    torch.testing.assert_close(inverse @ root @ centred, radius**2 * centred, **exact)
-    torch.testing.assert_close(inverse @ centred, frame, **exact)
-    # The basis diagonalises T, and the divisors are those of its eigenvalues: Y solves T Y + Y T = B for a B
+    torch.testing.assert_close(centered @ frame.mT, root, **exact)
+    # `inverse` may hold anything along 1: compare what it does to centered rows, which is all it is used for.
+    torch.testing.assert_close(inverse @ root @ centered, radius**2 * centered, **exact)
+    torch.testing.assert_close(inverse @ centered, frame, **exact)
+    # The basis diagonalizes T, and the divisors are those of its eigenvalues: Y solves T Y + Y T = B for a B
     # that does not see 1.
-    rhs = centred @ torch.randn(3, in_features, num_classes, dtype=torch.float64)
+    rhs = centered @ torch.randn(3, in_features, num_classes, dtype=torch.float64)
     rhs = rhs - rhs.mean(-1, keepdim=True)
     solution = basis @ ((basis.mT @ rhs @ basis) * divisors) @ basis.mT
     torch.testing.assert_close(root @ solution + solution @ root, rhs, **exact)

@@ -5,7 +5,7 @@ import torch
 
 from etflayers import SVD, nearest_etf, simplex_etf
 from etflayers.errors import ConvergenceError, InvalidArgumentError
-from etflayers.geometry import centred_basis_adjoint, centred_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.solvers import Iterative, RiemannianDescent, RiemannianNewton, TrustRegions, factors_of
 from etflayers.testing import means_with_condition, relative_error
 
@@ -43,9 +43,9 @@ def test_refuses_to_be_traced():
 
 
 def saddle(linear, signs):
-    """The critical point whose singular vectors are paired with these signs; all + is the maximiser."""
-    left, _, right = torch.linalg.svd(centred_basis_apply(linear), full_matrices=False)
-    return etf_radius(len(linear)) * centred_basis_adjoint((left * signs) @ right)
+    """The critical point whose singular vectors are paired with these signs; all + is the maximizer."""
+    left, _, right = torch.linalg.svd(centered_basis_apply(linear), full_matrices=False)
+    return etf_radius(len(linear)) * centered_basis_adjoint((left * signs) @ right)
 
 
 @pytest.mark.parametrize("signs", [[1, 1, -1], [-1, 1, 1], [-1, -1, -1]])

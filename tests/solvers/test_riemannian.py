@@ -30,7 +30,7 @@ def spectrum(dim):
 
 
 def brockett(matrix, num_frames):
-    """tr(Q'AQN): its minimiser holds the eigenvectors of the smallest eigenvalues, in order, up to signs."""
+    """tr(Q'AQN): its minimizer holds the eigenvectors of the smallest eigenvalues, in order, up to signs."""
     weights = torch.arange(num_frames, 0, -1, dtype=matrix.dtype)
     return lambda q: ((matrix @ q) * q * weights).sum((-2, -1))
 

@@ -10,7 +10,7 @@ or some large values would be sent down to l.
 One launch each way does the work. A second one on the way there completes frames of deficient rank; it
 returns at once where there are none, and leaves the first one its registers.
 
-All products are of float64 tiles, which go to the tensor cores of GPUs for data centres; 32 classes fit in
+All products are of float64 tiles, which go to the tensor cores of GPUs for data centers; 32 classes fit in
 registers.
 """
 
@@ -141,7 +141,7 @@ def _store(matrix, block, rows, columns, num_classes, in_features):  # type: ign
 
 
 @triton.jit
-def _centred_block(matrix, rows, columns, num_classes, in_features):  # type: ignore[no-untyped-def]
+def _centered_block(matrix, rows, columns, num_classes, in_features):  # type: ignore[no-untyped-def]
     """C times a block of columns, in float64; zero outside."""
     inside = (rows < num_classes)[:, None] & (columns < in_features)[None, :]
     place = rows[:, None].to(tl.int64) * in_features + columns[None, :]
@@ -180,7 +180,7 @@ def polar_kernel(  # type: ignore[no-untyped-def]
 
     gram = tl.zeros((SIZE, SIZE), tl.float64)
     for start in range(0, in_features, COLUMNS):
-        block = _centred_block(linear, rows, start + offsets, num_classes, in_features)
+        block = _centered_block(linear, rows, start + offsets, num_classes, in_features)
         gram += _product(block, tl.trans(block), once)
 
     # The null direction 1 and the rows beyond K get the mean of the other eigenvalues.
@@ -209,7 +209,7 @@ def polar_kernel(  # type: ignore[no-untyped-def]
         gram = tl.zeros((SIZE, SIZE), tl.float64)
         for start in range(0, in_features, COLUMNS):
             columns = start + offsets
-            block = _product(left, _centred_block(linear, rows, columns, num_classes, in_features), once)
+            block = _product(left, _centered_block(linear, rows, columns, num_classes, in_features), once)
             if sweep == 0:
                 gram += _product(block, tl.trans(block), once)
             else:
@@ -255,7 +255,7 @@ def polar_completion_kernel(  # type: ignore[no-untyped-def]
         gram = tl.zeros((SIZE, SIZE), tl.float64)
         for start in range(0, in_features, COLUMNS):
             columns = start + offsets
-            block = _product(left, _centred_block(linear, rows, columns, num_classes, in_features), once)
+            block = _product(left, _centered_block(linear, rows, columns, num_classes, in_features), once)
             generic = _generic(rows, columns, num_classes, in_features)
             overlap += _product(generic, tl.trans(block), once)
             gram += _product(generic, tl.trans(generic), once)
@@ -271,7 +271,7 @@ def polar_completion_kernel(  # type: ignore[no-untyped-def]
             gram = tl.zeros((SIZE, SIZE), tl.float64)
             for start in range(0, in_features, COLUMNS):
                 columns = start + offsets
-                block = _product(left, _centred_block(linear, rows, columns, num_classes, in_features), once)
+                block = _product(left, _centered_block(linear, rows, columns, num_classes, in_features), once)
                 block += _product(right, _generic(rows, columns, num_classes, in_features), once)
                 if sweep == 0:
                     gram += _product(block, tl.trans(block), once)
@@ -315,7 +315,7 @@ def polar_adjoint_kernel(  # type: ignore[no-untyped-def]
         columns = start + offsets
         inside = (rows < num_classes)[:, None] & (columns < in_features)[None, :]
         place = rows[:, None].to(tl.int64) * in_features + columns[None, :]
-        change = _centred_block(direction, rows, columns, num_classes, in_features)
+        change = _centered_block(direction, rows, columns, num_classes, in_features)
         block = tl.load(frame + place, mask=inside, other=0.0).to(tl.float64)
         inner += _product(change, tl.trans(block), once)
 
@@ -369,7 +369,7 @@ def polar_adjoint_kernel(  # type: ignore[no-untyped-def]
         columns = start + offsets
         inside = (rows < num_classes)[:, None] & (columns < in_features)[None, :]
         place = rows[:, None].to(tl.int64) * in_features + columns[None, :]
-        change = _centred_block(direction, rows, columns, num_classes, in_features)
+        change = _centered_block(direction, rows, columns, num_classes, in_features)
         block = tl.load(frame + place, mask=inside, other=0.0).to(tl.float64)
         result = _product(left, block, once) + _product(inverse, change, once)
         _store(out, result, rows, columns, num_classes, in_features)

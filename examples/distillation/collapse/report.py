@@ -22,7 +22,7 @@ COLLAPSE = {
     "nc3_distance": "NC3: classifier to means",
     "nc4_disagreement": "NC4: disagreement",
 }
-# Colours of Okabe and Ito, which the colour-blind can tell apart.
+# Colors of Okabe and Ito, which the color-blind can tell apart.
 COLOURS = ("#4D4D4D", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -105,7 +105,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], part: str, title: str) -> F
         grid[-1, column].set_xlabel("training step")
         for line, measure in enumerate(measures):
             axes = grid[line, column]
-            for name, colour in zip(sets, COLOURS * len(sets), strict=False):
+            for name, color in zip(sets, COLOURS * len(sets), strict=False):
                 same = [row for row in rows if row["set"] == name and row["head"] == head]
                 seeds = dict.fromkeys(row["seed"] for row in same)
                 steps = sorted({row["step"] for row in same})
@@ -113,11 +113,11 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], part: str, title: str) -> F
                     [[row.get(measure, np.nan) for row in same if row["seed"] == seed] for seed in seeds]
                 )
                 if name.endswith("own steps"):  # its end alone, which is no point of a curve
-                    end = {"color": colour, "marker": "D", "markersize": 5, "linestyle": "none"}
+                    end = {"color": color, "marker": "D", "markersize": 5, "linestyle": "none"}
                     axes.plot([steps[-1]] * len(values), values[:, -1], label=name, **end)
                     continue
-                axes.plot(steps, values.mean(0), color=colour, label=name)
-                axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+                axes.plot(steps, values.mean(0), color=color, label=name)
+                axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
             axes.set_xscale("symlog", linthresh=1)
             if measure.endswith("nc1_trace"):
                 axes.set_yscale("log")

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from distillation.settings import DistilHeadName, DistillationSettings, NetworkName, NormName
-from etflayers.errors import require
+from etflayers.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CollapseSettings(DistillationSettings):
     width: int | None = None
     """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
     norm: NormName = "instance"
-    """Normalisation in the convnet."""
+    """Normalization in the convnet."""
     normalize: bool = True
     """Whether the standard and the ETF heads divide features by their length."""
     scale: float = 5.0

@@ -21,8 +21,8 @@ from distillation.data import RealData, load_images
 from distillation.kernel.learning import learn
 from distillation.kernel.settings import KernelSettings
 from distillation.settings import DistilHeadName
+from etflayers.checks import require
 from etflayers.distill import DistilledSet, random_samples
-from etflayers.errors import require
 
 __all__ = ["CollapseSettings", "collapse_study"]
 

@@ -132,7 +132,7 @@ def make_network(head: DistilHeadName, seed: int, data: RealData, settings: Coll
 
 
 def _parts(training: TrainingSet, data: RealData) -> dict[str, ImageData]:
-    """The three sets of images as what the comparison of heads measures on: nothing is normalised again."""
+    """The three sets of images as what the comparison of heads measures on: nothing is normalized again."""
     ones = torch.ones(1, 1, 1, 1, device=training.inputs.device)
 
     def whole(inputs: Tensor, targets: Tensor) -> ImageData:
@@ -151,14 +151,14 @@ def _measures(
 ) -> Row:
     criterion = nn.CrossEntropyLoss()
     row: Row = {}
-    centres = None
+    centers = None
     try:
         for part, images in parts.items():
             measured = measure(
-                network, criterion, images.train, images, centres=centres if part == "test" else None
+                network, criterion, images.train, images, centers=centers if part == "test" else None
             )
             row |= {f"{part}_{name}": value for name, value in measured.row.items()}
-            centres = measured.statistics  # after "train", those that the test set is measured against
+            centers = measured.statistics  # after "train", those that the test set is measured against
     except NonFiniteError as error:
         raise NonFiniteError(f"{training.name}, {head} head: {error}") from error
     return row

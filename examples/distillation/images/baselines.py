@@ -17,14 +17,14 @@ from distillation.data import Images, RealData, split_off
 from distillation.images.evaluation import Lesson, Outcome, evaluate, judge, teach
 from distillation.images.outer import OuterObjective
 from distillation.images.settings import ImagesSettings
-from etflayers.distill import kmeans_centres, partial_means, per_class, random_samples
+from etflayers.distill import kmeans_centers, partial_means, per_class, random_samples
 
 VALIDATION_SHARE = 0.2
 CHOOSING_NETWORKS = 3
 # Of plain descent; the other rules take these times a factor.
 RATE_GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 GRID_FACTOR = {"sgd": 1.0, "momentum": 0.2, "adam": 0.02}
-KINDS = {"random real images": "real", "k-means centres": "kmeans", "average images": "means"}
+KINDS = {"random real images": "real", "k-means centers": "kmeans", "average images": "means"}
 
 
 def real_lesson(kind: str, images: Images, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:
@@ -33,7 +33,7 @@ def real_lesson(kind: str, images: Images, settings: ImagesSettings, num_classes
     ``means``: one average image for each class, in every batch again. Hard labels in the order of a distilled
     set, so that batches of a multiple of K images are balanced.
     """
-    makers = {"real": random_samples, "kmeans": kmeans_centres, "means": partial_means}
+    makers = {"real": random_samples, "kmeans": kmeans_centers, "means": partial_means}
     inputs, labels = per_class(
         images.inputs,
         images.targets,
@@ -89,7 +89,7 @@ def evaluate_baselines(
     outcomes = []
     for name, kind in KINDS.items():
         if kind == "kmeans" and settings.per_class == 1:
-            continue  # the one centre of a class is its average image
+            continue  # the one center of a class is its average image
         draws = settings.draws if kind == "real" else 1
 
         def lessons(images: Images, kind: str = kind, draws: int = draws) -> list[Lesson]:

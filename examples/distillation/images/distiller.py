@@ -29,7 +29,7 @@ from etflayers.distill import (
     OnlinePool,
     RunningNormClip,
     StepAdjoint,
-    kmeans_centres,
+    kmeans_centers,
     last_window,
     moving_window,
     partial_means,
@@ -41,7 +41,7 @@ from etflayers.distill import (
 from etflayers.distill.optimizers import InnerOptimizer
 from etflayers.errors import NonFiniteError
 
-REPRESENTATIVES = {"real": random_samples, "kmeans": kmeans_centres, "means": partial_means}
+REPRESENTATIVES = {"real": random_samples, "kmeans": kmeans_centers, "means": partial_means}
 MOMENTUM = 0.9
 
 
@@ -66,7 +66,7 @@ def first_set(settings: ImagesSettings, data: RealData, start: StartName, seed: 
         "num_classes": data.num_classes,
         "rates": torch.full((settings.inner_steps,), settings.first_rate),
         "generator": generator,
-        **data.normalisation,
+        **data.normalization,
     }
     if start == "noise":
         return DistilledSet.from_noise(data.shape, **options).to(data.train.inputs.device)
@@ -211,7 +211,7 @@ class _Run(OuterRun):
             window=self._window(),
             buffers=start.buffers,
             generator=self.generator,
-            initialisations=together,
+            initializations=together,
         )
 
     def _window(self) -> range | None:

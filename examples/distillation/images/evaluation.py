@@ -60,7 +60,7 @@ def lesson_of(distilled: DistilledSet, settings: ImagesSettings) -> Lesson:
 def teach(
     network: nn.Module, lesson: Lesson, after_step: Callable[[int], None] = lambda steps: None
 ) -> nn.Module:
-    """Train a network by PyTorch's own optimisers, ``after_step`` told the steps done, and return it."""
+    """Train a network by PyTorch's own optimizers, ``after_step`` told the steps done, and return it."""
     network.train()
     optimizer: torch.optim.Optimizer
     if lesson.optimizer == "adam":

@@ -17,14 +17,14 @@ from comparison.checkpoints import write_atomically
 from comparison.figures import STYLE
 from distillation.images.report import SeedResult
 
-# Colours of Okabe and Ito, which the colour-blind can tell apart; what was learned is drawn in solid lines.
+# Colors of Okabe and Ito, which the color-blind can tell apart; what was learned is drawn in solid lines.
 COLOURS: dict[str, tuple[str, str]] = {
     "distilled": ("#D55E00", "-"),
     "distilled, other order": ("#E69F00", "-"),
     "distilled, other batches": ("#009E73", "-"),
     "distilled, fresh networks": ("#CC79A7", "-"),
     "random real images": ("#56B4E9", "--"),
-    "k-means centres": ("#0072B2", "--"),
+    "k-means centers": ("#0072B2", "--"),
     "average images": ("#4D4D4D", "--"),
 }
 Maker = Callable[[Sequence[SeedResult], str, str], Figure]
@@ -55,7 +55,7 @@ def steps_figure(results: Sequence[SeedResult], measure: str, title: str) -> Fig
     """The measure on test images by training steps: mean and deviation over networks and seeds."""
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
-    for training, (colour, dashes) in COLOURS.items():
+    for training, (color, dashes) in COLOURS.items():
         curves = [
             curve
             for result in results
@@ -68,8 +68,8 @@ def steps_figure(results: Sequence[SeedResult], measure: str, title: str) -> Fig
         steps = [step for step, _ in curves[0]]
         values = np.asarray([[measures[measure] for _, measures in curve] for curve in curves])
         mean, deviation = values.mean(0), values.std(0)
-        axes.plot(steps, mean, color=colour, linestyle=dashes, label=training)
-        axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(steps, mean, color=color, linestyle=dashes, label=training)
+        axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
     axes.set(title=f"Trained on a few images, tested on {title}", xlabel="training step", ylim=(0, 1))
     axes.set_ylabel(f"test {measure}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillation.images.settings import ImagesSettings
-from etflayers.errors import require
+from etflayers.checks import require
 
 Measures = dict[str, float]
 

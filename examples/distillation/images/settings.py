@@ -9,7 +9,7 @@ import tyro
 
 from comparison.settings import DataName
 from distillation.settings import DistilHeadName, DistillationSettings, NetworkName, NormName, StartName
-from etflayers.errors import require
+from etflayers.checks import require
 
 # The learning rate that the inner steps start with, where the command line gives none.
 RATES = {"sgd": 0.05, "momentum": 0.01, "adam": 0.003}
@@ -33,20 +33,20 @@ class ImagesSettings(DistillationSettings):
     width: int | None = None
     """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
     norm: NormName = "instance"
-    """Normalisation in the convnet. batch: with averages over all steps, for the evaluation."""
+    """Normalization in the convnet. batch: with averages over all steps, for the evaluation."""
     head: DistilHeadName = "linear"
     """linear: nn.Linear; standard: a learned weight with rows of length 1, without a bias; fixed, nearest:
     the ETF heads of this library."""
-    initialisation: Literal["fixed", "random", "pool", "online", "pretrained"] = "fixed"
+    initialization: Literal["fixed", "random", "pool", "online", "pretrained"] = "fixed"
     """Where the networks start that the images train. fixed: one network, known beforehand; random: a new one
     each time; pool: one of POOL known ones; online: one of POOL networks that train on the images while these
     are learned, each for at most MAX_AGE rounds; pretrained: one of POOL networks trained on SOURCE."""
     pool: int = 8
-    """Networks in the pool of `--initialisation pool`, `online` and `pretrained`."""
+    """Networks in the pool of `--initialization pool`, `online` and `pretrained`."""
     max_age: int = 10
     """Rounds through the images after which the online pool replaces a network by a new one."""
     source: DataName | None = None
-    """Data on which `--initialisation pretrained` has trained its networks (default: those of --data)."""
+    """Data on which `--initialization pretrained` has trained its networks (default: those of --data)."""
     source_epochs: int = 10
     """Passes over them."""
 
@@ -55,7 +55,7 @@ class ImagesSettings(DistillationSettings):
     labels: Literal["hard", "soft"] = "hard"
     """soft: labels are learned too, and start one-hot."""
     start: StartName = "means"
-    """What the images start from: noise, random real images, centres of k-means, or class means (of random
+    """What the images start from: noise, random real images, centers of k-means, or class means (of random
     parts of a class, if it has several images)."""
     steps: int = 1
     """Batches into which the images are split; a step is taken on each in turn."""
@@ -84,7 +84,7 @@ class ImagesSettings(DistillationSettings):
     memory; kept: their graph is kept, which takes less time where it is small."""
     together: bool = True
     """Train the networks of an update side by side, by vmap, where there are several; not with
-    `--initialisation online`."""
+    `--initialization online`."""
     image_rate: float = 0.02
     """Adam's learning rate for images, with a cosine decay to 0."""
     label_rate: float = 0.02
@@ -104,7 +104,7 @@ class ImagesSettings(DistillationSettings):
     other_networks: tuple[NetworkName, ...] = ()
     """Architectures that are trained on them besides, which the images have not been learned for."""
     baselines: bool = True
-    """Also train on random real images, centres of k-means and average images: as many, for as many steps."""
+    """Also train on random real images, centers of k-means and average images: as many, for as many steps."""
     draws: int = 5
     """Sets of random real images."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -170,28 +170,28 @@ class ImagesSettings(DistillationSettings):
             f"{self.window_length}",
         )
         require(
-            self.source is None or self.initialisation == "pretrained",
-            "--source is the data of pretrained networks: add --initialisation pretrained",
+            self.source is None or self.initialization == "pretrained",
+            "--source is the data of pretrained networks: add --initialization pretrained",
         )
         require(
-            not self.other_networks or self.initialisation != "pretrained",
-            "--other-networks are trained from scratch: leave them out with --initialisation pretrained",
+            not self.other_networks or self.initialization != "pretrained",
+            "--other-networks are trained from scratch: leave them out with --initialization pretrained",
         )
         require(
             self.network not in self.other_networks,
             f"--other-networks must be others than --network {self.network}",
         )
         require(
-            self.outer == "classify" or self.initialisation == "pretrained",
-            "--outer misclassify needs trained networks to mislead: add --initialisation pretrained",
+            self.outer == "classify" or self.initialization == "pretrained",
+            "--outer misclassify needs trained networks to mislead: add --initialization pretrained",
         )
         require(
             self.outer == "classify" or self.attacked != self.target,
             f"--attacked and --target must be two classes, got {self.attacked} twice",
         )
         require(
-            self.initialisation != "online" or self.window in ("full", "last"),
-            "--initialisation online trains every network to the end of a round: take --window full or last",
+            self.initialization != "online" or self.window in ("full", "last"),
+            "--initialization online trains every network to the end of a round: take --window full or last",
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from distillation.data import Images, RealData
 from distillation.images.settings import ImagesSettings
 from distillation.networks import Factory, make_factory, seeded
 from etflayers.distill import (
-    FixedInitialisation,
+    FixedInitialization,
     InitialState,
     OnlinePool,
-    RandomInitialisation,
+    RandomInitialization,
     StoredPool,
 )
 
@@ -38,7 +38,7 @@ class Starts:
     Attributes:
         source: see ``etflayers.distill``.
         fresh: a new network each time it is called, in training mode: not seen while learning, but for
-            ``--initialisation fixed``, where it is the one network that the images are for.
+            ``--initialization fixed``, where it is the one network that the images are for.
         single: whether there is but one.
     """
 
@@ -48,7 +48,7 @@ class Starts:
 
 
 def make_starts(settings: ImagesSettings, data: RealData, source_data: RealData, seed: int) -> Starts:
-    """The networks of ``settings.initialisation``; pretrained ones are kept beside the checkpoints.
+    """The networks of ``settings.initialization``; pretrained ones are kept beside the checkpoints.
 
     Raises:
         InvalidArgumentError: a network that does not fit the data.
@@ -58,19 +58,19 @@ def make_starts(settings: ImagesSettings, data: RealData, source_data: RealData,
     def unseen(index: int) -> nn.Module:
         return seeded(factory, FRESH_SEEDS + 1000 * seed + index)
 
-    if settings.initialisation == "fixed":
+    if settings.initialization == "fixed":
         return Starts(
-            FixedInitialisation(seeded(factory, seed)), lambda index: seeded(factory, seed), single=True
+            FixedInitialization(seeded(factory, seed)), lambda index: seeded(factory, seed), single=True
         )
-    if settings.initialisation == "random":
-        return Starts(RandomInitialisation(factory), unseen)
-    if settings.initialisation == "pool":
+    if settings.initialization == "random":
+        return Starts(RandomInitialization(factory), unseen)
+    if settings.initialization == "pool":
         known = [
             InitialState.of(seeded(factory, POOL_SEEDS + 1000 * seed + index))
             for index in range(settings.pool)
         ]
         return Starts(StoredPool(known), unseen)
-    if settings.initialisation == "online":
+    if settings.initialization == "online":
         generator = torch.Generator().manual_seed(POOL_SEEDS + seed)
         max_age = settings.max_age * settings.inner_steps
         return Starts(OnlinePool(factory, size=settings.pool, max_age=max_age, generator=generator), unseen)

@@ -32,8 +32,8 @@ from distillation.images.outer import OuterObjective, make_objective
 from distillation.images.settings import ImagesSettings
 from distillation.images.starts import FRESH_SEEDS, Starts, main_factory, make_starts
 from distillation.networks import make_factory, seeded
+from etflayers.checks import require
 from etflayers.distill import DistilledSet, write_png
-from etflayers.errors import require
 
 ENLARGED = 3
 RUNNING = 0.95  # weight of the past in the accuracy that the progress bar shows
@@ -92,7 +92,7 @@ def _announcement(settings: ImagesSettings, data: RealData) -> str:
     return (
         f"{data.name}: {len(data.train)} images to learn from, {len(data.test)} to test on; "
         f"{settings.per_class * data.num_classes} images for {settings.inner_steps} steps of a "
-        f"{settings.network} from {settings.initialisation} initial states"
+        f"{settings.network} from {settings.initialization} initial states"
     )
 
 

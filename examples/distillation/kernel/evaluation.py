@@ -14,11 +14,11 @@ from distillation.data import Images, RealData, split_off
 from distillation.kernel.learning import predictions, representatives, with_solved_labels
 from distillation.kernel.settings import KernelSettings
 from distillation.networks import make_factory, seeded
-from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, centred_one_hot
+from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, centered_one_hot
 
 Row = dict[str, Any]
-BASELINES = {"random images": "real", "class means": "means", "k-means centres": "kmeans"}
-RIVALS = ("random images", "k-means centres")  # that networks are trained on, too
+BASELINES = {"random images": "real", "class means": "means", "k-means centers": "kmeans"}
+RIVALS = ("random images", "k-means centers")  # that networks are trained on, too
 VALIDATION_SHARE = 0.2
 FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
 LARGEST = 6000  # images whose kernel matrix is made as a whole
@@ -87,7 +87,7 @@ def full_accuracy(loop: KernelRidgeInnerLoop, data: RealData) -> float | None:
     """Test accuracy of the regression on all training images; ``None`` where they are too many."""
     if len(data.train) > LARGEST:
         return None
-    labels = centred_one_hot(data.train.targets, data.num_classes)
+    labels = centered_one_hot(data.train.targets, data.num_classes)
     return accuracy(
         predictions(loop, DistilledSet(data.train.inputs, labels), data.test.inputs), data.test.targets
     )

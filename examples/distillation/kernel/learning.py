@@ -24,7 +24,7 @@ from etflayers.distill import (
     NNGPKernel,
     NTKKernel,
     RBFKernel,
-    centred_one_hot,
+    centered_one_hot,
 )
 from etflayers.errors import NonFiniteError
 
@@ -47,13 +47,13 @@ def make_loop(settings: KernelSettings, data: RealData) -> KernelRidgeInnerLoop:
 def representatives(
     kind: str, per_class: int, data: RealData, images: Images, generator: torch.Generator
 ) -> DistilledSet:
-    """A set that is not learned: noise, real images, class means or centres, with centred one-hot labels."""
+    """A set that is not learned: noise, real images, class means or centers, with centered one-hot labels."""
     options: dict[str, Any] = {
         "count": per_class,
-        "labels": "centred",
+        "labels": "centered",
         "num_classes": data.num_classes,
         "generator": generator,
-        **data.normalisation,
+        **data.normalization,
     }
     device = images.inputs.device
     if kind == "noise":
@@ -74,7 +74,7 @@ def predictions(loop: KernelRidgeInnerLoop, distilled: DistilledSet, inputs: Ten
 @torch.no_grad()
 def with_solved_labels(loop: KernelRidgeInnerLoop, distilled: DistilledSet, images: Images) -> DistilledSet:
     """The same images with the labels that are best for regression on ``images``."""
-    targets = centred_one_hot(images.targets, distilled.num_classes)
+    targets = centered_one_hot(images.targets, distilled.num_classes)
     labels = loop.solve_labels(images.inputs, targets, distilled.inputs)
     return DistilledSet(distilled.inputs, labels, mean=distilled.mean, std=distilled.std)
 
@@ -133,7 +133,7 @@ class _Run(OuterRun):
     def update(self) -> Row:
         """The loss of the regression on a batch of real images, and a step of Adam."""
         inputs, classes = self._batch()
-        targets = centred_one_hot(classes, self.data.num_classes)
+        targets = centered_one_hot(classes, self.data.num_classes)
         support, labels = self.distilled.inputs, self.distilled.labels
         if self.settings.labels == "solved":
             # At the best labels the loss does not change with them: its gradient needs none through them.

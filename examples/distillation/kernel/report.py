@@ -15,12 +15,12 @@ from distillation.images.report import percent
 
 Row = dict[str, Any]
 
-# Colours of Okabe and Ito, which the colour-blind can tell apart; solved labels are dashed.
+# Colors of Okabe and Ito, which the color-blind can tell apart; solved labels are dashed.
 COLOURS = {
     "learned": "#D55E00",
     "random images": "#56B4E9",
     "class means": "#4D4D4D",
-    "k-means centres": "#0072B2",
+    "k-means centers": "#0072B2",
 }
 
 
@@ -108,12 +108,12 @@ def learning_figure(histories: Mapping[int, Sequence[Sequence[Row]]], title: str
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
-    for colour, (per_class, runs) in zip(
+    for color, (per_class, runs) in zip(
         ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00") * 2, histories.items(), strict=False
     ):
         for axes, name in ((left, "loss"), (right, "accuracy")):
             values = np.asarray([[row[name] for row in history] for history in runs])
-            axes.plot(values.mean(0), color=colour, label=f"{per_class} a class", linewidth=1)
+            axes.plot(values.mean(0), color=color, label=f"{per_class} a class", linewidth=1)
     left.set(title="Squared error on real batches", yscale="log", xlabel="outer step")
     for axis_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         axis_formatter(lambda value, _: f"{value:g}")

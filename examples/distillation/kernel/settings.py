@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from distillation.settings import DistillationSettings, NetworkName, StartName
-from etflayers.errors import require
+from etflayers.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class KernelSettings(DistillationSettings):
     per_class: tuple[int, ...] = (1, 10, 50)
     """Images of each class; one set is learned for each number."""
     start: StartName = "kmeans"
-    """What the images start from: noise, random real images, centres of k-means or class means."""
+    """What the images start from: noise, random real images, centers of k-means or class means."""
     labels: Literal["fixed", "learned", "solved"] = "learned"
-    """fixed: centred one-hot vectors; learned: by Adam, from these; solved: in closed form, for each batch
+    """fixed: centered one-hot vectors; learned: by Adam, from these; solved: in closed form, for each batch
     while images are learned and in the end for all training images."""
     shift: int = 0
     """Augmentation: shift each real image by up to this many pixels each way."""
@@ -61,7 +61,7 @@ class KernelSettings(DistillationSettings):
     """Sets of random real images among the baselines."""
     networks: tuple[NetworkName, ...] = ("mlp", "lenet")
     """Finite networks that are trained on the learned set, by Adam on the squared error to its labels, and on
-    as many random real images and k-means centres."""
+    as many random real images and k-means centers."""
     evaluations: int = 3
     """Networks of each kind for each set."""
     training_steps: int = 300

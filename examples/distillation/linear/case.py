@@ -24,8 +24,8 @@ from comparison.reporting import make_table, write_csv, write_json
 from comparison.settings import DataName
 from comparison.settings import Settings as DataSettings
 from distillation.linear.theory import LinearTask
+from etflayers.checks import require
 from etflayers.distill import SGD, UnrolledInnerLoop
-from etflayers.errors import require
 
 CaseName = Literal["one-step", "repeated", "in-turn", "known-start"]
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ LABELS: dict[CaseName, str] = {
     "in-turn": "a step on each image",
     "known-start": "one step, known start",
 }
-# Colours of Okabe and Ito, which the colour-blind can tell apart, and a marker that can be seen below others.
+# Colors of Okabe and Ito, which the color-blind can tell apart, and a marker that can be seen below others.
 STYLES: dict[CaseName, tuple[str, str, int]] = {
     "one-step": ("#0072B2", "o", 9),
     "repeated": ("#E69F00", "s", 5),
@@ -291,8 +291,8 @@ def _figure(task: LinearTask, rows: Sequence[Mapping[str, Any]], title: str) -> 
         label="principal images",
     )
     for case in dict.fromkeys(row["case"] for row in rows):
-        colour, marker, size = STYLES[case]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": size, "linestyle": "none"}
+        color, marker, size = STYLES[case]
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": size, "linestyle": "none"}
         if marker != "x":
             style["markerfacecolor"] = "none"
         same = [row for row in rows if row["case"] == case]

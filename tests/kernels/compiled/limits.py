@@ -54,7 +54,7 @@ def resources(
         constants: its constexpr arguments, and arguments that are ``None``.
         architecture: 80, 90 or 100.
         multiples: sizes and strides that are multiples of 16, as all pointers are taken to be: a launch
-            finds this out, and vectorises loads accordingly.
+            finds this out, and vectorizes loads accordingly.
         options: ``num_warps``, ``num_stages``, ``debug`` and so on.
     """
     signature = signature_of(kernel, pointers, constants)

@@ -29,10 +29,10 @@ def check(linear: Tensor) -> Polar:
     assert found.frame.dtype == linear.dtype
     # Not by entries: what is wrong by rounding is the direction of a row.
     assert is_simplex_etf(found.frame, atol=8 * EPS).ok
-    centred = linear.double() - linear.double().mean(-2, keepdim=True)
+    centered = linear.double() - linear.double().mean(-2, keepdim=True)
     exact = SVD()(linear)
     # Along the directions that are present; beyond them any frame is as near.
-    assert relative_error(found.inverse @ centred, exact.inverse @ centred) < EPS
+    assert relative_error(found.inverse @ centered, exact.inverse @ centered) < EPS
     direction = torch.randn(linear.shape)
     gradient = polar_adjoint(direction, *found, impl="triton")
     assert gradient.dtype == torch.float32
