@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["assert_async", "forward_mode", "inside_transform", "is_batched", "is_concrete"]
+__all__ = ["assert_async", "forward_mode", "inside_transform", "is_batched", "is_concrete", "version"]
 
 
 def is_concrete(tensor: Tensor) -> bool:
@@ -56,3 +56,12 @@ def assert_async(condition: Tensor, message: str) -> None:
     ``assert`` and ``torch.testing`` wait for the value.
     """
     torch._assert_async(condition, message)
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Where the values of the tensor are and how often they were written in place: a change changes it.
+
+    There is no public counter. PyTorch's own fused optimizers do not advance it, other in-place operations
+    do; for tensors made in inference mode, which have none, only the place counts.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "working_dtype"]
+__all__ = ["autocast_dtype", "full_precision", "working_dtype"]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,7 +15,17 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast has products computed in on a device of this type, where it is on.
+
+    On a type without autocast, such as ``meta``, ``torch.is_autocast_enabled`` raises instead of answering.
+    """
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the device of ``tensor``, so that no product is rounded to half precision."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

@@ -14,6 +14,7 @@ from torch.func import functional_call, vmap
 from etflayers.checks import require
 from etflayers.distill.layout import FlatLayout
 from etflayers.errors import InvalidArgumentError
+from etflayers.precision import autocast_dtype
 
 __all__ = ["Buffers", "InnerLoss", "InnerObjective", "cross_entropy"]
 
@@ -63,7 +64,7 @@ class InnerObjective:
         copies: int | None = None,
     ) -> InnerObjective:
         """The objective under the autocast and in the modes that are in force now."""
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        autocast = autocast_dtype(device.type)
         modes = tuple(module.training for module in model.modules())
         return cls(model, loss, layout, device, autocast, modes, copies)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
-from etflayers.precision import working_dtype
+from etflayers.precision import autocast_dtype, working_dtype
 
 __all__ = ["canonical_etf_logits", "linear_dtype"]
 
@@ -48,8 +48,6 @@ def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
 
 def linear_dtype(features: Tensor) -> torch.dtype:
     """The dtype that ``F.linear`` returns for ``features``: autocast's, where that is on, or their own."""
-    device = features.device.type
+    dtype = autocast_dtype(features.device.type)
     # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return features.dtype
+    return features.dtype if dtype is None or features.dtype == torch.float64 else dtype

@@ -16,7 +16,7 @@ from etflayers.kernels.class_sums import averages_use_triton, class_averages
 from etflayers.nn.distributed import all_reduce_sum, world_size
 from etflayers.precision import working_dtype
 
-__all__ = ["ClassStatistics", "FeatureMovingAverage", "Momentum", "keep_precision"]
+__all__ = ["AverageState", "FeatureMovingAverage", "Momentum", "keep_precision"]
 
 Momentum = float | Literal["2/(t+1)"] | None
 
@@ -37,8 +37,8 @@ def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return converted
 
 
-class ClassStatistics(NamedTuple):
-    """What is known of each class: its mean ``(K, d)``, and how many samples and batches it had ``(K,)``."""
+class AverageState(NamedTuple):
+    """What the average knows of each class: its mean ``(K, d)``, samples and batches so far ``(K,)``."""
 
     means: Tensor
     counts: Tensor
@@ -158,12 +158,19 @@ class FeatureMovingAverage(nn.Module):
                 "FeatureMovingAverage needs targets in training: call average(features, targets), "
                 "or average.eval() to read the stored means"
             )
-        statistics = self.propose(features, targets)
-        self.commit(statistics)
-        return statistics.means
+        state = self.propose(features, targets)
+        self.commit(state)
+        return state.means
 
-    def propose(self, features: Tensor, targets: Tensor) -> ClassStatistics:
-        """The statistics after one more batch, differentiable in ``features``, without storing them."""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget everything: no class has been seen."""
+        self.means.zero_()
+        self.counts.zero_()
+        self.updates.zero_()
+
+    def propose(self, features: Tensor, targets: Tensor) -> AverageState:
+        """The state after one more batch, differentiable in ``features``, without storing them."""
         if features.shape[-1:] != (self.in_features,):
             raise InvalidArgumentError(
                 f"features must have shape (..., in_features) = (..., {self.in_features}), "
@@ -180,7 +187,7 @@ class FeatureMovingAverage(nn.Module):
             # Sums, counts, all checks and the update in one launch.
             require_class_indices(targets)
             require_same_device(features, targets)
-            return ClassStatistics(
+            return AverageState(
                 *class_averages(
                     features,
                     targets,
@@ -199,18 +206,18 @@ class FeatureMovingAverage(nn.Module):
             sums, counts = packed[:, :-1], packed[:, -1].detach().to(torch.int64)
         batch_means = sums / counts.clamp(min=1).unsqueeze(-1)
         step = self._step(counts, batch_means.dtype).unsqueeze(-1)
-        return ClassStatistics(
+        return AverageState(
             means=self.means + step * (batch_means - self.means),
             counts=self.counts + counts,
             updates=self.updates + (counts > 0),
         )
 
-    def commit(self, statistics: ClassStatistics) -> None:
-        """Store statistics; the buffers themselves are never part of a graph."""
+    def commit(self, state: AverageState) -> None:
+        """Store state; the buffers themselves are never part of a graph."""
         with torch.no_grad():
-            self.means.copy_(statistics.means)
-            self.counts.copy_(statistics.counts)
-            self.updates.copy_(statistics.updates)
+            self.means.copy_(state.means)
+            self.counts.copy_(state.counts)
+            self.updates.copy_(state.updates)
 
     def _step(self, counts: Tensor, dtype: torch.dtype) -> Tensor:
         """a_k for a batch with ``counts`` samples of each class; absent classes get 0, new ones 1."""

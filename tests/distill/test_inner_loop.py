@@ -78,7 +78,7 @@ def nearest(**options: object) -> NearestETFHead:
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
-    "canonical": lambda: FixedETFHead(6, K, scale=3.0),
+    "canonical": lambda: FixedETFHead(6, K, rotation="canonical", scale=3.0),
     "haar": lambda: FixedETFHead(6, K, rotation="haar", scale=3.0),
     "nearest": nearest,
     "learned": lambda: LearnedETFHead(6, K, scale=3.0, dtype=DTYPE),

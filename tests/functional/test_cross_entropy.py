@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional import canonical_etf_logits, etf_cross_entropy, linear_cross_entropy
+from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
 from etflayers.kernels import cross_entropy as kernels
 
 IGNORE = -100
@@ -40,7 +40,7 @@ def both(form: str, width: int, classes: int, targets: Tensor, **options: Any) -
             (features,),
         )
     return (
-        lambda f, w: linear_cross_entropy(f, w, targets, scale=3.0, chunk_size=4, **options),
+        lambda f, w: code_cross_entropy(f, w, targets, scale=3.0, chunk_size=4, **options),
         lambda f, w: F.cross_entropy(3 * F.linear(f, w), targets, **options),
         (features, frame_of(classes, width).requires_grad_()),
     )
@@ -81,7 +81,7 @@ def test_function_transforms_equal_a_loop(form: str) -> None:
     def one(f: Tensor, y: Tensor) -> Tensor:
         if form == "canonical":
             return etf_cross_entropy(f, y, 4)
-        return linear_cross_entropy(f, inputs[1].detach(), y)
+        return code_cross_entropy(f, inputs[1].detach(), y)
 
     features = inputs[0].detach()
     mapped = torch.vmap(torch.func.grad(one))(features, TARGETS)
@@ -137,7 +137,7 @@ def test_a_large_common_mean_costs_no_digits() -> None:
 def test_linear_form_multiplies_in_the_dtype_of_autocast() -> None:
     features, frame = features_of(6, torch.float32), frame_of(4, 6).float()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(features, frame, TARGETS, reduction="none")
+        loss = code_cross_entropy(features, frame, TARGETS, reduction="none")
         logits = F.linear(features, frame)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), TARGETS, reduction="none"))
@@ -168,8 +168,8 @@ def test_leading_dimensions_and_none_at_all() -> None:
     torch.testing.assert_close(cube, flat.view(3, 3))
     torch.testing.assert_close(etf_cross_entropy(features[1], TARGETS[1], 4), flat[1])
     torch.testing.assert_close(
-        linear_cross_entropy(features[1], frame_of(4, 6), TARGETS[1]),
-        linear_cross_entropy(features, frame_of(4, 6), TARGETS, reduction="none")[1],
+        code_cross_entropy(features[1], frame_of(4, 6), TARGETS[1]),
+        code_cross_entropy(features, frame_of(4, 6), TARGETS, reduction="none")[1],
     )
 
 
@@ -177,7 +177,7 @@ def test_an_empty_batch_has_loss_zero() -> None:
     features = torch.ones(0, 6, requires_grad=True)
     for loss in (
         etf_cross_entropy(features, TARGETS[:0], 4),
-        linear_cross_entropy(features, torch.ones(4, 6), TARGETS[:0]),
+        code_cross_entropy(features, torch.ones(4, 6), TARGETS[:0]),
     ):
         assert loss.item() == 0
         assert torch.autograd.grad(loss, features)[0].shape == (0, 6)
@@ -217,6 +217,6 @@ def test_invalid_arguments_are_refused(
 def test_invalid_arguments_of_the_linear_form_are_refused() -> None:
     features = torch.ones(9, 6)
     with pytest.raises(InvalidArgumentError, match=r"got \(9, 6\) and \(4, 5\)"):
-        linear_cross_entropy(features, torch.ones(4, 5), TARGETS)
+        code_cross_entropy(features, torch.ones(4, 5), TARGETS)
     with pytest.raises(InvalidArgumentError, match="chunk_size must be at least 1 or None, got 0"):
-        linear_cross_entropy(features, torch.ones(4, 6), TARGETS, chunk_size=0)
+        code_cross_entropy(features, torch.ones(4, 6), TARGETS, chunk_size=0)

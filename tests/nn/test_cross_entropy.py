@@ -15,7 +15,7 @@ from etflayers.errors import InvalidArgumentError, MissingTargetsError
 
 IGNORE = -100
 HEADS = {
-    "canonical": lambda **o: FixedETFHead(6, 4, scale=2.0, **o),
+    "canonical": lambda **o: FixedETFHead(6, 4, rotation="canonical", scale=2.0, **o),
     "canonical, d = K - 1": lambda **o: FixedETFHead(6, 7, scale=2.0, **o),
     "haar": lambda **o: FixedETFHead(6, 4, rotation="haar", scale=2.0, **o),
     "learned": lambda **o: LearnedETFHead(6, 4, scale=2.0, **o),
@@ -96,7 +96,7 @@ def test_the_head_is_shared_and_follows_the_mode_of_the_loss() -> None:
 
 def test_invalid_arguments_are_refused() -> None:
     head = FixedETFHead(6, 4)
-    with pytest.raises(InvalidArgumentError, match="head must be an ETF head, got Linear"):
+    with pytest.raises(InvalidArgumentError, match="head must be a CodeHead, got Linear"):
         ETFCrossEntropy(nn.Linear(3, 3))  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match=r"label_smoothing must be in \[0, 1\], got 2"):
         ETFCrossEntropy(head, label_smoothing=2)

@@ -136,7 +136,9 @@ def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) 
             )
             torch.testing.assert_close(got["grads"][step], expected["grads"][step], rtol=0, atol=1e-6)
             torch.testing.assert_close(got["states"][step], expected["states"][step], rtol=0, atol=1e-6)
-    assert {"2.frame", "2.center", "2.averages.means", "2.averages.counts"} <= expected["states"][0].keys()
+    assert {"2.vertices", "2.global_mean", "2.averages.means", "2.averages.counts"} <= expected["states"][
+        0
+    ].keys()
 
 
 def test_averages_and_their_gradients_are_those_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:

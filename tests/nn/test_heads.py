@@ -38,7 +38,7 @@ def by_hand(head: ETFHead, features: Tensor) -> Tensor:
         rows = rows / rows.square().sum(-1, keepdim=True).sqrt()
     if isinstance(head, NearestETFHead) and head.center is not None:
         rows = rows - head.center.double()
-    return head.scale * rows @ head.weight.detach().double().T
+    return head.scale * rows @ head.frame.detach().double().T
 
 
 # --- values -----------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_eval_logits_are_scaled_inner_products_with_an_etf(
     head(features, torch.arange(12) % num_classes)
     head.eval()
 
-    assert is_simplex_etf(head.weight), is_simplex_etf(head.weight).reason
+    assert is_simplex_etf(head.frame), is_simplex_etf(head.frame).reason
     torch.testing.assert_close(head(features).double(), by_hand(head, features), rtol=1e-5, atol=1e-5)
 
 
@@ -265,10 +265,10 @@ def test_a_double_head_is_double_throughout(make_head: MakeHead, generator: torc
     head = make_head(dtype=torch.float64)
     features, targets = batch(generator)
     logits = head(features.double(), targets)
-    assert logits.dtype == head.weight.dtype == torch.float64
+    assert logits.dtype == head.frame.dtype == torch.float64
     torch.testing.assert_close(head.eval()(features.double()), by_hand(head, features), rtol=0, atol=1e-13)
-    assert is_simplex_etf(head.weight, atol=1e-12)
-    assert make_head().double().weight.dtype == torch.float64
+    assert is_simplex_etf(head.frame, atol=1e-12)
+    assert make_head().double().frame.dtype == torch.float64
 
 
 # --- torch.compile, torch.export, torch.func --------------------------------------------------------------
@@ -396,7 +396,9 @@ def test_canonical_head_equals_a_linear_layer_and_so_does_its_gradient(
     features = torch.randn(8, in_features, generator=generator, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(8, num_classes, generator=generator, dtype=torch.float64)
     frame = simplex_etf(num_classes, in_features, dtype=torch.float64)
-    head = FixedETFHead(in_features, num_classes, scale=2.0, normalize=normalize, dtype=torch.float64)
+    head = FixedETFHead(
+        in_features, num_classes, rotation="canonical", scale=2.0, normalize=normalize, dtype=torch.float64
+    )
 
     logits = head(features)
     rows = features / features.norm(dim=-1, keepdim=True) if normalize else features
@@ -406,27 +408,27 @@ def test_canonical_head_equals_a_linear_layer_and_so_does_its_gradient(
     (grad,) = torch.autograd.grad(logits, features, cotangent)
     (expected_grad,) = torch.autograd.grad(expected, features, cotangent)
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
-    assert torch.equal(head.weight, frame)
+    assert torch.equal(head.frame, frame)
 
 
 def test_canonical_head_stores_no_matrix() -> None:
-    head = FixedETFHead(2048, 1000)
+    head = FixedETFHead(2048, 1000, rotation="canonical")
     stored = [*head.parameters(), *head.buffers()]
     assert sum(tensor.numel() for tensor in stored) <= 1
     assert head.state_dict() == {}
 
 
 def test_canonical_weight_follows_the_module() -> None:
-    head = FixedETFHead(6, 4)
-    assert head.double().weight.dtype == torch.float64
-    assert head.to("meta").weight.device.type == "meta"
+    head = FixedETFHead(6, 4, rotation="canonical")
+    assert head.double().frame.dtype == torch.float64
+    assert head.to("meta").frame.device.type == "meta"
 
 
 def test_a_given_rotation_is_used(generator: torch.Generator) -> None:
     rotation = random_stiefel(6, 3, generator=generator)
     head = FixedETFHead(6, 4, rotation=rotation)
-    torch.testing.assert_close(head.weight, simplex_etf(4, 3) @ rotation.T)  # c E' times Q'
-    assert head.state_dict().keys() == {"frame"}
+    torch.testing.assert_close(head.frame, simplex_etf(4, 3) @ rotation.T)  # c E' times Q'
+    assert head.state_dict().keys() == {"vertices"}
 
 
 @pytest.mark.parametrize(
@@ -434,7 +436,7 @@ def test_a_given_rotation_is_used(generator: torch.Generator) -> None:
     [
         (torch.eye(6, 4), r"rotation must have shape \(in_features, num_classes - 1\) = \(6, 3\)"),
         (2 * torch.eye(6, 3), "rotation must have orthonormal columns"),
-        ("random", "rotation must be 'canonical', 'haar' or a tensor, got 'random'"),
+        ("random", "rotation must be 'auto', 'canonical', 'haar' or a tensor, got 'random'"),
     ],
 )
 def test_bad_rotations_are_named(rotation: Any, message: str) -> None:

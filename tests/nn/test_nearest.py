@@ -149,7 +149,7 @@ def test_two_classes(generator: torch.Generator) -> None:
 def test_eval_works_before_training_and_after_it_uses_the_latest_frame() -> None:
     head = double_head().eval()
     features, targets = stream(1, classes=[0, 1, 2, 3])[0]
-    torch.testing.assert_close(head(features), features @ head.weight.T)
+    torch.testing.assert_close(head(features), features @ head.frame.T)
     head.train()
     latest = head(features, targets)
     torch.testing.assert_close(head.eval()(features), latest)

@@ -161,7 +161,7 @@ def test_provided_targets_are_no_part_of_copies() -> None:
 
 def test_models_without_a_nearest_head_and_targets_that_are_none_are_named() -> None:
     with (
-        pytest.raises(InvalidArgumentError, match="model has no NearestETFHead"),
+        pytest.raises(InvalidArgumentError, match="model has no head that accepts targets"),
         provide_targets(ResNet(), TARGETS),
     ):
         pass

@@ -1,16 +1,95 @@
-"""Layers that turn class means into the nearest simplex ETF in a distance without a closed form."""
+"""Frame rules: layers that turn class means into a frame, for a head that keeps such means.
+
+A rule is called as ``rule(means, weights=..., anchor=..., proximity=...)`` and returns a frame ``(K, d)`` of
+unit rows, differentiable in the means. Here are the simplex ETFs nearest to the means in three distances.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from etflayers.adjoints import StiefelAdjoint
+from etflayers.adjoints import Adjoint, StiefelAdjoint
 from etflayers.checks import require
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
-from etflayers.solvers import StiefelSolver
+from etflayers.functional.nearest import nearest_etf
+from etflayers.functional.spread import unit_spread
+from etflayers.solvers import FrameSolver, StiefelSolver
 
-__all__ = ["HuberNearestETF", "MahalanobisNearestETF"]
+__all__ = ["FrameRule", "HuberNearestETF", "MahalanobisNearestETF", "NearestETF"]
+
+
+class FrameRule(Protocol):
+    """How a frame comes from class means; a module or a function."""
+
+    def __call__(self, means: Tensor, *, weights: Tensor, anchor: Tensor, proximity: float) -> Tensor:
+        """The frame, ``(K, d)`` with unit rows, for ``means`` ``(K, d)``.
+
+        Args:
+            means: X.
+            weights: omega >= 0, ``(K,)``; 0 for a class that has not been seen, whose mean is 0.
+            anchor: A, ``(K, d)``, a frame to stay near to.
+            proximity: delta >= 0, how much.
+        """
+        ...
+
+
+class NearestETF(nn.Module):
+    r"""The plain rule: ``argmin sum_k omega_k |x_k / r - w_k - t|^2 + delta |W - A|^2`` over ETFs W and t.
+
+    The length r makes delta a pure number; it is 1 if delta = 0, where it has no effect. See
+    :func:`~etflayers.functional.unit_spread` and :func:`~etflayers.functional.nearest_etf`.
+
+    Args:
+        solver: see :func:`~etflayers.functional.nearest_etf`.
+        adjoint: see :func:`~etflayers.functional.nearest_etf`.
+
+    Reference:
+        Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
+
+    >>> NearestETF()(torch.eye(3, 4)).argmax(-1)
+    tensor([0, 1, 2])
+    """
+
+    def __init__(
+        self, *, solver: FrameSolver | StiefelSolver | None = None, adjoint: Adjoint | None = None
+    ) -> None:
+        super().__init__()
+        self.solver = solver
+        self.adjoint = adjoint
+
+    def forward(
+        self,
+        means: Tensor,
+        *,
+        weights: Tensor | None = None,
+        anchor: Tensor | None = None,
+        proximity: float = 0.0,
+    ) -> Tensor:
+        """The frame W, ``(K, d)``, nearest to ``means`` of the same shape.
+
+        Raises:
+            InvalidArgumentError: shapes or dtypes that do not fit.
+            NonFiniteError: NaN or infinity in the means.
+        """
+        if proximity == 0:
+            return nearest_etf(means, weights=weights, solver=self.solver, adjoint=self.adjoint)
+        weights = means.new_ones(len(means)) if weights is None else weights
+        # Where a class is unseen only the anchor decides, and the condition number of what is solved is
+        # 1 / delta: means, spread and anchor are joined in float64, or float32 would lose three digits.
+        dtype = means.dtype
+        means = unit_spread(means.double(), weights.double(), rounding=torch.finfo(dtype).eps)
+        frame = nearest_etf(
+            means,
+            weights=weights.double(),
+            anchor=None if anchor is None else anchor.double(),
+            proximity=proximity,
+            solver=self.solver,
+            adjoint=self.adjoint,
+        )
+        return frame.to(dtype)
 
 
 class MahalanobisNearestETF(nn.Module):
