@@ -37,6 +37,7 @@ __all__ = [
     "is_operator",
     "leave_to_eager",
     "tree_iter",
+    "version",
     "without_modes",
 ]
 
@@ -103,6 +104,11 @@ def forward_mode() -> bool:
     enter a level and not ask for it.
     """
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor has been changed in place; public is only the error that autograd makes of it."""
+    return tensor._version
 
 
 def assert_async(condition: Tensor, message: str) -> None:

@@ -1,7 +1,7 @@
 """Pure functions: nearest ETFs, minimizers on the Stiefel manifold, class means, logits and losses."""
 
 from etflayers.functional.class_means import class_means, class_sums
-from etflayers.functional.cross_entropy import etf_cross_entropy, linear_cross_entropy
+from etflayers.functional.cross_entropy import Reduction, etf_cross_entropy, linear_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.functional.logits import canonical_etf_logits
 from etflayers.functional.losses import dot_regression_loss
@@ -11,6 +11,7 @@ from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_a
 __all__ = [
     "CriticalPoint",
     "NearestETFSolution",
+    "Reduction",
     "canonical_etf_logits",
     "class_means",
     "class_sums",

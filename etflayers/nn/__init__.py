@@ -1,6 +1,6 @@
 """Layers: classifier heads whose weight is a simplex ETF, what feeds them, and how they get into a model."""
 
-from etflayers.nn.averages import FeatureMovingAverage
+from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.distances import HuberNearestETF, MahalanobisNearestETF
 from etflayers.nn.heads import ETFHead, FixedETFHead
 from etflayers.nn.learned import LearnedETFHead
@@ -18,6 +18,7 @@ __all__ = [
     "HuberNearestETF",
     "LearnedETFHead",
     "MahalanobisNearestETF",
+    "Momentum",
     "NearestETFHead",
     "StiefelNode",
     "provide_targets",

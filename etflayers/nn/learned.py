@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from etflayers._torch import is_concrete
+from etflayers._torch import is_concrete, version
 from etflayers.checks import require, require_floating, require_module, require_values
 from etflayers.errors import ManifoldError
 from etflayers.geometry import centered_basis_adjoint, etf_radius, random_stiefel, require_rotation
@@ -123,7 +123,7 @@ class LearnedETFHead(ETFHead):
                 self._assert_orthonormal(rotation)
             return
         # Every in-place change of a tensor raises its version: one check after each optimizer step.
-        state = (rotation.data_ptr(), rotation._version)
+        state = (rotation.data_ptr(), version(rotation))
         if state != self._checked:
             self._assert_orthonormal(rotation)
             self._checked = state
