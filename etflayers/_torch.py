@@ -6,12 +6,68 @@ new version of PyTorch has one module to be checked against.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._compile import _disable_dynamo
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["assert_async", "forward_mode", "inside_transform", "is_batched", "is_concrete", "version"]
+# The only way to see every operator that runs; PyTorch documents it, in a module without a public name.
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+# What PyTorch itself walks through nested arguments with; torch.utils has no public name for it.
+from torch.utils._pytree import tree_iter
+
+from etflayers._imports import AfterImport
+
+__all__ = [
+    "TorchDispatchMode",
+    "allow_in_graph",
+    "assert_async",
+    "assume_constant_result",
+    "compile_graph",
+    "forward_mode",
+    "inside_transform",
+    "is_batched",
+    "is_concrete",
+    "is_operator",
+    "leave_to_eager",
+    "tree_iter",
+    "version",
+    "without_modes",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# The public decorators of torch.compiler import Dynamo, the tracer of torch.compile, and with it sympy: more
+# than a second for those who compile nothing. They are applied once somebody else imports it, as
+# torch.compile and torch.export do before they trace anything.
+_DYNAMO = AfterImport("torch._dynamo")
+
+
+def allow_in_graph(function: Function) -> Function:
+    """``torch.compiler.allow_in_graph``, applied when Dynamo is imported: see there what it does."""
+    _DYNAMO.run(lambda: torch.compiler.allow_in_graph(function))  # type: ignore[no-untyped-call]
+    return function
+
+
+def assume_constant_result(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, applied when Dynamo is imported: see there what it does."""
+    _DYNAMO.run(lambda: torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
+    return function
+
+
+def leave_to_eager(function: Function) -> Function:
+    """``torch.compiler.disable``, which wraps the function, applied when the function is first called.
+
+    This is what PyTorch decorates its own optimizers with, so that ``import torch`` does without Dynamo. The
+    public decorator cannot wait: it has to return what it wraps.
+    """
+    return cast(Function, _disable_dynamo(function))
 
 
 def is_concrete(tensor: Tensor) -> bool:
@@ -50,6 +106,11 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def version(tensor: Tensor) -> int:
+    """How often the tensor has been changed in place; public is only the error that autograd makes of it."""
+    return tensor._version
+
+
 def assert_async(condition: Tensor, message: str) -> None:
     """Have the device check ``condition`` when it gets there, which the host does not wait for.
 
@@ -58,10 +119,19 @@ def assert_async(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
-def version(tensor: Tensor) -> tuple[int, int]:
-    """Where the values of the tensor are and how often they were written in place: a change changes it.
+def without_modes() -> AbstractContextManager[object]:
+    """Run operators as if no ``TorchDispatchMode`` were entered, which only who entered it can leave."""
+    return _disable_current_modes()
 
-    There is no public counter. PyTorch's own fused optimizers do not advance it, other in-place operations
-    do; for tensors made in inference mode, which have none, only the place counts.
-    """
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+def is_operator(target: object) -> bool:
+    """Whether the target of a node in a graph is an operator; the class of operators has no public name."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Have Inductor compile a graph of operators; ``torch.compile`` takes it only by way of Dynamo."""
+    from torch import _inductor  # not with the library: it takes a second
+
+    compiled: Callable[..., Sequence[Tensor]] = _inductor.compile(graph, list(examples))
+    return compiled

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers._torch import forward_mode, inside_transform
+from etflayers._torch import allow_in_graph, forward_mode, inside_transform
 from etflayers.adjoints.stationary import LinearSolve, ParametricObjective, implicit_point
 from etflayers.adjoints.sylvester import Eigenbasis, Root, Spectrum, solve_sylvester
 from etflayers.geometry import centered, etf_radius
@@ -137,7 +137,7 @@ class _NearestFrame(torch.autograd.Function):
 
 # As one node of the graph, torch.compile keeps both modes and the vmap rule of the function above; traced
 # through, it would refuse the forward mode and lose the vmap rule.
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@allow_in_graph
 def _nearest_frame(linear: Tensor, solver: FrameSolver) -> Tensor:
     # What Function.apply itself calls after binding the arguments to the signature of `forward` by
     # introspection, which would take a fifth of the time of a small problem.

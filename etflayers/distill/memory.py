@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from etflayers._torch import TorchDispatchMode, tree_iter
 from etflayers.distill.adjoints import StepAdjoint
 from etflayers.distill.inner_loop import UnrolledInnerLoop
 from etflayers.distill.optimizers import hyperparameters

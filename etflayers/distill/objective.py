@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from etflayers._torch import version
 from etflayers.checks import require
 from etflayers.distill.layout import FlatLayout
 from etflayers.errors import InvalidArgumentError
@@ -73,7 +74,7 @@ class InnerObjective:
     ) -> tuple[Tensor, Buffers]:
         """The loss, and the buffers after the model has run."""
         params = self.layout.unflatten(theta)
-        version = theta._version
+        before = version(theta)
         # Without a cache: what a cast remembers must not outlive the graph of its step.
         with (
             _in_modes(self.model, self.modes),
@@ -91,7 +92,7 @@ class InnerObjective:
                     loss = losses.sum()
             finally:  # also if autograd has noticed first, in words that name no parameter
                 require(
-                    theta._version == version,
+                    version(theta) == before,
                     "model changes its parameters in place while it runs, which cannot be differentiated: "
                     "compute the changed weights by torch.nn.utils.parametrize instead",
                 )
@@ -157,7 +158,7 @@ def _stateless(model: nn.Module) -> Iterator[None]:
 
 def _plain_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
-        f"{path}.{name}" if path else name: (id(value), value._version)
+        f"{path}.{name}" if path else name: (id(value), version(value))
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if isinstance(value, Tensor)

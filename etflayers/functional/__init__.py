@@ -1,5 +1,8 @@
 """Pure functions: nearest ETFs, minimizers on the Stiefel manifold, class means, logits and losses."""
 
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
@@ -28,3 +31,9 @@ __all__ = [
     "stiefel_argmin",
     "unit_spread",
 ]
+
+if not TYPE_CHECKING:
+    # PyTorch 2.13 has a function of the old name, with other arguments.
+    __getattr__, __dir__ = names_on_demand(
+        __name__, moved={"linear_cross_entropy": f"{__name__}.code_cross_entropy"}
+    )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from etflayers._torch import inside_transform
+from etflayers._torch import inside_transform, leave_to_eager
 from etflayers.adjoints import Implicit, LinearSolve, StiefelAdjoint
 from etflayers.checks import require, require_floating
 from etflayers.errors import NonFiniteError
@@ -69,7 +69,7 @@ class CriticalPoint:
 
 
 # Iterations that depend on values are nothing to compile: the graph breaks here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@leave_to_eager
 def stiefel_argmin(
     objective: Callable[..., Tensor],
     *inputs: Tensor,
@@ -128,7 +128,7 @@ def stiefel_argmin(
     return point
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@leave_to_eager
 def solve_stiefel(
     objective: Callable[..., Tensor],
     *inputs: Tensor,

@@ -1,5 +1,8 @@
 """Simplex equiangular tight frames and the Stiefel manifold: constructions and predicates, no solver."""
 
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.geometry.frames import (
     centered,
     centered_basis_adjoint,
@@ -18,6 +21,16 @@ from etflayers.geometry.stiefel import (
     retract_stiefel,
 )
 from etflayers.geometry.tolerance import Check
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = names_on_demand(
+        __name__,
+        moved={
+            "centred": "etflayers.geometry.centered",
+            "centred_basis_adjoint": "etflayers.geometry.centered_basis_adjoint",
+            "centred_basis_apply": "etflayers.geometry.centered_basis_apply",
+        },
+    )
 
 __all__ = [
     "Check",

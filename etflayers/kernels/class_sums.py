@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers._torch import is_batched
+from etflayers._torch import allow_in_graph, is_batched
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.precision import full_precision, working_dtype
 
@@ -77,7 +77,7 @@ def class_sums_reference(
 
 
 # torch.compile refuses functions with a forward mode; as one node of the graph they keep it.
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@allow_in_graph
 def class_sums(
     features: Tensor, targets: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def averages_use_triton(features: Tensor, means: Tensor, impl: Impl = "auto") ->
     )
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@allow_in_graph
 def class_averages(
     features: Tensor,
     targets: Tensor,

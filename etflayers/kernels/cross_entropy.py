@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers._torch import forward_mode, inside_transform, is_batched
+from etflayers._torch import allow_in_graph, forward_mode, inside_transform, is_batched
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.precision import full_precision, working_dtype
 
@@ -55,7 +55,7 @@ def cross_entropy_uses_triton(rows: Tensor, num_classes: int, impl: Impl = "auto
 
 
 # torch.compile refuses functions with a forward mode; as one node of the graph they keep it.
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@allow_in_graph
 def softmax_losses(
     rows: Tensor,
     targets: Tensor,
@@ -251,7 +251,7 @@ def chunk_rows(rows: Tensor, num_classes: int, chunk_size: int | None, entries: 
     return max(1, entries // num_classes) if chunk_size is None else chunk_size
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@allow_in_graph
 def linear_softmax_losses(
     features: Tensor,
     frame: Tensor,

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from etflayers._torch import inside_transform
+from etflayers._torch import assume_constant_result, inside_transform
 from etflayers.checks import require
 from etflayers.errors import InvalidArgumentError
 
@@ -171,6 +171,6 @@ def _missing(call: Call, *, forced: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

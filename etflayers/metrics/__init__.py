@@ -1,13 +1,14 @@
 """Neural-collapse metrics: pure functions of streaming class statistics, and torchmetrics shells around them.
 
 The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``NeuralCollapseProbe`` and
-``NeuralCollapseCallback`` need torchmetrics (``pip install 'etflayers[metrics]'``) when they are made.
+``NeuralCollapseCallback`` need torchmetrics (``pip install 'etflayers[metrics]'``) when they are made. They
+load it, and the callback Lightning, when they are first named: that takes as long as to import PyTorch.
 """
 
-from etflayers.metrics.callback import NeuralCollapseCallback
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.metrics.classifier import Classifier, read_classifier
-from etflayers.metrics.collapse import NeuralCollapse
-from etflayers.metrics.curve import CosineMargins
 from etflayers.metrics.margins import cosine_margins
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
@@ -34,9 +35,29 @@ from etflayers.metrics.nc3 import (
     duality_row_distance,
 )
 from etflayers.metrics.nc4 import bias_collapse, center_disagreement, nearest_center
-from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
+
+if TYPE_CHECKING:
+    from etflayers.metrics.callback import NeuralCollapseCallback
+    from etflayers.metrics.collapse import NeuralCollapse
+    from etflayers.metrics.curve import CosineMargins
+    from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
+else:
+    __getattr__, __dir__ = names_on_demand(
+        __name__,
+        lazy={
+            "CosineMargins": "etflayers.metrics.curve",
+            "NeuralCollapse": "etflayers.metrics.collapse",
+            "NeuralCollapseCallback": "etflayers.metrics.callback",
+            "NeuralCollapseProbe": "etflayers.metrics.probe",
+            "spatial_mean": "etflayers.metrics.probe",
+        },
+        moved={
+            "centre_disagreement": "etflayers.metrics.center_disagreement",
+            "nearest_centre": "etflayers.metrics.nearest_center",
+        },
+    )
 
 __all__ = [
     "ClassMoments",

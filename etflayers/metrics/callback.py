@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,22 @@ from torch import Tensor
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.nc2 import frame_distance
-from etflayers.metrics.optional import CallbackBase
 from etflayers.metrics.probe import NeuralCollapseProbe
 
 __all__ = ["NeuralCollapseCallback"]
+
+
+def _callback_base() -> Any:
+    """Lightning's Callback under either of its names; without Lightning any object will do."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            return importlib.import_module(name).Callback
+        except ImportError:
+            continue
+    return object
+
+
+CallbackBase: Any = _callback_base()
 
 
 def second_of_batch(batch: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Layers: classifier heads with unit rows, what feeds them, and how they get into a model."""
 
-from etflayers.nn.averages import FeatureMovingAverage
+from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
 from etflayers.nn.etf import ETFHead
 from etflayers.nn.fixed import FixedETFHead
@@ -23,6 +23,7 @@ __all__ = [
     "LearnedETFHead",
     "LogitTerms",
     "MahalanobisNearestETF",
+    "Momentum",
     "NearestETF",
     "NearestETFHead",
     "StiefelNode",

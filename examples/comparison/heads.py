@@ -75,7 +75,7 @@ def make_head(name: HeadName, in_features: int, num_classes: int, settings: Sett
     if name == "fixed":
         return FixedETFHead(in_features, num_classes, rotation=settings.rotation, **common)
     if name == "learned":
-        return LearnedETFHead(in_features, num_classes, **common)
+        return LearnedETFHead(in_features, num_classes, manifold="geoopt", **common)
     return NearestETFHead(
         in_features,
         num_classes,

@@ -54,7 +54,7 @@ def make_head(name: HeadName, num_classes: int, dim: int, settings: Settings, se
     if name == "fixed":
         return FixedETFHead(dim, num_classes, rotation="haar", scale=scale, normalize=normalize)
     if name == "learned":
-        return LearnedETFHead(dim, num_classes, scale=scale, normalize=normalize)
+        return LearnedETFHead(dim, num_classes, scale=scale, normalize=normalize, manifold="geoopt")
     return NearestETFHead(
         dim,
         num_classes,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from etflayers import Detached, Implicit, Unrolled
+from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.functional import huber_nearest_etf, mahalanobis_nearest_etf, solve_stiefel, stiefel_argmin
 from etflayers.geometry import random_stiefel
 from etflayers.solvers import RiemannianDescent, RiemannianNewton, TrustRegions

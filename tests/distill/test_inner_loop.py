@@ -460,7 +460,7 @@ def test_state_changed_in_place_is_an_error() -> None:
 
 def test_a_learned_rotation_leaves_its_manifold_under_an_ordinary_rule() -> None:
     pytest.importorskip("geoopt")
-    model = WithHead(LearnedETFHead(6, K, dtype=DTYPE)).to(DTYPE)
+    model = WithHead(LearnedETFHead(6, K, manifold="geoopt", dtype=DTYPE)).to(DTYPE)
     data = Data(SGD())
     with pytest.raises(ManifoldError):
         unrolled_inner_loop(

@@ -3,9 +3,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etflayers import SVD, GramEigh, Status, nearest_etf, simplex_etf, solve_nearest_etf
+from etflayers import nearest_etf, simplex_etf
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.functional import solve_nearest_etf
 from etflayers.geometry import is_simplex_etf
+from etflayers.solvers import SVD, GramEigh
+from etflayers.status import Status
 from etflayers.testing import published_anchor_weight, trust_regions_frame
 
 SHAPES = [(2, 1), (2, 5), (3, 2), (5, 5), (10, 9), (10, 64)]

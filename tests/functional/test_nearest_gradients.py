@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from etflayers import SVD, Detached, Unrolled, nearest_etf, simplex_etf
+from etflayers import nearest_etf, simplex_etf
+from etflayers.adjoints import Detached, Unrolled
 from etflayers.errors import NonFiniteError
+from etflayers.solvers import SVD
 from etflayers.testing import adjoint_identity_error, means_with_condition, relative_error, svd_frame
 
 SHAPES = [(2, 1), (2, 4), (3, 2), (4, 4), (5, 8)]

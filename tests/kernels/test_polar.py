@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from etflayers import SVD, ByRegime, Implicit, NearestETFHead, nearest_etf, simplex_etf
+from etflayers import NearestETFHead, nearest_etf, simplex_etf
+from etflayers.adjoints import Implicit
 from etflayers.adjoints.implicit import _fused
 from etflayers.errors import ConvergenceError, InvalidArgumentError
 from etflayers.geometry import is_simplex_etf
 from etflayers.kernels import describe
 from etflayers.kernels.newton_schulz import indicator, inverse_root, refine, schedule, sylvester
 from etflayers.kernels.polar import polar, polar_adjoint
-from etflayers.solvers import GramRoot
+from etflayers.solvers import SVD, ByRegime, GramRoot
 from etflayers.testing import adjoint_identity_error, means_with_condition, relative_error, svd_frame
 
 EPS = torch.finfo(torch.float32).eps

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -260,22 +258,3 @@ def test_bad_batches_are_refused_and_change_nothing() -> None:
     with pytest.raises(InvalidArgumentError, match="centers must hold every class"):
         metric.update(data.features, data.targets)
     assert not metric.moments.counts.any()
-
-
-def test_without_torchmetrics_the_functions_work_and_the_shells_say_what_to_install() -> None:
-    program = """
-import sys
-sys.modules["torchmetrics"] = None
-import torch
-from etflayers.errors import MissingDependencyError
-from etflayers.metrics import NeuralCollapse, CosineMargins, class_statistics, collapse_measures
-statistics = class_statistics(torch.eye(3).repeat(2, 1), torch.arange(3).repeat(2), 3)
-print(collapse_measures(statistics)["nc1_trace"].item())
-for make in (lambda: NeuralCollapse(3, 3), CosineMargins):
-    try:
-        make()
-    except MissingDependencyError as error:
-        print("etflayers[metrics]" in str(error))
-"""
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert finished.stdout.split() == ["0.0", "True", "True"], finished.stderr

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from etflayers import Unrolled, nearest_etf
+from etflayers import nearest_etf
+from etflayers.adjoints import Unrolled
 from etflayers.errors import ConvergenceError, InvalidArgumentError, MissingDependencyError
 from etflayers.solvers import SVD, ConvexHull
 from etflayers.solvers.convex_hull import _layer

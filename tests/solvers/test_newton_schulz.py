@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from etflayers import SVD, Implicit, NearestETFHead, Unrolled, nearest_etf, simplex_etf
+from etflayers import NearestETFHead, nearest_etf, simplex_etf
+from etflayers.adjoints import Implicit, Unrolled
 from etflayers.errors import ConvergenceError, InvalidArgumentError
 from etflayers.geometry import is_simplex_etf
-from etflayers.solvers import NewtonSchulz
+from etflayers.solvers import SVD, NewtonSchulz
 from etflayers.solvers.newton_schulz import _minimax, _spectral_bounds
 from etflayers.testing import means_with_condition, relative_error, svd_frame
 

@@ -3,10 +3,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from etflayers import SVD, ByRegime, GramEigh
 from etflayers.errors import NonFiniteError
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius, is_simplex_etf
-from etflayers.solvers import QRSVD, NewtonSchulz
+from etflayers.solvers import QRSVD, SVD, ByRegime, GramEigh, NewtonSchulz
 from etflayers.testing import means_with_condition, relative_error
 
 ANY_RANK = [SVD(), QRSVD(), ByRegime()]

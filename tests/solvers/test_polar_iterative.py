@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from etflayers import SVD, nearest_etf, simplex_etf
+from etflayers import nearest_etf, simplex_etf
 from etflayers.errors import ConvergenceError, InvalidArgumentError
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
-from etflayers.solvers import Iterative, RiemannianDescent, RiemannianNewton, TrustRegions, factors_of
+from etflayers.solvers import SVD, Iterative, RiemannianDescent, RiemannianNewton, TrustRegions, factors_of
 from etflayers.testing import means_with_condition, relative_error
 
 SOLVERS = [RiemannianNewton(), RiemannianDescent(learning_rate=0.5), TrustRegions()]

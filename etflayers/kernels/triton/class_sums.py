@@ -9,8 +9,8 @@ its class. A row is thus read once over the whole launch.
 list of rows is a (rows x targets) comparison, summed. No list in memory, no sorting.
 
 **Checks.** Each program knows whether what it read was finite and small enough to be summed. A device-side
-assertion at its end says so without another launch; it is what the eager path asks ``torch._assert_async``
-for.
+assertion at its end says so without another launch; it is what the eager path asks
+:func:`~etflayers._torch.assert_async` for.
 """
 
 from __future__ import annotations

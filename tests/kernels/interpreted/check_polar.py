@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from etflayers import SVD, Implicit, nearest_etf, simplex_etf
+from etflayers import nearest_etf, simplex_etf
+from etflayers.adjoints import Implicit
 from etflayers.adjoints.implicit import _fused
 from etflayers.geometry import is_simplex_etf
 from etflayers.kernels.polar import Polar, polar, polar_adjoint
 from etflayers.kernels.triton.polar import fused_polar, fused_polar_adjoint
-from etflayers.solvers import GramRoot
+from etflayers.solvers import SVD, GramRoot
 from etflayers.testing import means_with_condition, relative_error
 
 EPS = torch.finfo(torch.float32).eps
