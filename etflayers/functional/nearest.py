@@ -182,11 +182,11 @@ def _linear_form(
     dtype = working_dtype(means.dtype)
     linear = means.to(dtype)
     if weights is not None:
-        _check_weights(weights, means)
+        check_weights(weights, means)
         linear = _weighted(linear, weights.to(dtype))
     if anchor is not None:
-        _check_anchor(anchor, means)
-        _check_proximity(proximity)
+        check_anchor(anchor, means)
+        check_proximity(proximity)
         pull = proximity[..., None, None].to(dtype) if isinstance(proximity, Tensor) else proximity
         linear = linear + pull * anchor.to(dtype)
     else:
@@ -217,7 +217,8 @@ def _weighted(means: Tensor, weights: Tensor) -> Tensor:
     return column * (rows - (column * rows).sum(-2, keepdim=True) / total)
 
 
-def _check_weights(weights: Tensor, means: Tensor) -> None:
+def check_weights(weights: Tensor, means: Tensor) -> None:
+    """Raise unless ``weights`` are ``(..., K)`` and not negative."""
     require_floating("weights", weights.dtype)
     require(
         weights.ndim >= 1 and weights.shape[-1] == means.shape[-2],
@@ -228,7 +229,8 @@ def _check_weights(weights: Tensor, means: Tensor) -> None:
     )
 
 
-def _check_anchor(anchor: Tensor, means: Tensor) -> None:
+def check_anchor(anchor: Tensor, means: Tensor) -> None:
+    """Raise unless ``anchor`` has the shape of ``means``, ``(..., K, d)``."""
     require_floating("anchor", anchor.dtype)
     require(
         anchor.shape[-2:] == means.shape[-2:],
@@ -237,7 +239,8 @@ def _check_anchor(anchor: Tensor, means: Tensor) -> None:
     )
 
 
-def _check_proximity(proximity: float | Tensor) -> None:
+def check_proximity(proximity: float | Tensor) -> None:
+    """Raise unless ``proximity`` is finite and not negative."""
     if isinstance(proximity, Tensor):
         require_floating("proximity", proximity.dtype)
         require_values((proximity.detach() >= 0).all(), "proximity must not be negative or NaN")

@@ -209,10 +209,11 @@ class NearestETFHead(ETFHead):
         """
         inputs = self.inputs(features)
         frame = self.frame
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            # A graph keeps the frame for its backward pass, and a training pass overwrites the buffer.
+            frame = frame.clone()
         if not self.training:
-            # A graph keeps the frame for its backward pass, and the next training pass overwrites the buffer.
-            keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
-            return LogitTerms(inputs, frame.clone() if keeps_graph else frame, self.global_mean)
+            return LogitTerms(inputs, frame, self.global_mean)
         targets = self.require_targets(targets)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach), full_precision(inputs):
             state = self.averages.propose(inputs, targets)

@@ -16,6 +16,7 @@ from etflayers.checks import require
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.functional.nearest import nearest_etf
 from etflayers.functional.spread import unit_spread
+from etflayers.nn.distributed import overwrite
 from etflayers.solvers import FrameSolver, StiefelSolver
 
 __all__ = ["FrameRule", "HuberNearestETF", "MahalanobisNearestETF", "NearestETF"]
@@ -76,20 +77,29 @@ class NearestETF(nn.Module):
         """
         if proximity == 0:
             return nearest_etf(means, weights=weights, solver=self.solver, adjoint=self.adjoint)
-        weights = means.new_ones(len(means)) if weights is None else weights
-        # Where a class is unseen only the anchor decides, and the condition number of what is solved is
-        # 1 / delta: means, spread and anchor are joined in float64, or float32 would lose three digits.
-        dtype = means.dtype
-        means = unit_spread(means.double(), weights.double(), rounding=torch.finfo(dtype).eps)
+        wide, weights, anchor = _widened(means, weights, anchor)
+        wide = unit_spread(wide, weights, rounding=torch.finfo(means.dtype).eps)
         frame = nearest_etf(
-            means,
-            weights=weights.double(),
-            anchor=None if anchor is None else anchor.double(),
+            wide,
+            weights=weights,
+            anchor=anchor,
             proximity=proximity,
             solver=self.solver,
             adjoint=self.adjoint,
         )
-        return frame.to(dtype)
+        return frame.to(means.dtype)
+
+
+def _widened(
+    means: Tensor, weights: Tensor | None, anchor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Means, weights and anchor in float64.
+
+    Where a class is unseen only the anchor decides, and the condition number of what is solved is 1 / delta:
+    joined in float32, means and anchor would lose three of seven digits.
+    """
+    weights = means.new_ones(means.shape[:-1]) if weights is None else weights
+    return means.double(), weights.double(), None if anchor is None else anchor.double()
 
 
 class MahalanobisNearestETF(nn.Module):
@@ -131,14 +141,39 @@ class MahalanobisNearestETF(nn.Module):
         self.solver = solver
         self.adjoint = adjoint
 
-    def forward(self, means: Tensor) -> Tensor:
+    def forward(
+        self,
+        means: Tensor,
+        *,
+        weights: Tensor | None = None,
+        anchor: Tensor | None = None,
+        proximity: float = 0.0,
+    ) -> Tensor:
         """The frames W, ``(..., K, d)``, nearest to ``means`` of the same shape.
 
         Raises:
-            InvalidArgumentError: shapes or dtypes that do not fit, or means that all coincide.
+            InvalidArgumentError: shapes or dtypes that do not fit, or means that all coincide without an
+                anchor.
             NonFiniteError: NaN or infinity in the means or the factor.
         """
-        return mahalanobis_nearest_etf(means, self.factor, solver=self.solver, adjoint=self.adjoint)
+        wide, weights, anchor = _widened(means, weights, anchor)
+        frame = mahalanobis_nearest_etf(
+            wide,
+            self.factor,
+            weights=weights,
+            anchor=anchor,
+            proximity=proximity,
+            solver=self.solver,
+            adjoint=self.adjoint,
+        )
+        return frame.to(means.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Make the metric the plain one again."""
+        overwrite(
+            self.factor, torch.eye(len(self.factor), device=self.factor.device, dtype=self.factor.dtype)
+        )
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -177,14 +212,32 @@ class HuberNearestETF(nn.Module):
         self.solver = solver
         self.adjoint = adjoint
 
-    def forward(self, means: Tensor) -> Tensor:
+    def forward(
+        self,
+        means: Tensor,
+        *,
+        weights: Tensor | None = None,
+        anchor: Tensor | None = None,
+        proximity: float = 0.0,
+    ) -> Tensor:
         """The frames W, ``(..., K, d)``, nearest to ``means`` of the same shape.
 
         Raises:
-            InvalidArgumentError: shapes or dtypes that do not fit, or means of which half coincide.
+            InvalidArgumentError: shapes or dtypes that do not fit, or means of which half coincide without
+                an anchor.
             NonFiniteError: NaN or infinity in the means.
         """
-        return huber_nearest_etf(means, threshold=self.threshold, solver=self.solver, adjoint=self.adjoint)
+        wide, weights, anchor = _widened(means, weights, anchor)
+        frame = huber_nearest_etf(
+            wide,
+            threshold=self.threshold,
+            weights=weights,
+            anchor=anchor,
+            proximity=proximity,
+            solver=self.solver,
+            adjoint=self.adjoint,
+        )
+        return frame.to(means.dtype)
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from etflayers import ETFCrossEntropy, NearestETFHead, nearest_etf, provide_targets, replace_classifier
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
+from etflayers.geometry import is_simplex_etf
 from etflayers.metrics import read_classifier
-from etflayers.nn import CodeHead, LogitTerms
+from etflayers.nn import CodeHead, HuberNearestETF, LogitTerms, MahalanobisNearestETF
 from etflayers.solvers import SVD
 
 
@@ -177,3 +178,27 @@ def test_a_rule_that_is_none_is_named_before_anything_changes() -> None:
         NearestETFHead(6, 4, rule="huber")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="solver and adjoint belong to the default rule"):
         NearestETFHead(6, 4, rule=sign_rule, solver=SVD())
+
+
+@pytest.mark.parametrize("rule", [MahalanobisNearestETF(6), HuberNearestETF(threshold=0.4)])
+def test_the_rules_without_a_closed_form_train_a_head(rule: nn.Module) -> None:
+    """From the first batch on, with a class that is never seen, to a frame that separates the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), NearestETFHead(6, 4, rule=rule, proximity=0.05, scale=5.0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    centers = torch.randn(3, 5)
+    for step in range(40):
+        generator = torch.Generator().manual_seed(step)
+        targets = torch.tensor([2]) if step == 0 else torch.arange(12) % 3
+        features = centers[targets] + 0.3 * torch.randn(len(targets), 5, generator=generator)
+        with provide_targets(model, targets):
+            loss = F.cross_entropy(model(features), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert is_simplex_etf(model[1].frame)
+    assert (model.eval()(centers).argmax(-1) == torch.arange(3)).all()
+    if isinstance(rule, MahalanobisNearestETF):
+        # The metric is a parameter of the head, and has learned.
+        assert "1.rule.factor" in model.state_dict()
+        assert (rule.factor - torch.eye(6)).norm() > 1e-3
