@@ -31,11 +31,13 @@ __all__ = [
     "assume_constant_result",
     "compile_graph",
     "forward_mode",
+    "inside_backward",
     "inside_transform",
     "is_batched",
     "is_concrete",
     "is_operator",
     "leave_to_eager",
+    "stamp",
     "tree_iter",
     "version",
     "without_modes",
@@ -111,12 +113,28 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def stamp(tensor: Tensor) -> tuple[int, int]:
+    """Where the values are and how often they were written in place: not the same after a change.
+
+    A tensor made in inference mode has no counter. PyTorch's fused optimizers do not advance it.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else version(tensor)
+
+
 def assert_async(condition: Tensor, message: str) -> None:
     """Have the device check ``condition`` when it gets there, which the host does not wait for.
 
     ``assert`` and ``torch.testing`` wait for the value.
     """
     torch._assert_async(condition, message)
+
+
+def inside_backward() -> bool:
+    """Whether this runs inside a backward pass, as the second forward pass of gradient checkpointing does.
+
+    ``torch.utils.checkpoint`` itself asks so; there is no public question for it.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def without_modes() -> AbstractContextManager[object]:

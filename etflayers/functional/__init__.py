@@ -6,7 +6,7 @@ from etflayers._imports import names_on_demand
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
-from etflayers.functional.logits import canonical_etf_logits
+from etflayers.functional.logits import canonical_etf_logits, directions
 from etflayers.functional.losses import dot_regression_loss
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
 from etflayers.functional.reduction import Reduction
@@ -21,6 +21,7 @@ __all__ = [
     "class_means",
     "class_sums",
     "code_cross_entropy",
+    "directions",
     "dot_regression_loss",
     "etf_cross_entropy",
     "huber_nearest_etf",

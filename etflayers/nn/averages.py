@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_floating
-from etflayers.errors import InvalidArgumentError, MissingTargetsError
+from etflayers._torch import inside_backward, is_concrete, stamp
+from etflayers.checks import require, require_floating, require_values
+from etflayers.errors import (
+    EtfLayersError,
+    InvalidArgumentError,
+    MissingTargetsError,
+    RanksDisagreeError,
+    RecomputationError,
+)
 from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
 from etflayers.kernels.class_sums import averages_use_triton, class_averages
 from etflayers.nn.distributed import all_reduce_sum, world_size
@@ -52,11 +59,13 @@ class FeatureMovingAverage(nn.Module):
     none of its samples, and otherwise given by ``momentum``. In training the returned means carry a gradient
     to the batch, ``a_k / n_k`` for each of the n_k samples; the stored means are constants. In eval mode the
     stored means are returned and nothing changes. A training pass under ``torch.no_grad`` still updates, as
-    in BatchNorm; so does the second forward pass of gradient checkpointing: keep this layer outside the
-    checkpoint.
+    in BatchNorm. Gradient checkpointing, which would run the pass twice, is refused: keep this layer outside
+    the checkpoint.
 
     Under ``torch.distributed`` the sums and counts are added over the ranks, so that every rank holds the
-    average that one process would have computed on the whole batch.
+    average that one process would have computed on the whole batch. Where a rank refuses its batch, all
+    raise. As with ``SyncBatchNorm``, every rank needs a batch in every step: ``DistributedDataParallel.join``
+    cannot stand in for one that has none.
 
     Args:
         in_features: d.
@@ -130,6 +139,7 @@ class FeatureMovingAverage(nn.Module):
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
         self.register_buffer("updates", torch.zeros(num_classes, device=device, dtype=torch.int64))
+        self._committed: tuple[int, int] | None = None
 
     @property
     def seen(self) -> Tensor:
@@ -162,6 +172,12 @@ class FeatureMovingAverage(nn.Module):
         self.commit(state)
         return state.means
 
+    def refuse(self, error: EtfLayersError) -> NoReturn:
+        """Raise ``error``, after telling the other ranks, which would wait for this one's sums."""
+        if self._distributed:
+            self._summed_over_ranks(None, None)
+        raise error
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget everything: no class has been seen."""
@@ -170,7 +186,20 @@ class FeatureMovingAverage(nn.Module):
         self.updates.zero_()
 
     def propose(self, features: Tensor, targets: Tensor) -> AverageState:
-        """The state after one more batch, differentiable in ``features``, without storing them."""
+        """The state after one more batch, differentiable in ``features``, without storing it.
+
+        Raises:
+            RecomputationError: this is the second forward pass of gradient checkpointing.
+        """
+        self._require_first_pass()
+        try:
+            return self._proposed(features, targets)
+        except RanksDisagreeError:
+            raise
+        except EtfLayersError as error:
+            self.refuse(error)
+
+    def _proposed(self, features: Tensor, targets: Tensor) -> AverageState:
         if features.shape[-1:] != (self.in_features,):
             raise InvalidArgumentError(
                 f"features must have shape (..., in_features) = (..., {self.in_features}), "
@@ -182,8 +211,7 @@ class FeatureMovingAverage(nn.Module):
                 f"got {tuple(targets.shape)}"
             )
         features, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
-        distributed = self.synchronize and world_size(self.process_group) > 1
-        if not distributed and averages_use_triton(features, self.means):
+        if not self._distributed and averages_use_triton(features, self.means):
             # Sums, counts, all checks and the update in one launch.
             require_class_indices(targets)
             require_same_device(features, targets)
@@ -199,11 +227,8 @@ class FeatureMovingAverage(nn.Module):
                 )
             )
         sums, counts = class_sums(features, targets, self.num_classes, ignore_index=self.ignore_index)
-        if distributed:
-            # One collective: counts below 2^24 are exact in float32.
-            packed = torch.cat((sums, counts.unsqueeze(-1).to(sums.dtype)), dim=-1)
-            packed = all_reduce_sum(packed, self.process_group)
-            sums, counts = packed[:, :-1], packed[:, -1].detach().to(torch.int64)
+        if self._distributed:
+            sums, counts = self._summed_over_ranks(sums, counts)
         batch_means = sums / counts.clamp(min=1).unsqueeze(-1)
         step = self._step(counts, batch_means.dtype).unsqueeze(-1)
         return AverageState(
@@ -218,6 +243,46 @@ class FeatureMovingAverage(nn.Module):
             self.means.copy_(state.means)
             self.counts.copy_(state.counts)
             self.updates.copy_(state.updates)
+        if is_concrete(self.means) and not self.means.is_meta:
+            self._committed = stamp(self.means)
+
+    def _require_first_pass(self) -> None:
+        # Another run of the same pass would start from the averages after it, and update them once more.
+        # Where a caller hands in the averages of before (functional_call), these are other tensors.
+        again = (
+            is_concrete(self.means)
+            and not self.means.is_meta
+            and inside_backward()
+            and stamp(self.means) == self._committed
+        )
+        if again:
+            raise RecomputationError(
+                "a training pass of NearestETFHead or FeatureMovingAverage runs a second time, inside a "
+                "backward pass, as gradient checkpointing does: its gradient would be that of other class "
+                "means. Keep it outside of torch.utils.checkpoint; the body of the model may stay inside"
+            )
+
+    @property
+    def _distributed(self) -> bool:
+        return self.synchronize and world_size(self.process_group) > 1
+
+    def _summed_over_ranks(self, sums: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sums and counts of all ranks in one collective; ``None`` says that this rank has failed."""
+        like = self.means
+        failed = sums is None or counts is None
+        if sums is None or counts is None:
+            sums, counts = torch.zeros_like(like), self.counts
+        # Counts below 2^24 are exact in float32. The same dtype on every rank, whatever its features have.
+        packed = torch.cat((sums.to(like.dtype), counts.unsqueeze(-1).to(like.dtype)), dim=-1)
+        flag = packed.new_full((1, packed.shape[-1]), float(failed))
+        packed = all_reduce_sum(torch.cat((packed, flag)), self.process_group)
+        if not failed:
+            require_values(
+                packed[-1, 0].detach() == 0,
+                "another rank refused its batch, and says why; this rank could not go on alone",
+                RanksDisagreeError,
+            )
+        return packed[:-1, :-1], packed[:-1, -1].detach().to(torch.int64)
 
     def _step(self, counts: Tensor, dtype: torch.dtype) -> Tensor:
         """a_k for a batch with ``counts`` samples of each class; absent classes get 0, new ones 1."""
@@ -235,7 +300,7 @@ class FeatureMovingAverage(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "process_group": None}
+        return {**self.__dict__, "process_group": None, "_committed": None}
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_floating
+from etflayers.checks import require, require_floating, require_values
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
-from etflayers.functional.logits import linear_dtype
-from etflayers.precision import full_precision, working_dtype
+from etflayers.functional.logits import directions, linear_dtype
 
 __all__ = ["CodeHead", "LogitTerms"]
 
@@ -47,6 +46,9 @@ class CodeHead(nn.Module, ABC):
     a softmax temperature. The logits have the dtype of the features or, under autocast, autocast's, as those
     of ``nn.Linear`` have.
 
+    A scale that learns is a parameter: ``scale=nn.Parameter(torch.tensor(10.0))``, or assign one later. Keep
+    it positive, for instance by clamping it after each step of the optimizer.
+
     **A head of your own** defines :attr:`frame`. If W or m depends on the batch it overrides
     :meth:`logit_terms`, too; if it needs targets for that, it sets ``accepts_targets`` and asks
     :meth:`require_targets` for them. :meth:`reset_parameters` gives its tensors their first values again.
@@ -54,7 +56,7 @@ class CodeHead(nn.Module, ABC):
     Args:
         in_features: d >= 1.
         num_classes: K >= 1.
-        scale: s > 0.
+        scale: s > 0, a number or a scalar tensor; an ``nn.Parameter`` learns.
         normalize: whether to divide each feature vector by its length.
 
     Attributes:
@@ -84,12 +86,17 @@ class CodeHead(nn.Module, ABC):
     renamed_state: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
-        self, in_features: int, num_classes: int, *, scale: float = 1.0, normalize: bool = False
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        scale: float | Tensor = 1.0,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         require(in_features >= 1, f"in_features must be at least 1, got {in_features}")
         require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
-        require(0 < scale < float("inf"), f"scale must be positive and finite, got {scale}")
+        require_scale(scale)
         self.in_features = in_features
         self.num_classes = num_classes
         self.scale = scale
@@ -115,7 +122,7 @@ class CodeHead(nn.Module, ABC):
     def bias(self) -> Tensor | None:
         """The bias of the ``nn.Linear`` with the same logits, ``-s W m``, ``(K,)``; ``None`` for no center.
 
-        With ``normalize=True`` weight and bias are those of a linear layer after ``F.normalize``.
+        With ``normalize=True`` weight and bias are those of a linear layer on normalized features.
         """
         if self.center is None:
             return None
@@ -171,10 +178,7 @@ class CodeHead(nn.Module, ABC):
                 f"features must have shape (..., in_features) = (..., {self.in_features}), "
                 f"got {tuple(features.shape)}"
             )
-        if not self.normalize:
-            return features
-        with full_precision(features):
-            return F.normalize(features.to(working_dtype(features.dtype)), dim=-1)
+        return directions(features) if self.normalize else features
 
     def require_targets(self, targets: Tensor | None) -> Tensor:
         """``targets``, or those from :func:`~etflayers.nn.provide_targets`.
@@ -240,6 +244,31 @@ class CodeHead(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The arguments."""
         return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, scale={self.scale}, "
+            f"in_features={self.in_features}, num_classes={self.num_classes}, scale={_shown(self.scale)}, "
             f"normalize={self.normalize}"
         )
+
+
+def require_scale(scale: float | Tensor) -> None:
+    """Raise unless ``scale`` is a positive, finite number, or a scalar tensor that holds one."""
+    if isinstance(scale, Tensor):
+        require(
+            scale.ndim == 0 and scale.is_floating_point(),
+            f"scale must be a number or a scalar floating-point tensor, got {scale.dtype} of shape "
+            f"{tuple(scale.shape)}",
+        )
+        require_values(
+            (scale > 0) & torch.isfinite(scale), f"scale must be positive and finite, got {scale.detach()}"
+        )
+        return
+    require(
+        isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < float("inf"),
+        f"scale must be positive and finite, got {scale!r}",
+    )
+
+
+def _shown(scale: float | Tensor) -> str:
+    if not isinstance(scale, Tensor):
+        return str(scale)
+    value = "meta" if scale.is_meta else f"{float(scale.detach()):.4g}"
+    return f"{value} (learned)" if scale.requires_grad else value

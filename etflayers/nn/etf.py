@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers._torch import is_concrete, version
+from etflayers._torch import is_concrete, stamp
 from etflayers.errors import ManifoldError
 from etflayers.functional.nearest import nearest_etf
 from etflayers.geometry import centered_basis_apply, is_simplex_etf, require_etf_dims
@@ -55,7 +55,7 @@ class ETFHead(CodeHead):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, *, scale: float = 1.0, normalize: bool = False
+        self, in_features: int, num_classes: int, *, scale: float | Tensor = 1.0, normalize: bool = False
     ) -> None:
         require_etf_dims(num_classes, in_features)
         super().__init__(in_features, num_classes, scale=scale, normalize=normalize)
@@ -64,7 +64,7 @@ class ETFHead(CodeHead):
     def trust(self, stored: Tensor) -> None:
         """Note that ``stored`` has been written by the head itself, and is an ETF."""
         if is_concrete(stored) and stored.device.type != "meta":
-            self._trusted = _stamp(stored)
+            self._trusted = stamp(stored)
 
     def trusted(self, stored: Tensor) -> Tensor:
         """``stored``, ``(K, d)``, which is made an ETF again if others have written an average into it.
@@ -75,22 +75,17 @@ class ETFHead(CodeHead):
         Raises:
             ManifoldError: it is neither a simplex ETF nor an average of some.
         """
-        if is_concrete(stored) and stored.device.type != "meta" and _stamp(stored) != self._trusted:
+        if is_concrete(stored) and stored.device.type != "meta" and stamp(stored) != self._trusted:
             # A frame that was made in float32 and converted is as good as it was.
             if not is_simplex_etf(stored, atol=max(_ATOL, default_atol(stored.dtype))):
                 _require_average(stored, type(self).__name__)
                 with torch.no_grad():
                     stored.copy_(nearest_etf(stored))
-            self._trusted = _stamp(stored)
+            self._trusted = stamp(stored)
         return stored
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trusted": None}
-
-
-def _stamp(stored: Tensor) -> tuple[int, int]:
-    """Where the values are and how often they were written in place: not the same after a change."""
-    return stored.data_ptr(), 0 if stored.is_inference() else version(stored)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class FixedETFHead(ETFHead):
         num_classes: K >= 2.
         rotation: ``"auto"``: canonical for d = K - 1 and d = K, where it uses every feature, otherwise Haar;
             ``"canonical"``; ``"haar"``; or Q in St(d, K-1), ``(d, K-1)``, for the frame ``c E'Q'``.
-        scale: s > 0, multiplies the logits (inverse temperature).
+        scale: s > 0, multiplies the logits (inverse temperature); an ``nn.Parameter`` learns.
         normalize: whether to divide each feature vector by its length.
         generator: random numbers of the Haar rotation.
         device: of the frame.
@@ -65,7 +65,7 @@ class FixedETFHead(ETFHead):
         num_classes: int,
         *,
         rotation: Literal["auto", "canonical", "haar"] | Tensor = "auto",
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         normalize: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,

@@ -57,7 +57,7 @@ class LearnedETFHead(ETFHead):
     Args:
         in_features: d >= K - 1.
         num_classes: K >= 2.
-        scale: s > 0, multiplies the logits (inverse temperature).
+        scale: s > 0, multiplies the logits (inverse temperature); an ``nn.Parameter`` learns.
         normalize: whether to divide each feature vector by its length.
         manifold: ``None``: P, in free coordinates; ``"geoopt"``: Q, on the Stiefel manifold.
         rotation: where W starts: ``"haar"`` (uniformly random) or Q in St(d, K-1), ``(d, K-1)``.
@@ -95,7 +95,7 @@ class LearnedETFHead(ETFHead):
         in_features: int,
         num_classes: int,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         normalize: bool = False,
         manifold: Literal["geoopt"] | None = None,
         rotation: Literal["haar"] | Tensor = "haar",

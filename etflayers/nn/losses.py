@@ -16,6 +16,7 @@ from etflayers.functional.reduction import Reduction, require_reduction
 from etflayers.kernels import Impl
 from etflayers.nn.base import CodeHead
 from etflayers.nn.fixed import FixedETFHead
+from etflayers.precision import working_dtype
 
 __all__ = ["DotRegressionLoss", "ETFCrossEntropy"]
 
@@ -111,7 +112,7 @@ class ETFCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         require(isinstance(head, CodeHead), f"head must be a CodeHead, got {type(head).__name__}")
-        require_loss_options(head.scale, label_smoothing, reduction, chunk_size)
+        require_loss_options(1.0, label_smoothing, reduction, chunk_size)
         self.head = head
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -123,11 +124,12 @@ class ETFCrossEntropy(nn.Module):
         """The loss of features ``(..., d)`` for ``targets`` ``(...)``; in training the head learns."""
         head = self.head
         if isinstance(head, FixedETFHead) and head.canonical:
+            inputs, scale = _scaled(head.inputs(features), head.scale)
             return etf_cross_entropy(
-                head.inputs(features),
+                inputs,
                 targets,
                 head.num_classes,
-                scale=head.scale,
+                scale=scale,
                 label_smoothing=self.label_smoothing,
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
@@ -135,11 +137,12 @@ class ETFCrossEntropy(nn.Module):
             )
         inputs, frame, center = head.logit_terms(features, targets)
         # Before the product, as in the head.
+        inputs, scale = _scaled(inputs if center is None else inputs - center, head.scale)
         return code_cross_entropy(
-            inputs if center is None else inputs - center,
+            inputs,
             frame,
             targets,
-            scale=head.scale,
+            scale=scale,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -153,3 +156,10 @@ class ETFCrossEntropy(nn.Module):
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
             f"reduction={self.reduction!r}"
         )
+
+
+def _scaled(inputs: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
+    """Inputs and a number with the same product; a scale that is a tensor gets its gradient by the inputs."""
+    if not isinstance(scale, Tensor):
+        return inputs, scale
+    return inputs.to(working_dtype(inputs.dtype)) * scale, 1.0

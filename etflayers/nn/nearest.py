@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from etflayers.adjoints import Adjoint
 from etflayers.checks import reads_values, require, require_floating
+from etflayers.errors import EtfLayersError
 from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn.averages import FeatureMovingAverage, Momentum, keep_precision
 from etflayers.nn.base import LogitTerms
@@ -47,7 +48,8 @@ class NearestETFHead(ETFHead):
 
     In eval mode, and for what a checkpoint needs, everything is in buffers: no targets, a batch of one is
     fine, and a resumed run continues with the same numbers. A training pass changes them, under
-    ``torch.no_grad`` too, as in BatchNorm. Gradient checkpointing would run it twice: keep the head outside.
+    ``torch.no_grad`` too, as in BatchNorm. Gradient checkpointing, which would run it
+    twice, is refused: keep the head outside.
 
     Averages of models (EMA or SWA with their buffers) average frames, and an average of ETFs is none. The
     head makes it one again before it uses it: the nearest ETF to the average (eagerly; a compiled eval pass
@@ -59,7 +61,7 @@ class NearestETFHead(ETFHead):
     Args:
         in_features: d >= K - 1.
         num_classes: K >= 2.
-        scale: s > 0, multiplies the logits (inverse temperature).
+        scale: s > 0, multiplies the logits (inverse temperature); an ``nn.Parameter`` learns.
         normalize: whether to divide each feature vector by its length.
         momentum: of the class means: see :class:`~etflayers.nn.FeatureMovingAverage`.
         center: whether to subtract m.
@@ -119,7 +121,7 @@ class NearestETFHead(ETFHead):
         in_features: int,
         num_classes: int,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         normalize: bool = False,
         momentum: Momentum = 0.1,
         center: bool = True,
@@ -206,15 +208,17 @@ class NearestETFHead(ETFHead):
             InvalidArgumentError: shapes or dtypes that do not fit, targets out of range, or a rule whose
                 frame is not a simplex ETF.
             NonFiniteError: NaN or infinity in the features.
+            RecomputationError: this is the second forward pass of gradient checkpointing.
+            RanksDisagreeError: another rank has refused its batch.
         """
-        inputs = self.inputs(features)
-        frame = self.frame
-        if torch.is_grad_enabled() and inputs.requires_grad:
-            # A graph keeps the frame for its backward pass, and a training pass overwrites the buffer.
-            frame = frame.clone()
         if not self.training:
-            return LogitTerms(inputs, frame, self.global_mean)
-        targets = self.require_targets(targets)
+            inputs = self.inputs(features)
+            return LogitTerms(inputs, self._frame_beside(inputs), self.global_mean)
+        try:
+            inputs, targets = self.inputs(features), self.require_targets(targets)
+        except EtfLayersError as error:
+            self.averages.refuse(error)
+        frame = self._frame_beside(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach), full_precision(inputs):
             state = self.averages.propose(inputs, targets)
             seen = state.counts > 0
@@ -233,6 +237,11 @@ class NearestETFHead(ETFHead):
         self.averages.commit(state)
         self._commit(frame, center)
         return LogitTerms(inputs, frame, center)
+
+    def _frame_beside(self, inputs: Tensor) -> Tensor:
+        """W, in a copy where a graph will keep it: a training pass overwrites the buffer."""
+        keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
+        return self.frame.clone() if keeps_graph else self.frame
 
     def _check(self, frame: Tensor) -> None:
         """Raise unless the frame of a rule that is not ours is a simplex ETF."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from etflayers.errors import EtfLayersError
 from etflayers.nn import FeatureMovingAverage, FixedETFHead, NearestETFHead, provide_targets
 from etflayers.nn.distributed import all_reduce_sum, world_size
 
@@ -93,6 +94,30 @@ def averages(rank: int | None, **options: Any) -> list[Tensor]:
     return result
 
 
+def refusals(rank: int) -> list[str]:
+    """What rank 0 and the others raise for batches that only rank 0 cannot take."""
+    bad: dict[str, tuple[Tensor, Tensor | None]] = {
+        "width": (torch.ones(4, 5), torch.arange(4)),
+        "dtype": (torch.ones(4, 6).long(), torch.arange(4)),
+        "no targets": (torch.ones(4, 6), None),
+        "range": (torch.ones(4, 6), torch.arange(4) + 1),
+        "NaN": (torch.full((4, 6), torch.nan), torch.arange(4)),
+    }
+    head = NearestETFHead(6, 4)
+    head(torch.randn(8, 6), torch.arange(8) % 4)
+    raised = []
+    for features, targets in bad.values():
+        before = copy.deepcopy(head.state_dict())
+        try:
+            head(features, targets) if rank == 0 else head(torch.randn(4, 6), torch.arange(4))
+        except EtfLayersError as error:
+            raised.append(type(error).__name__)
+        for name, tensor in head.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+    head(torch.randn(4, 6), torch.arange(4))  # and the run can go on
+    return raised
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
@@ -107,6 +132,7 @@ def worker(rank: int, folder: str) -> None:
     results["copy"] = copy.deepcopy(NearestETFHead(6, 4, process_group=group)).averages.process_group
     fixed = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), FixedETFHead(6, 4)))
     results["fixed"] = fixed(torch.ones(1, 5)).detach()
+    results["refusals"] = refusals(rank)
     x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(all_reduce_sum(x).pow(3), x, create_graph=True)
     results["reduce"] = (world_size(), first.detach(), torch.autograd.grad(first, x)[0])
@@ -160,6 +186,18 @@ def test_without_synchronize_each_rank_keeps_to_itself(ranks: list[dict[str, Any
 
 def test_a_process_group_does_not_stop_a_copy(ranks: list[dict[str, Any]]) -> None:
     assert [results["copy"] for results in ranks] == [None, None]
+
+
+def test_every_rank_raises_where_one_refuses_its_batch(ranks: list[dict[str, Any]]) -> None:
+    """The others would wait in the sum over ranks, until the whole run is aborted."""
+    assert ranks[0]["refusals"] == [
+        "InvalidArgumentError",
+        "InvalidArgumentError",
+        "MissingTargetsError",
+        "InvalidArgumentError",
+        "NonFiniteError",
+    ]
+    assert ranks[1]["refusals"] == ["RanksDisagreeError"] * 5
 
 
 def test_the_fixed_head_works_inside_ddp(ranks: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import is_simplex_etf, random_stiefel, simplex_etf
-from etflayers.nn import ETFHead, FixedETFHead, NearestETFHead
+from etflayers.nn import ETFCrossEntropy, ETFHead, FixedETFHead, NearestETFHead
 
 if TYPE_CHECKING:
     from tests.nn.conftest import MakeHead
@@ -115,6 +115,44 @@ def test_to_linear_gives_the_same_logits_and_draws_no_random_numbers(
 def test_to_linear_refuses_to_be_silently_wrong_about_normalization(make_head: MakeHead) -> None:
     with pytest.raises(InvalidArgumentError, match=r"to_linear\(normalized_inputs=True\)"):
         make_head(normalize=True).to_linear()
+
+
+@pytest.mark.parametrize("dead", [0.0, 1e-20])
+def test_a_dead_feature_has_no_direction_and_no_gradient(make_head: MakeHead, dead: float) -> None:
+    """Divided by 1e-12, as F.normalize does, its gradient was 3.6e11 beside neighbors of .05."""
+    head = make_head(normalize=True)
+    features, targets = batch(torch.Generator().manual_seed(0))
+    features[3] = dead
+    features.requires_grad_()
+    for training in (True, False):
+        loss = F.cross_entropy(head.train(training)(features, targets), targets)
+        (grad,) = torch.autograd.grad(loss, features)
+        assert bool(torch.isfinite(grad).all())
+        assert not grad[3].any()
+        assert float(grad.abs().max()) < 10
+
+
+def test_a_scale_that_learns(make_head: MakeHead, generator: torch.Generator) -> None:
+    """It trains through the logits and through the fused loss alike."""
+    features, targets = batch(generator)
+    learned, constant = make_head(scale=2.5).eval(), make_head(scale=2.5).eval()
+    learned.scale = nn.Parameter(torch.tensor(2.5))
+    torch.testing.assert_close(learned(features), constant(features))
+    torch.testing.assert_close(learned.weight, constant.weight)
+    assert "scale=2.5 (learned)" in repr(learned)
+    assert "scale" in learned.state_dict()
+
+    expected = F.cross_entropy(learned(features), targets)
+    loss = ETFCrossEntropy(learned)(features, targets)
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(value, learned.scale)[0] for value in (loss, expected)]
+    torch.testing.assert_close(grads[0], grads[1])
+    assert abs(float(grads[0])) > 1e-4
+
+    torch.optim.SGD([learned.scale], lr=0.1).step()
+    twin = copy.deepcopy(learned)
+    assert isinstance(twin.scale, nn.Parameter)
+    assert twin.to_linear().weight.shape == (4, 6)
 
 
 # --- state ------------------------------------------------------------------------------------------------
@@ -373,6 +411,9 @@ def test_features_of_a_wrong_kind_are_named(make_head: MakeHead) -> None:
         ((6, 1), {}, "num_classes must be at least 2, got 1"),
         ((6, 4), {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
         ((6, 4), {"scale": float("nan")}, "scale must be positive and finite"),
+        ((6, 4), {"scale": True}, "scale must be positive and finite, got True"),
+        ((6, 4), {"scale": torch.ones(2)}, r"scale must be a number or a scalar .* got .* of shape \(2,\)"),
+        ((6, 4), {"scale": torch.tensor(-1.0)}, "scale must be positive and finite, got -1"),
         ((6, 4), {"dtype": torch.int64}, "dtype"),
     ],
 )

@@ -13,10 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from etflayers.errors import EtfLayersError, InvalidArgumentError, MissingTargetsError, NonFiniteError
+from etflayers.errors import (
+    EtfLayersError,
+    InvalidArgumentError,
+    MissingTargetsError,
+    NonFiniteError,
+    RecomputationError,
+)
 from etflayers.geometry import is_simplex_etf, simplex_etf
-from etflayers.nn import NearestETFHead, provide_targets
+from etflayers.nn import FeatureMovingAverage, NearestETFHead, provide_targets
 
 IGNORE = -100
 Array = npt.NDArray[np.float64]
@@ -325,6 +332,54 @@ def test_a_process_group_does_not_stop_copies_and_pickles() -> None:
     assert pickle.loads(pickle.dumps(head)).averages.process_group is None
     assert copy.deepcopy(head).averages.process_group is None
     assert head.averages.process_group is not None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradient_checkpointing_around_the_head_is_refused(use_reentrant: bool, detach: bool) -> None:
+    """Run again, the pass starts from the averages after it: the gradient was 12% wrong, in silence."""
+    head = double_head(detach=detach)
+    body = nn.Linear(6, 6, dtype=torch.float64)
+    features, targets = stream(1, classes=[0, 1, 2, 3])[0]
+    features.requires_grad_()
+
+    logits = checkpoint(lambda f: head(body(f), targets), features, use_reentrant=use_reentrant)
+    updates = head.averages.updates.clone()
+    with pytest.raises(RecomputationError, match=r"outside of torch.utils.checkpoint"):
+        logits.sum().backward()
+    assert torch.equal(head.averages.updates, updates)
+
+    # The body may be inside, and in eval mode the head as well.
+    head(checkpoint(body, features, use_reentrant=use_reentrant), targets).sum().backward()
+    head.eval()
+    expected = torch.autograd.grad(head(body(features)).sum(), features)[0]
+    features.grad = None
+    checkpoint(lambda f: head(body(f)), features, use_reentrant=use_reentrant).sum().backward()
+    torch.testing.assert_close(features.grad, expected)
+
+
+def test_an_average_by_itself_is_not_run_twice_either() -> None:
+    average = FeatureMovingAverage(6, 4)
+    features = torch.randn(8, 6, requires_grad=True)
+    means = checkpoint(average, features, torch.arange(8) % 4, use_reentrant=False)
+    with pytest.raises(RecomputationError):
+        means.sum().backward()
+
+
+def test_closures_that_run_the_pass_several_times_a_step() -> None:
+    """L-BFGS evaluates its closure many times; each is a training pass of its own with its own gradient."""
+    head, body = double_head(), nn.Linear(6, 6, dtype=torch.float64)
+    features, targets = stream(1, classes=[0, 1, 2, 3])[0]
+    optimizer = torch.optim.LBFGS(body.parameters(), max_iter=5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(body(features), targets), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert int(head.averages.updates[0]) > 1
 
 
 # --- bad input --------------------------------------------------------------------------------------------
