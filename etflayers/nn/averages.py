@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etflayers._torch import inside_backward, is_concrete, stamp
-from etflayers.checks import require, require_floating, require_values
+from etflayers.checks import require, require_flag, require_floating, require_size, require_values
 from etflayers.errors import (
     EtfLayersError,
     InvalidArgumentError,
@@ -119,12 +119,14 @@ class FeatureMovingAverage(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require(in_features >= 1, f"in_features must be at least 1, got {in_features}")
-        require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+        require_size("in_features", in_features)
+        require_size("num_classes", num_classes)
+        require_size("ignore_index", ignore_index, at_least=None)
+        require_flag("synchronize", synchronize)
         require(
             momentum is None
             or momentum == "2/(t+1)"
-            or (isinstance(momentum, (int, float)) and 0 < momentum <= 1),
+            or (isinstance(momentum, (int, float)) and not isinstance(momentum, bool) and 0 < momentum <= 1),
             f"momentum must be a number in (0, 1], None (cumulative) or '2/(t+1)', got {momentum!r}",
         )
         dtype = torch.get_default_dtype() if dtype is None else dtype

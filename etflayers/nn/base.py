@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_floating, require_values
+from etflayers.checks import (
+    require,
+    require_flag,
+    require_floating,
+    require_number,
+    require_size,
+    require_values,
+)
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
 from etflayers.functional.logits import directions, linear_dtype
 
@@ -94,9 +101,10 @@ class CodeHead(nn.Module, ABC):
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        require(in_features >= 1, f"in_features must be at least 1, got {in_features}")
-        require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+        require_size("in_features", in_features)
+        require_size("num_classes", num_classes)
         require_scale(scale)
+        require_flag("normalize", normalize)
         self.in_features = in_features
         self.num_classes = num_classes
         self.scale = scale
@@ -258,13 +266,10 @@ def require_scale(scale: float | Tensor) -> None:
             f"{tuple(scale.shape)}",
         )
         require_values(
-            (scale > 0) & torch.isfinite(scale), f"scale must be positive and finite, got {scale.detach()}"
+            (scale > 0) & torch.isfinite(scale), f"scale must be a finite number > 0, got {scale.detach()}"
         )
         return
-    require(
-        isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < float("inf"),
-        f"scale must be positive and finite, got {scale!r}",
-    )
+    require_number("scale", scale, positive=True)
 
 
 def _shown(scale: float | Tensor) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from etflayers._torch import is_concrete, stamp
+from etflayers.checks import require_size
 from etflayers.errors import ManifoldError
 from etflayers.functional.nearest import nearest_etf
 from etflayers.geometry import centered_basis_apply, is_simplex_etf, require_etf_dims
@@ -57,6 +58,8 @@ class ETFHead(CodeHead):
     def __init__(
         self, in_features: int, num_classes: int, *, scale: float | Tensor = 1.0, normalize: bool = False
     ) -> None:
+        require_size("in_features", in_features)
+        require_size("num_classes", num_classes)
         require_etf_dims(num_classes, in_features)
         super().__init__(in_features, num_classes, scale=scale, normalize=normalize)
         self._trusted: tuple[int, int] | None = None

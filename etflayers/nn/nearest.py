@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etflayers.adjoints import Adjoint
-from etflayers.checks import reads_values, require, require_floating
+from etflayers.checks import reads_values, require, require_flag, require_floating, require_number
 from etflayers.errors import EtfLayersError
 from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn.averages import FeatureMovingAverage, Momentum, keep_precision
@@ -140,7 +140,9 @@ class NearestETFHead(ETFHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, scale=scale, normalize=normalize)
-        require(0 <= proximity < float("inf"), f"proximity must be a finite number >= 0, got {proximity}")
+        require_number("proximity", proximity)
+        require_flag("center", center)
+        require_flag("detach", detach)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         require_floating("dtype", dtype)
         dtype = working_dtype(dtype)
@@ -327,6 +329,7 @@ def _checked_class_weights(class_weights: Tensor, num_classes: int) -> Tensor:
         class_weights.shape == (num_classes,),
         f"class_weights must have shape (num_classes,) = ({num_classes},), got {tuple(class_weights.shape)}",
     )
+    require_floating("class_weights", class_weights.dtype)
     values = class_weights.detach().double()
     require(
         bool((values >= 0).all() & torch.isfinite(values).all() & (values > 0).any()),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.adjoints import Adjoint, StiefelAdjoint
-from etflayers.checks import require
+from etflayers.checks import require_number, require_size
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.functional.nearest import nearest_etf
 from etflayers.functional.spread import unit_spread
@@ -136,7 +136,7 @@ class MahalanobisNearestETF(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require(in_features >= 1, f"in_features must be at least 1, got {in_features}")
+        require_size("in_features", in_features)
         self.factor = nn.Parameter(torch.eye(in_features, device=device, dtype=dtype))
         self.solver = solver
         self.adjoint = adjoint
@@ -207,7 +207,7 @@ class HuberNearestETF(nn.Module):
         adjoint: StiefelAdjoint | None = None,
     ) -> None:
         super().__init__()
-        require(0 < threshold < float("inf"), f"threshold must be a finite number > 0, got {threshold}")
+        require_number("threshold", threshold, positive=True)
         self.threshold = threshold
         self.solver = solver
         self.adjoint = adjoint
