@@ -72,20 +72,30 @@ class ETFHead(CodeHead):
     def trusted(self, stored: Tensor) -> Tensor:
         """``stored``, ``(K, d)``, which is made an ETF again if others have written an average into it.
 
-        It is looked at once after each change, which on an accelerator waits for the device. While PyTorch
-        traces it has no values, and is taken as it is.
+        It is looked at once after each change, which on an accelerator waits for the device: after a load or
+        a move, and in eval mode after any write. (In training DistributedDataParallel writes the buffers of
+        the first rank into the others before every pass.) While PyTorch traces it has no values, and is
+        taken as it is.
 
         Raises:
             ManifoldError: it is neither a simplex ETF nor an average of some.
         """
-        if is_concrete(stored) and stored.device.type != "meta" and stamp(stored) != self._trusted:
-            # A frame that was made in float32 and converted is as good as it was.
-            if not is_simplex_etf(stored, atol=max(_ATOL, default_atol(stored.dtype))):
-                _require_average(stored, type(self).__name__)
-                with torch.no_grad():
-                    stored.copy_(nearest_etf(stored))
-            self._trusted = stamp(stored)
+        if not is_concrete(stored) or stored.device.type == "meta":
+            return stored
+        now, known = stamp(stored), self._trusted
+        if known is not None and (now[0] == known[0] if self.training else now == known):
+            return stored
+        # A frame that was made in float32 and converted is as good as it was.
+        if not is_simplex_etf(stored, atol=max(_ATOL, default_atol(stored.dtype))):
+            _require_average(stored, type(self).__name__)
+            with torch.no_grad():
+                stored.copy_(nearest_etf(stored))
+        self._trusted = stamp(stored)
         return stored
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._trusted = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_trusted": None}
