@@ -66,6 +66,21 @@ def test_agrees_with_the_cross_entropy_of_logits(
     )
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="came with PyTorch 2.13")
+def test_agrees_with_the_loss_of_that_kind_in_pytorch() -> None:
+    """The same numbers; what theirs cannot is what the docstring says, and the other tests of this file."""
+    features, frame = features_of(5).requires_grad_(), frame_of(4, 5).requires_grad_()
+    theirs = F.linear_cross_entropy(features, frame, TARGETS, label_smoothing=0.1)
+    ours = code_cross_entropy(features, frame, TARGETS, label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (features, frame)),
+        torch.autograd.grad(theirs, (features, frame)),
+        rtol=1e-12,
+        atol=1e-13,
+    )
+
+
 @pytest.mark.parametrize("form", ["canonical", "linear"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_derivatives_in_both_modes_to_second_order(form: str, reduction: str) -> None:
