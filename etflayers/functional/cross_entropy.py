@@ -114,9 +114,9 @@ def code_cross_entropy(
     ``F.linear`` would use, losses are float32 or better. Differentiable to any order and in both modes;
     derivatives other than the first in reverse mode do make all logits.
 
-    PyTorch 2.13 has ``F.linear_cross_entropy`` for the same loss. Its chunked path computes both gradients in the
-    forward pass, and has neither second derivatives nor ``torch.func``. This one has them, and a scale, a Triton
-    kernel for the softmax, and older versions of PyTorch.
+    PyTorch 2.13 has ``F.linear_cross_entropy`` for the same loss. Its chunked path computes both gradients in
+    the forward pass, and has neither second derivatives nor ``torch.func``. This one has them, and a scale, a
+    Triton kernel for the softmax, and older versions of PyTorch.
 
     Args:
         features: f, ``(..., d)``. NaN gives a NaN loss; in an ignored sample only a NaN gradient in the
