@@ -23,6 +23,7 @@ from etflayers.errors import (
 )
 
 __all__ = [
+    "describe_argument",
     "reads_values",
     "require",
     "require_concrete",
@@ -37,6 +38,15 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`InvalidArgumentError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise InvalidArgumentError(message)
+
+
+def describe_argument(value: object) -> str:
+    """What a value is, for a message: a class by its name, so that it is not taken for an instance of it.
+
+    >>> describe_argument("svd"), describe_argument(dict)
+    ("'svd'", 'the class dict')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
 
 
 def require_floating(name: str, dtype: torch.dtype) -> None:

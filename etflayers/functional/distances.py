@@ -19,6 +19,9 @@ vertex pulls with force delta, however far it is. The best t is a weighted mean 
 weights min(1, delta / |u_k - t|), which depend on t; it is found by repeating that. The means are first
 centered at their coordinatewise median, where the repetition starts, and r is the median distance from there:
 a few corrupted means move neither. The solver starts from the nearest ETF of means clipped to the length r.
+
+X <-> means or rows, EX / r <-> coordinates, L <-> factor, Q <-> rotation, r <-> size, c <-> radius,
+delta <-> threshold, t <-> center, u_k - t <-> gap - center.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from etflayers.adjoints import StiefelAdjoint
+from etflayers.adjoints import Adjoint
 from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.functional.nearest import nearest_etf, require_means
 from etflayers.functional.stiefel import stiefel_argmin
@@ -47,7 +50,7 @@ def mahalanobis_nearest_etf(
     factor: Tensor,
     *,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Tensor:
     r"""Minimize ``sum_k |L'(x_k / r - w_k - t)|^2`` over simplex ETFs W and translations t.
 
@@ -100,7 +103,7 @@ def huber_nearest_etf(
     *,
     threshold: float | Tensor = 0.25,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Tensor:
     r"""Minimize the Huber loss ``sum_k rho(|x_k / r - w_k - t|)`` over simplex ETFs W and translations t.
 
@@ -163,7 +166,7 @@ def _nearest(
     *,
     like: Tensor,
     solver: StiefelSolver | None,
-    adjoint: StiefelAdjoint | None,
+    adjoint: Adjoint | None,
 ) -> Tensor:
     """The frame of the minimizing rotation, which is looked for from the nearest ETF of ``plain``."""
     radius = etf_radius(like.shape[-2])

@@ -20,6 +20,8 @@ and the standard deviation s of the K eigenvalues of G, which the trace and the 
 
 is never worse than the trace and is sharp at neural collapse, where s = 0; the largest absolute row sum is
 another upper bound. The null direction of G is filled with the mean of its other eigenvalues.
+
+G <-> gram, Y <-> root, Z <-> inverse, T <-> product, a <-> scale, l <-> low, M_c <-> rows, c <-> etf_radius.
 """
 
 from __future__ import annotations
@@ -31,9 +33,8 @@ from torch import Tensor
 
 from etflayers.checks import reads_values, require, require_values
 from etflayers.errors import ConvergenceError
-from etflayers.geometry import etf_radius
-from etflayers.solvers.gram import centered_rows
-from etflayers.solvers.polar import FrameOnlySolver
+from etflayers.geometry import centered_rows, etf_radius
+from etflayers.solvers.frame_solver import FrameOnlySolver
 
 __all__ = ["NewtonSchulz"]
 
