@@ -30,7 +30,7 @@ from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, rank_cutoff
 from etflayers.status import Status
 
-__all__ = ["NearestETFSolution", "frame_of", "nearest_etf", "solve_nearest_etf"]
+__all__ = ["NearestETFSolution", "frame_of", "linear_form", "nearest_etf", "solve_nearest_etf"]
 
 _DEFAULT_SOLVER = ByRegime()
 
@@ -107,7 +107,7 @@ def nearest_etf(
             [-0.5000,  1.0000, -0.5000],
             [-0.5000, -0.5000,  1.0000]])
     """
-    linear = _linear_form(means, weights, anchor, proximity)
+    linear = _checked_linear_form(means, weights, anchor, proximity)
     require_finite(linear, f"means: {Status.NON_FINITE.message}")
     return frame_of(linear, solver=solver, adjoint=adjoint).to(means.dtype)
 
@@ -179,7 +179,7 @@ def solve_nearest_etf(
     >>> solve_nearest_etf(torch.zeros(3, 3)).status
     <Status.RANK_DEFICIENT: 1>
     """
-    linear = _linear_form(means, weights, anchor, proximity)
+    linear = _checked_linear_form(means, weights, anchor, proximity)
     finite = torch.isfinite(linear).all(-1).all(-1)
     linear = torch.where(finite[..., None, None], linear, 0)
     frame = frame_of(linear, solver=solver, adjoint=adjoint)
@@ -213,27 +213,50 @@ def _residual(frame: Tensor, linear: Tensor) -> Tensor:
     return torch.maximum(feasibility, symmetry)
 
 
-def _linear_form(
+def linear_form(
+    means: Tensor,
+    weights: Tensor | None = None,
+    anchor: Tensor | None = None,
+    proximity: float | Tensor = 0.0,
+) -> Tensor:
+    """M of the derivation at the head of this module, for :func:`frame_of`; no argument is checked.
+
+    Args:
+        means: X, ``(..., K, d)``.
+        weights: omega, ``(..., K)``; default all ones.
+        anchor: A, ``(..., K, d)``; default none.
+        proximity: delta, a number or a tensor ``(...)``.
+
+    Returns:
+        M, ``(..., K, d)``, in the dtype of the means.
+
+    >>> linear_form(torch.eye(2), torch.ones(2), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 0.5)
+    tensor([[ 1., -1.],
+            [-1.,  1.]])
+    """
+    linear = means if weights is None else _weighted(means, weights.to(means.dtype))
+    if anchor is None:
+        return linear
+    pull = proximity[..., None, None].to(means.dtype) if isinstance(proximity, Tensor) else proximity
+    return linear + pull * anchor.to(means.dtype)
+
+
+def _checked_linear_form(
     means: Tensor, weights: Tensor | None, anchor: Tensor | None, proximity: float | Tensor
 ) -> Tensor:
-    """M of the module's derivation, in the working precision, after checking every argument."""
+    """M in the working precision, after checking every argument."""
     require_means(means)
-    dtype = working_dtype(means.dtype)
-    linear = means.to(dtype)
     if weights is not None:
         _check_weights(weights, means)
-        linear = _weighted(linear, weights.to(dtype))
     if anchor is not None:
         _check_anchor(anchor, means)
         _check_proximity(proximity)
-        pull = proximity[..., None, None].to(dtype) if isinstance(proximity, Tensor) else proximity
-        linear = linear + pull * anchor.to(dtype)
     else:
         require(
             not isinstance(proximity, Tensor) and proximity == 0,
             f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
         )
-    return linear
+    return linear_form(means.to(working_dtype(means.dtype)), weights, anchor, proximity)
 
 
 def require_means(means: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from etflayers.linalg.conjugate_gradients import ConjugateGradients, LinearSolution, conjugate_gradients
 from etflayers.linalg.lanczos import extreme_eigenvalues
-from etflayers.linalg.matrices import inner, norm, pair_sums, spectral
+from etflayers.linalg.matrices import inner, norm, pair_sums, spectral, spectral_bounds, trace
 from etflayers.linalg.sylvester import Eigenbasis, Root, Spectrum, solve_sylvester
 
 __all__ = [
@@ -18,4 +18,6 @@ __all__ = [
     "pair_sums",
     "solve_sylvester",
     "spectral",
+    "spectral_bounds",
+    "trace",
 ]

@@ -19,8 +19,8 @@ __all__ = ["ByRegime"]
 # Below this many classes a product costs less than its launch: float32 gains nothing over float64.
 _SMALL = 32
 # In float32, from this many classes or this kappa on, the rounding of the eigenvectors has to be mended.
-_LARGE = 256
-_ROUNDED_KAPPA = 3.0
+_LARGE = 128
+_ROUNDED_KAPPA = 2.0
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_a_state_answers_by_its_definitions(solver, num_classes, in_features):
     torch.testing.assert_close(root @ solution + solution @ root, rhs, **exact)
 
 
-@pytest.mark.parametrize("kappa", [1.0, 2.9, 3.1, 4.3, 4.5, 1e3, 9e4, 2e5, 1e6])
+@pytest.mark.parametrize("kappa", [1.0, 1.9, 2.1, 4.3, 4.5, 1e3, 9e4, 2e5, 1e6])
 @pytest.mark.parametrize("num_classes", [5, 40])
 def test_every_regime_of_float32_is_accurate(kappa, num_classes):
     # One unit in the last place of the data already moves the exact frame by about eps * kappa, so the bound

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
 from etflayers import SVD, Implicit, nearest_etf, simplex_etf
+from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import is_simplex_etf
 from etflayers.kernels.polar import RootState, polar, polar_adjoint
 from etflayers.kernels.polar.triton import fused_polar, fused_polar_adjoint
@@ -102,6 +103,19 @@ def test_forced_as_a_solver_and_differentiated_twice() -> None:
         grads.append((frame, first, second))
     for mine, theirs in zip(*grads, strict=True):
         assert relative_error(mine, theirs) < 4 * EPS
+
+
+def test_a_wide_linear_form_of_narrow_data() -> None:
+    # Not a sum of float32 numbers: rounding it first would leave four digits of the smallest direction.
+    linear = means_with_condition(5, 8, 1e4)
+    found, exact = polar(linear, precision=torch.float32, impl="triton"), SVD().solve(linear)
+    assert found.frame.dtype == torch.float64
+    assert relative_error(found.frame, exact.frame) < EPS
+    direction = torch.randn(5, 8, dtype=torch.float64)
+    gradient = polar_adjoint(direction, found)
+    assert relative_error(gradient, exact_adjoint(direction, linear, exact.frame)) < EPS
+    with pytest.raises(InvalidArgumentError, match=r"not torch\.float64"):
+        polar(linear, impl="triton")
 
 
 def test_nan_is_asserted_on() -> None:
