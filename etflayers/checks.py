@@ -25,6 +25,7 @@ from etflayers.errors import (
 )
 
 __all__ = [
+    "describe_argument",
     "reads_values",
     "require",
     "require_concrete",
@@ -66,6 +67,15 @@ def require_number(name: str, value: object, *, positive: bool = False) -> None:
     number = float(value) if is_number else math.nan  # type: ignore[arg-type]
     fits = math.isfinite(number) and (number > 0 if positive else number >= 0)
     require(fits, f"{name} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
+
+
+def describe_argument(value: object) -> str:
+    """What a value is, for a message: a class by its name, so that it is not taken for an instance of it.
+
+    >>> describe_argument("svd"), describe_argument(dict)
+    ("'svd'", 'the class dict')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
 
 
 def require_floating(name: str, dtype: torch.dtype) -> None:

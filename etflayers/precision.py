@@ -1,4 +1,4 @@
-"""In which precision a factorization runs: never under autocast, never in half precision."""
+"""In which precision a factorization runs (no autocast, no half precision), and what that allows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_dtype", "full_precision", "working_dtype"]
+__all__ = ["autocast_dtype", "default_tolerance", "full_precision", "smallest_divisor", "working_dtype"]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,6 +23,20 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def smallest_divisor(dtype: torch.dtype) -> float:
+    """A number so small that a gradient divided by a smaller one overflows data of precision ``dtype``."""
+    return float(torch.finfo(dtype).tiny ** 0.75)
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """How small a gradient, or the residual of a linear system, rounding lets us ask for: eps^(3/4).
+
+    >>> f"{default_tolerance(torch.float64):.0e}, {default_tolerance(torch.float32):.0e}"
+    '2e-12, 6e-06'
+    """
+    return float(torch.finfo(dtype).eps ** 0.75)
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:

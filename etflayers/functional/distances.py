@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.adjoints import StiefelAdjoint
+from etflayers.adjoints import Adjoint
 from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.functional.nearest import (
     check_anchor,
@@ -61,7 +61,7 @@ def mahalanobis_nearest_etf(
     anchor: Tensor | None = None,
     proximity: float = 0.0,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Tensor:
     r"""Minimize ``sum_k omega_k |L'(x_k / r - w_k - t)|^2 + delta |W - A|^2`` over simplex ETFs W and t.
 
@@ -124,7 +124,7 @@ def huber_nearest_etf(
     anchor: Tensor | None = None,
     proximity: float = 0.0,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Tensor:
     r"""Minimize ``sum_k omega_k rho(|x_k / r - w_k - t|) + delta/2 |W - A|^2`` over simplex ETFs W and t.
 
@@ -264,7 +264,7 @@ def _nearest(
     *,
     like: Tensor,
     solver: StiefelSolver | None,
-    adjoint: StiefelAdjoint | None,
+    adjoint: Adjoint | None,
 ) -> Tensor:
     """The frame of the minimizing rotation, which is looked for from the nearest ETF of ``plain``."""
     radius = etf_radius(like.shape[-2])

@@ -116,6 +116,7 @@ def use_triton(
     num_classes: int,
     in_features: int | None = None,
     batch: int | None = None,
+    dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> bool:
     """Whether a call of ``op`` with ``tensor``, which has its device and dtype, takes the Triton kernel.
@@ -123,6 +124,7 @@ def use_triton(
     Args:
         op: as in :func:`describe`.
         tensor: whose device and dtype decide.
+        dtype: of the data, where ``tensor`` has been computed from them in a wider one.
         num_classes: as in :func:`describe`.
         in_features: as in :func:`describe`.
         batch: as in :func:`describe`.
@@ -144,7 +146,7 @@ def use_triton(
     choice = describe(
         op,
         device=tensor.device,
-        dtype=tensor.dtype,
+        dtype=tensor.dtype if dtype is None else dtype,
         num_classes=num_classes,
         in_features=in_features,
         batch=batch,

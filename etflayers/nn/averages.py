@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from etflayers._torch import inside_backward, is_concrete, stamp
-from etflayers.checks import require, require_flag, require_floating, require_size, require_values
+from etflayers.checks import require_flag, require_floating, require_size, require_values
 from etflayers.errors import (
     EtfLayersError,
     InvalidArgumentError,
@@ -19,16 +19,17 @@ from etflayers.errors import (
     RecomputationError,
 )
 from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
-from etflayers.kernels.class_sums import averages_use_triton, class_averages
+from etflayers.kernels.class_sums import (
+    Momentum,
+    averages_use_triton,
+    class_averages,
+    momentum_steps,
+    require_momentum,
+)
 from etflayers.nn.distributed import all_reduce_sum, world_size
 from etflayers.precision import working_dtype
 
 __all__ = ["AverageState", "FeatureMovingAverage", "Momentum", "keep_precision"]
-
-Momentum = float | Literal["2/(t+1)"] | None
-
-# Below this step the published schedule would stop following the features.
-_SMALLEST_STEP = 1e-4
 
 
 def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -123,12 +124,7 @@ class FeatureMovingAverage(nn.Module):
         require_size("num_classes", num_classes)
         require_size("ignore_index", ignore_index, at_least=None)
         require_flag("synchronize", synchronize)
-        require(
-            momentum is None
-            or momentum == "2/(t+1)"
-            or (isinstance(momentum, (int, float)) and not isinstance(momentum, bool) and 0 < momentum <= 1),
-            f"momentum must be a number in (0, 1], None (cumulative) or '2/(t+1)', got {momentum!r}",
-        )
+        require_momentum(momentum)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         require_floating("dtype", dtype)
         self.in_features = in_features
@@ -232,7 +228,8 @@ class FeatureMovingAverage(nn.Module):
         if self._distributed:
             sums, counts = self._summed_over_ranks(sums, counts)
         batch_means = sums / counts.clamp(min=1).unsqueeze(-1)
-        step = self._step(counts, batch_means.dtype).unsqueeze(-1)
+        steps = momentum_steps(self.momentum, counts, self.counts, self.updates, batch_means.dtype)
+        step = steps.unsqueeze(-1)
         return AverageState(
             means=self.means + step * (batch_means - self.means),
             counts=self.counts + counts,
@@ -285,17 +282,6 @@ class FeatureMovingAverage(nn.Module):
                 RanksDisagreeError,
             )
         return packed[:-1, :-1], packed[:-1, -1].detach().to(torch.int64)
-
-    def _step(self, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """a_k for a batch with ``counts`` samples of each class; absent classes get 0, new ones 1."""
-        present = counts > 0
-        if self.momentum is None:
-            return counts.to(dtype) / (self.counts + counts).clamp(min=1)
-        if isinstance(self.momentum, str):
-            step = (2 / (self.updates.to(dtype) + 2)).clamp(min=_SMALLEST_STEP)  # t = updates + 1
-        else:
-            step = torch.where(self.seen, torch.full_like(self.counts, self.momentum, dtype=dtype), 1)
-        return step * present
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMovingAverage:
         super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]

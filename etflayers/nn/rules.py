@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from etflayers.adjoints import Adjoint, StiefelAdjoint
+from etflayers.adjoints import Adjoint, as_adjoint
 from etflayers.checks import require_number, require_size
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
-from etflayers.functional.nearest import nearest_etf
+from etflayers.functional.nearest import checked_linear_form, frame_of, nearest_etf
 from etflayers.functional.spread import unit_spread
 from etflayers.nn.distributed import overwrite
-from etflayers.solvers import FrameSolver, StiefelSolver
+from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver
 
 __all__ = ["FrameRule", "HuberNearestETF", "MahalanobisNearestETF", "NearestETF"]
 
@@ -58,6 +58,8 @@ class NearestETF(nn.Module):
         self, *, solver: FrameSolver | StiefelSolver | None = None, adjoint: Adjoint | None = None
     ) -> None:
         super().__init__()
+        as_frame_solver(solver, ByRegime())
+        as_adjoint(adjoint)
         self.solver = solver
         self.adjoint = adjoint
 
@@ -77,16 +79,10 @@ class NearestETF(nn.Module):
         """
         if proximity == 0:
             return nearest_etf(means, weights=weights, solver=self.solver, adjoint=self.adjoint)
-        wide, weights, anchor = _widened(means, weights, anchor)
-        wide = unit_spread(wide, weights, rounding=torch.finfo(means.dtype).eps)
-        frame = nearest_etf(
-            wide,
-            weights=weights,
-            anchor=anchor,
-            proximity=proximity,
-            solver=self.solver,
-            adjoint=self.adjoint,
-        )
+        wide, omega, near = _widened(means, weights, anchor)
+        wide = unit_spread(wide, omega, rounding=torch.finfo(means.dtype).eps)
+        linear = checked_linear_form(wide, omega, near, proximity)
+        frame = frame_of(linear, solver=self.solver, adjoint=self.adjoint, precision=means.dtype)
         return frame.to(means.dtype)
 
 
@@ -131,7 +127,7 @@ class MahalanobisNearestETF(nn.Module):
         in_features: int,
         *,
         solver: StiefelSolver | None = None,
-        adjoint: StiefelAdjoint | None = None,
+        adjoint: Adjoint | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -204,7 +200,7 @@ class HuberNearestETF(nn.Module):
         *,
         threshold: float = 0.25,
         solver: StiefelSolver | None = None,
-        adjoint: StiefelAdjoint | None = None,
+        adjoint: Adjoint | None = None,
     ) -> None:
         super().__init__()
         require_number("threshold", threshold, positive=True)

@@ -168,9 +168,8 @@ def test_record_has_the_same_frame_and_gradient():
 
 def test_residual_sees_a_frame_that_is_not_optimal():
     class Stubborn:
-        def __call__(self, linear):
-            factors = SVD()(linear)
-            return factors._replace(frame=simplex_etf(5, 6, dtype=torch.float64))
+        def solve(self, linear, precision=None):
+            return SVD().solve(linear, precision)._replace(frame=simplex_etf(5, 6, dtype=torch.float64))
 
     assert solve_nearest_etf(torch.randn(5, 6, dtype=torch.float64), solver=Stubborn()).residual > 1e-2
 

@@ -427,10 +427,11 @@ def test_bad_input_is_named_before_anything_changes(
 
 
 def test_nothing_changes_if_the_solver_fails() -> None:
-    def failing(linear: Any) -> Any:
-        raise NonFiniteError("from the solver")
+    class Failing:
+        def solve(self, linear: Any, precision: Any = None) -> Any:
+            raise NonFiniteError("from the solver")
 
-    head = NearestETFHead(6, 4, solver=failing)
+    head = NearestETFHead(6, 4, solver=Failing())
     before = copy.deepcopy(head.state_dict())
     with pytest.raises(NonFiniteError, match="from the solver"):
         head(torch.randn(4, 6), LABELS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
-from etflayers.kernels.triton import cross_entropy as kernels
+from etflayers.kernels.cross_entropy import triton as kernels
 
 IGNORE = -100
 EPS = torch.finfo(torch.float32).eps

@@ -1,6 +1,6 @@
 """Losses of a scaled softmax in one pass over the rows, and their gradient in another; one launch each.
 
-The derivation stands in ``kernels.cross_entropy``. The forward pass reads a few rows a program, block of
+The derivation stands in ``api``. The forward pass reads a few rows a program, block of
 columns by block of columns, with a running maximum and the sum of exponentials relative to it; nothing of the
 size of the rows is written.
 """

@@ -1,11 +1,11 @@
 """The nearest frame and its adjoint for up to 32 classes: one program for each problem.
 
-The mathematics is that of ``kernels.polar``, with what a program can do and a sequence of launches cannot: it
-looks at its own values. The iteration is the cubic one, p(x) = x (3 - x^2) / 2 at a x with a^2 = 3 / (1 + l +
-l^2), the best for singular values in [l, 1] (see ``solvers.newton_schulz``), in three products instead of
-four; l is the better of what the steps so far guarantee and of what trace and Frobenius norm of T tell
-(Wolkowicz and Styan 1980), so that means near collapse take few steps. As there, l is never taken below 0.1,
-or some large values would be sent down to l.
+The mathematics is that of ``kernels.polar.reference``, with what a program can do and a sequence of launches
+cannot: it looks at its own values. The iteration is the cubic one, p(x) = x (3 - x^2) / 2 at a x with
+a^2 = 3 / (1 + l + l^2), the best for singular values in [l, 1] (see ``solvers.newton_schulz``), in three
+products instead of four; l is the better of what the steps so far guarantee and of what trace and Frobenius
+norm of T tell (Wolkowicz and Styan 1980), so that means near collapse take few steps. As there, l is never
+taken below 0.1, or some large values would be sent down to l.
 
 One launch each way does the work. A second one on the way there completes frames of deficient rank; it
 returns at once where there are none, and leaves the first one its registers.
@@ -94,7 +94,7 @@ def _inverse_root(gram, identity, once, SIZE: tl.constexpr):  # type: ignore[no-
         if tl.where(low < _NEAR, 0, left_over) == 4:
             left_over = 3
             if _total((identity - product) * (identity - product)) > _COMPLETE:
-                # As in kernels.polar.
+                # As in the reference.
                 deficient += 1
                 present = product
                 for _ in range(4):
@@ -125,7 +125,7 @@ def _rest(gram, identity, valid, classes):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _generic(rows, columns, num_classes, in_features):  # type: ignore[no-untyped-def]
-    """Like random numbers in (-1/2, 1/2), as in ``kernels.polar``; zero outside."""
+    """Like random numbers in (-1/2, 1/2), as in the reference; zero outside."""
     row = rows.to(tl.float64) + 2.718281828459045
     column = columns.to(tl.float64) + 3.141592653589793
     x = (row * row)[:, None] * (column * column)[None, :]

@@ -4,6 +4,8 @@ Inside a ball the iterates stop at the boundary, or follow a direction of negati
 the truncated method that trust regions need. Without a ball, such a direction ends the iteration: A is not
 positive definite, and the caller has to say what that means.
 
+A <-> product, b <-> rhs, x <-> solution, p <-> direction.
+
 Reference:
     Steihaug (1983), The conjugate gradient method and trust regions in large scale optimization.
 """
@@ -11,14 +13,16 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from etflayers.solvers.stiefel import inner, norm
+from etflayers.linalg.matrices import inner, norm
+from etflayers.precision import default_tolerance
 
-__all__ = ["LinearSolution", "conjugate_gradients"]
+__all__ = ["ConjugateGradients", "LinearSolution", "conjugate_gradients"]
 
 
 class LinearSolution(NamedTuple):
@@ -38,6 +42,32 @@ class LinearSolution(NamedTuple):
     residual: Tensor
     curvature: Tensor
     iterations: int
+
+
+@dataclass(frozen=True)
+class ConjugateGradients:
+    r"""How to solve a symmetric positive definite system of which only products are known.
+
+    Args:
+        tolerance: \|b - A x\| / \|b\| at which to stop; ``None``: eps^(3/4).
+        max_iterations: products with A.
+
+    >>> rhs = torch.ones(1, 2, 1)
+    >>> ConjugateGradients().solve(lambda x: torch.tensor([[1.0], [4.0]]) * x, rhs).solution.flatten()
+    tensor([1.0000, 0.2500])
+    """
+
+    tolerance: float | None = None
+    max_iterations: int = 500
+
+    def solve(self, product: Callable[[Tensor], Tensor], rhs: Tensor) -> LinearSolution:
+        """x with A x = b, for a batch of right-hand sides b, ``(B, d, n)``."""
+        stop = self.accuracy(rhs.dtype) * norm(rhs)
+        return conjugate_gradients(product, rhs, stop=stop, max_iterations=self.max_iterations)
+
+    def accuracy(self, dtype: torch.dtype) -> float:
+        """The relative residual at which it stops in ``dtype``."""
+        return default_tolerance(dtype) if self.tolerance is None else self.tolerance
 
 
 def conjugate_gradients(

@@ -20,15 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from etflayers.kernels.class_sums.momentum import SMALLEST_STEP
+
 __all__ = ["class_averages", "class_gather", "class_sums"]
 
 # The moving average, by its momentum.
 NO_UPDATE = tl.constexpr(0)
 FIXED = tl.constexpr(1)
 CUMULATIVE = tl.constexpr(2)
-SCHEDULE = tl.constexpr(3)
-SMALLEST_STEP = tl.constexpr(1e-4)
-UPDATES = {"fixed": 1, "cumulative": 2, "2/(t+1)": 3}
+PUBLISHED = tl.constexpr(3)
+_SMALLEST_STEP = tl.constexpr(SMALLEST_STEP)
+UPDATES = {"fixed": 1, "cumulative": 2, "published": 3}
 
 _TARGETS = 512  # read at a time, at most
 _WARPS = 4  # of the gather
@@ -102,7 +104,7 @@ def class_sums_kernel(  # type: ignore[no-untyped-def]
         tl.store(sums + place, total, mask=inside)
         tl.store(counts + owner, count.to(tl.int64), mask=first_block)
     else:
-        # m <- m + a (mean of the batch - m): see FeatureMovingAverage for the step a.
+        # m <- m + a (mean of the batch - m): see ``momentum`` for the step a.
         seen = tl.load(old_counts + owner)
         updates = tl.load(old_updates + owner)
         here = count.to(tl.float32)
@@ -112,7 +114,7 @@ def class_sums_kernel(  # type: ignore[no-untyped-def]
         elif UPDATE == CUMULATIVE:
             step = tl.div_rn(here, tl.maximum(seen + count, 1).to(tl.float32))
         else:
-            step = tl.maximum(tl.div_rn(2.0, (updates + 2).to(tl.float32)), SMALLEST_STEP) * present
+            step = tl.maximum(tl.div_rn(2.0, (updates + 2).to(tl.float32)), _SMALLEST_STEP) * present
         divisor = tl.maximum(here, 1.0)
         old = tl.load(old_means + place, mask=inside, other=0.0)
         batch_mean = tl.div_rn(total, tl.zeros_like(total) + divisor)

@@ -9,6 +9,8 @@ Each is the other's backward pass, so both can be differentiated to any order, i
 
 The moving average ``m_k + a_k (s_k / n_k - m_k)`` has the step ``a_k`` that depends on counts alone; its
 derivative in the features is ``S`` with row k multiplied by ``a_k / n_k``.
+
+S <-> class_sums, G <-> _gather, a_k / n_k <-> steps.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from etflayers._torch import allow_in_graph, is_batched
+from etflayers.kernels.class_sums.momentum import Momentum
+from etflayers.kernels.class_sums.reference import class_sums_reference
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
-from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["averages_use_triton", "class_averages", "class_sums", "class_sums_reference", "sums_use_triton"]
 
@@ -50,32 +53,6 @@ def sums_use_triton(features: Tensor, num_classes: int, impl: Impl = "auto") -> 
     )
 
 
-def class_sums_reference(
-    features: Tensor, targets: Tensor, num_classes: int, ignored: Tensor
-) -> tuple[Tensor, Tensor]:
-    r"""Sums and counts of each class as one product with the one-hot matrix of the targets.
-
-    With T (B x K), ``T[i, k] = 1`` where sample i has class k, the sums are T'F and the counts 1'T. A product
-    is deterministic where a scatter adds with float atomics in any order, and it reads no value on the host.
-    A row that is ignored is a zero row of T and drops out by itself.
-
-    Args:
-        features: F, ``(B, d)``, finite.
-        targets: ``(B,)``, integers.
-        num_classes: K.
-        ignored: ``(B,)`` bool.
-
-    Returns:
-        The sums ``(K, d)``, float32 or better, and the counts ``(K,)``, int64.
-    """
-    dtype = working_dtype(features.dtype)
-    classes = torch.arange(num_classes, device=features.device)
-    members = torch.where(ignored, -1, targets).unsqueeze(-1) == classes
-    with full_precision(features):
-        sums = members.to(dtype).mT @ features.to(dtype)
-    return sums, members.sum(0)
-
-
 # torch.compile refuses functions with a forward mode; as one node of the graph they keep it.
 @allow_in_graph
 def class_sums(
@@ -100,7 +77,7 @@ class _ClassSums(torch.autograd.Function):
     def forward(
         features: Tensor, targets: Tensor, num_classes: int, ignore_index: int, checked: bool
     ) -> tuple[Tensor, Tensor]:
-        from etflayers.kernels.triton import class_sums as kernels
+        from etflayers.kernels.class_sums import triton as kernels
 
         sums, counts = kernels.class_sums(features, targets, num_classes, ignore_index, checked)
         return sums, counts
@@ -144,7 +121,7 @@ class _ClassGather(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
-        from etflayers.kernels.triton import class_sums as kernels
+        from etflayers.kernels.class_sums import triton as kernels
 
         gathered: Tensor = kernels.class_gather(rows, targets, ignore_index, dtype)
         return gathered
@@ -194,7 +171,7 @@ def class_averages(
     counts: Tensor,
     updates: Tensor,
     ignore_index: int,
-    momentum: float | str | None,
+    momentum: Momentum,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class means, counts and updates after a batch by the Triton kernel, differentiable in ``features``.
 
@@ -205,10 +182,11 @@ def class_averages(
         counts: ``(K,)`` int64.
         updates: ``(K,)`` int64.
         ignore_index: target of the rows to leave out.
-        momentum: a number in (0, 1], ``None`` (cumulative) or ``"2/(t+1)"``.
+        momentum: a number in (0, 1], ``None`` (cumulative) or ``"2/(t+1)"`` (published).
     """
-    schedule = momentum if isinstance(momentum, str) else "cumulative" if momentum is None else "fixed"
-    number = float(momentum) if schedule == "fixed" and momentum is not None else 0.0
+    schedule, number = "cumulative" if momentum is None else "published", 0.0
+    if isinstance(momentum, (int, float)):
+        schedule, number = "fixed", float(momentum)
     new = _ClassAverages.apply(features, targets, means, counts, updates, ignore_index, number, schedule)  # type: ignore[no-untyped-call]
     return new[0], new[1], new[2]
 
@@ -225,7 +203,7 @@ class _ClassAverages(torch.autograd.Function):
         momentum: float,
         schedule: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from etflayers.kernels.triton import class_sums as kernels
+        from etflayers.kernels.class_sums import triton as kernels
 
         new: tuple[Tensor, Tensor, Tensor, Tensor] = kernels.class_averages(
             features, targets, means, counts, updates, ignore_index, momentum, schedule

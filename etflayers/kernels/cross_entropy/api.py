@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers._torch import allow_in_graph, forward_mode, inside_transform, is_batched
+from etflayers._torch import allow_in_graph, forward_mode, is_batched
+from etflayers.kernels.cross_entropy import reference
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["cross_entropy_uses_triton", "linear_softmax_losses", "softmax_losses"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Entries of a temporary, on a CPU and elsewhere: large enough to be efficient there.
-_CPU_ENTRIES, _ENTRIES = 2**20, 2**25
 
 
 def _supports(call: Call) -> str | None:
@@ -116,7 +115,7 @@ class _SoftmaxLosses(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         if _needs_formula(grad):
-            gradient = _differentiable_gradient(rows, targets, grad, *ctx.options[:-1])
+            gradient = reference.differentiable_gradient(rows, targets, grad, *ctx.options[:-1])
         else:
             gradient = _gradient(rows, targets, shifts, logs, grad, *ctx.options)
         return (gradient.to(rows.dtype), *(None,) * 6)
@@ -125,7 +124,9 @@ class _SoftmaxLosses(torch.autograd.Function):
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         rows, targets = ctx.saved_tensors
         one = torch.ones((), dtype=working_dtype(rows.dtype), device=rows.device)
-        gradient = _differentiable_gradient(rows, targets, one.expand(targets.shape), *ctx.options[:-1])
+        gradient = reference.differentiable_gradient(
+            rows, targets, one.expand(targets.shape), *ctx.options[:-1]
+        )
         return (gradient * tangent).sum(-1), None, None
 
 
@@ -146,33 +147,13 @@ def _losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """l, m and L: see the head of this module."""
     if triton:
-        from etflayers.kernels.triton import cross_entropy as kernels
+        from etflayers.kernels.cross_entropy import triton as kernels
 
         found: tuple[Tensor, Tensor, Tensor] = kernels.softmax_losses(
             rows, targets, num_classes, factor, smoothing, ignore_index
         )
         return found
-    pieces = [
-        _losses_at_once(rows[part], targets[part], num_classes, factor, smoothing, ignore_index)
-        for part in _parts(rows, num_classes)
-    ]
-    if len(pieces) == 1:
-        return pieces[0]
-    losses, shifts, logs = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return losses, shifts, logs
-
-
-def _losses_at_once(
-    rows: Tensor, targets: Tensor, num_classes: int, factor: float, smoothing: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, ignored, own = _selected(rows, targets, num_classes, ignore_index)
-    shifts = rows.amax(-1, keepdim=True)
-    logits = (rows - shifts).mul_(factor)
-    losses = logits.gather(-1, own).squeeze(-1) * (smoothing - 1)
-    if smoothing > 0:
-        losses = losses - smoothing * logits.mean(-1)
-    logs = logits.exp_().sum(-1).log()
-    return torch.where(ignored, 0, losses + logs), shifts.squeeze(-1), logs
+    return reference.losses(rows, targets, num_classes, factor, smoothing, ignore_index)
 
 
 def _gradient(
@@ -189,66 +170,13 @@ def _gradient(
 ) -> Tensor:
     """The gradient ``(B, d)`` for a cotangent ``(B,)`` of the losses, 0 in the columns from K on."""
     if triton:
-        from etflayers.kernels.triton import cross_entropy as kernels
+        from etflayers.kernels.cross_entropy import triton as kernels
 
         found: Tensor = kernels.softmax_gradient(
             rows, targets, shifts, logs, grad, num_classes, factor, smoothing, ignore_index
         )
         return found
-    gradient = torch.zeros_like(rows) if rows.shape[-1] > num_classes else torch.empty_like(rows)
-    for part in _parts(rows, num_classes):
-        taken, ignored, own = _selected(rows[part], targets[part], num_classes, ignore_index)
-        change = (taken - shifts[part].unsqueeze(-1)).mul_(factor).sub_(logs[part].unsqueeze(-1)).exp_()
-        if smoothing > 0:
-            change -= smoothing / num_classes
-        change.scatter_add_(-1, own, torch.full_like(change[:, :1], smoothing - 1))
-        change *= (factor * grad[part]).unsqueeze(-1)
-        gradient[part, :num_classes] = change.masked_fill_(ignored.unsqueeze(-1), 0)
-    return gradient
-
-
-def _differentiable_gradient(
-    rows: Tensor,
-    targets: Tensor,
-    grad: Tensor,
-    num_classes: int,
-    factor: float,
-    smoothing: float,
-    ignore_index: int,
-) -> Tensor:
-    """The gradient as a function of ``rows`` and ``grad`` that can itself be differentiated, to any order."""
-    width = rows.shape[-1]
-    rows, ignored, own = _selected(rows, targets, num_classes, ignore_index)
-    change = torch.softmax(factor * (rows - rows.detach().amax(-1, keepdim=True)), -1)
-    change = change - smoothing / num_classes
-    change = change.scatter_add(-1, own, torch.full_like(change[..., :1], smoothing - 1))
-    change = change * (factor * grad).unsqueeze(-1)
-    change = torch.where(ignored.unsqueeze(-1), 0, change)
-    return torch.nn.functional.pad(change, (0, width - num_classes))
-
-
-def _selected(
-    rows: Tensor, targets: Tensor, num_classes: int, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first K columns in the working dtype, which rows are ignored, and the own column ``(B, 1)``."""
-    targets = targets.long()
-    ignored = targets == ignore_index
-    own = torch.where(ignored, 0, targets).unsqueeze(-1)
-    return rows[..., :num_classes].to(working_dtype(rows.dtype)), ignored, own
-
-
-def _parts(rows: Tensor, num_classes: int) -> list[slice]:
-    """The batch in slices whose temporaries stay small; in one inside ``torch.func`` transforms."""
-    entries = _CPU_ENTRIES if rows.device.type == "cpu" else _ENTRIES
-    size = chunk_rows(rows, num_classes, None, entries)
-    return [slice(i, i + size) for i in range(0, rows.shape[0], size)] or [slice(0, 0)]
-
-
-def chunk_rows(rows: Tensor, num_classes: int, chunk_size: int | None, entries: int) -> int:
-    """Rows of a slice: as asked for, or as many as have about so many ``entries``."""
-    if inside_transform():
-        return max(1, rows.shape[0])
-    return max(1, entries // num_classes) if chunk_size is None else chunk_size
+    return reference.gradient(rows, targets, shifts, logs, grad, num_classes, factor, smoothing, ignore_index)
 
 
 @allow_in_graph
@@ -302,7 +230,7 @@ class _LinearSoftmaxLosses(torch.autograd.Function):
         num_classes = frame.shape[0]
         pieces = []
         with full_precision(features):
-            for part in _linear_parts(features, num_classes, chunk_size):
+            for part in reference.parts(features, num_classes, chunk_size):
                 products = features[part] @ frame.mT
                 triton = cross_entropy_uses_triton(products, num_classes, impl)
                 pieces.append(
@@ -329,14 +257,14 @@ class _LinearSoftmaxLosses(torch.autograd.Function):
         with full_precision(features):
             if _needs_formula(grad):
                 products = features @ frame.mT
-                change = _differentiable_gradient(products, targets, grad, num_classes, *ctx.options)
+                change = reference.differentiable_gradient(products, targets, grad, num_classes, *ctx.options)
                 change = change.to(features.dtype)
                 return change @ frame, change.mT @ features, *(None,) * 6
             d_features = torch.empty_like(features) if needs_features else None
             # A sum over the chunks: in float32 for half-precision frames.
             d_frame = torch.zeros_like(frame, dtype=working_dtype(frame.dtype)) if needs_frame else None
             factor, smoothing, ignore_index = ctx.options
-            for part in _linear_parts(features, num_classes, ctx.chunk_size):
+            for part in reference.parts(features, num_classes, ctx.chunk_size):
                 products = features[part] @ frame.mT
                 change = _gradient(
                     products,
@@ -364,7 +292,7 @@ class _LinearSoftmaxLosses(torch.autograd.Function):
         with full_precision(features):
             products = features @ frame.mT
             one = torch.ones((), dtype=working_dtype(products.dtype), device=products.device)
-            change = _differentiable_gradient(
+            change = reference.differentiable_gradient(
                 products, targets, one.expand(targets.shape), frame.shape[0], *ctx.options
             )
             tangent = torch.zeros_like(products)
@@ -373,9 +301,3 @@ class _LinearSoftmaxLosses(torch.autograd.Function):
             if d_frame is not None:
                 tangent = tangent + features @ d_frame.mT
         return (change * tangent).sum(-1), None, None
-
-
-def _linear_parts(features: Tensor, num_classes: int, chunk_size: int | None) -> list[slice]:
-    entries = _CPU_ENTRIES if features.device.type == "cpu" else _ENTRIES
-    size = chunk_rows(features, num_classes, chunk_size, entries)
-    return [slice(i, i + size) for i in range(0, features.shape[0], size)] or [slice(0, 0)]
