@@ -24,7 +24,7 @@ from etflayers.metrics.moments import (
     unpack_moments,
     update_moments,
 )
-from etflayers.metrics.nc4 import nearest_center
+from etflayers.metrics.nc4 import decisions_of, nearest_center
 from etflayers.metrics.optional import Metric
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean, Unseen, finish_moments
 from etflayers.metrics.whitening import between_whitening
@@ -157,9 +157,10 @@ class NeuralCollapse(Metric):
 
         Raises:
             InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
-            NonFiniteError: NaN or infinity in the features.
+            NonFiniteError: NaN or infinity in the features, NaN or plus infinity in the logits.
         """
         classifier = self._read()
+        require_features(features, targets, self.in_features)
         if logits is not None and logits.shape != (len(features), self.num_classes):
             raise InvalidArgumentError(
                 f"logits must have shape (B, K) = ({len(features)}, {self.num_classes}), "
@@ -169,13 +170,12 @@ class NeuralCollapse(Metric):
             update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
             return
         # What may be refused is computed before anything is changed.
-        require_features(features, targets, self.in_features)
         valid = ~ignored_targets(targets, self.num_classes, self.ignore_index)
-        rows, classes = features[valid], targets[valid].long()
+        rows, classes = features[valid], targets.long()[valid]
+        margins = cosine_margins(rows, classes, classifier.weight)
         logits = classifier.logits(rows) if logits is None else logits[valid].detach()
-        decisions = logits.argmax(-1)
+        decisions = decisions_of(logits)
         correct = decisions == classes
-        margins = cosine_margins(rows, classes, classifier.weight.to(rows.device))
         if self.centers is not None and self._whitening is not None:
             deviations = self._whitening.squared_deviations(rows, classes).sum()
             seen, centers = self.centers.classes.to(rows.device), self.centers.means.to(rows.device)

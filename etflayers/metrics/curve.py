@@ -48,14 +48,15 @@ class CosineMargins(Metric):
         super().__init__(**kwargs)
         if center is not None and center.ndim != 1:
             raise InvalidArgumentError(f"center must have shape (d,), got {tuple(center.shape)}")
-        self.center = center
+        self.center = None if center is None else center.detach().clone()  # it may be a running mean
         self.ignore_index = ignore_index
         self.add_state("margins", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Add a batch: features ``(B, d)``, targets ``(B,)`` and the weight of the classifier ``(K, d)``."""
-        center = None if self.center is None else self.center.to(features.device)
-        margins = cosine_margins(features, targets, weight, center=center, ignore_index=self.ignore_index)
+        margins = cosine_margins(
+            features, targets, weight, center=self.center, ignore_index=self.ignore_index
+        )
         # float32 is also the dtype in which torchmetrics sends the empty list of a rank without samples.
         self.margins.append(margins.float())
 

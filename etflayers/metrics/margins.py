@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers.checks import require
+from etflayers.checks import require_finite
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
 from etflayers.metrics.moments import require_features
-from etflayers.metrics.nc2 import float64_rows
+from etflayers.metrics.nc2 import require_rows
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["cosine_margins"]
@@ -40,6 +41,7 @@ def cosine_margins(
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+        NonFiniteError: NaN or infinity in the weight, or in a sample that is not ignored.
 
     Reference:
         Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
@@ -49,22 +51,25 @@ def cosine_margins(
     >>> cosine_margins(5 * frame, torch.arange(3), frame)
     tensor([1.5000, 1.5000, 1.5000])
     """
-    rows = float64_rows("weight", weight)
-    require_features(features, targets, rows.shape[1])
-    valid = ~ignored_targets(targets, len(rows), ignore_index)
+    require_rows("weight", weight)
+    require_features(features, targets, weight.shape[1])
+    valid = ~ignored_targets(targets, len(weight), ignore_index)
     dtype = working_dtype(features.dtype)
-    features, targets = features.detach().to(dtype)[valid], targets[valid].long().unsqueeze(-1)
+    rows, features, targets = weight.detach(), features.detach()[valid], targets.long()[valid].unsqueeze(-1)
     if center is not None:
         if center.shape != rows.shape[1:]:
             raise InvalidArgumentError(
                 f"center must have shape (d,) = ({rows.shape[1]},), got {tuple(center.shape)}"
             )
-        features = features - center.to(dtype)
-        rows = rows - rows.mean(0)
-    require(len(rows) >= 2, "weight must have at least two rows: a margin needs another class")
+        # In float64: a large mean need not be a number of the features' dtype, and would take their digits.
+        features = features.double() - center.detach().to(features.device, torch.float64)
+        rows = rows.double() - rows.double().mean(0)
     with full_precision(features):
-        unit = torch.nn.functional.normalize
-        cosines = unit(features, dim=-1) @ unit(rows, dim=-1).to(dtype).mT
+        products = F.normalize(features.to(dtype), dim=-1) @ rows.to(features.device, dtype).mT
+    # Lengths divide products instead of the rows: K numbers and not another K x d.
+    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(products)
+    cosines = products / torch.where(lengths > 0, lengths, 1)
+    require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
     own = cosines.gather(-1, targets)
     others = cosines.scatter(-1, targets, -torch.inf)
     return (own - others.amax(-1, keepdim=True)).squeeze(-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.checks import require, require_floating
+from etflayers.checks import require, require_finite, require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.nc2 import float64_rows, row_lengths
 from etflayers.precision import full_precision, working_dtype
@@ -32,6 +32,7 @@ def nearest_center(features: Tensor, centers: Tensor) -> Tensor:
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit.
+        NonFiniteError: NaN or infinity, which is near to nothing.
 
     Reference:
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
@@ -50,6 +51,7 @@ def nearest_center(features: Tensor, centers: Tensor) -> Tensor:
     around = (centers.detach().double() - middle.double()).to(dtype)
     with full_precision(features):
         scores = torch.addmm(around.square().sum(-1) / -2, features.detach().to(dtype) - middle, around.mT)
+    require_finite(scores, "features must be finite: nothing is nearest to NaN or infinity")
     return scores.argmax(-1)
 
 
@@ -66,6 +68,7 @@ def center_disagreement(features: Tensor, logits: Tensor, centers: Tensor) -> Te
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit.
+        NonFiniteError: NaN in features, centers or logits.
 
     Reference:
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
@@ -74,7 +77,20 @@ def center_disagreement(features: Tensor, logits: Tensor, centers: Tensor) -> Te
         logits.shape == (len(features), len(centers)),
         f"logits must have shape (B, K) = ({len(features)}, {len(centers)}), got {tuple(logits.shape)}",
     )
-    return (logits.argmax(-1) != nearest_center(features, centers)).double().mean()
+    return (decisions_of(logits) != nearest_center(features, centers)).double().mean()
+
+
+def decisions_of(logits: Tensor) -> Tensor:
+    """``argmax_k logits_k``, ``(B,)``; a class may be excluded by minus infinity.
+
+    Raises:
+        InvalidArgumentError: logits that are not floating-point numbers.
+        NonFiniteError: NaN, which ``argmax`` takes for the largest number, or plus infinity.
+    """
+    require_floating("logits", logits.dtype)
+    largest, decisions = logits.max(-1)
+    require_finite(largest, "logits must not hold NaN or plus infinity: look at what produced them")
+    return decisions
 
 
 def bias_collapse(weight: Tensor, global_mean: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ from etflayers.functional import nearest_etf
 from etflayers.metrics import (
     CosineMargins,
     NeuralCollapse,
+    center_disagreement,
     class_statistics,
     cosine_margins,
+    equinorm,
     frame_distance,
     read_classifier,
 )
@@ -258,3 +261,91 @@ def test_bad_batches_are_refused_and_change_nothing() -> None:
     with pytest.raises(InvalidArgumentError, match="centers must hold every class"):
         metric.update(data.features, data.targets)
     assert not metric.moments.counts.any()
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_a_large_common_mean_takes_no_digits_of_the_margins(offset: float) -> None:
+    # Multiples of a float32 number there, so that float32 features are exact data about a float64 mean.
+    step = 1.0 if offset == 1e6 else 2.0**-6
+    generator = torch.Generator().manual_seed(0)
+    features = offset + step * torch.randint(-9, 10, (40, 7), generator=generator).float()
+    targets = torch.arange(40) % 5
+    weight = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    center = features.double().mean(0)
+    metric = CosineMargins(center=center)
+    metric.update(features, targets, weight)
+    rows = features.double() - center, targets, weight - weight.mean(0)
+    expected = torch.from_numpy(direct_margins(*(part.numpy() for part in rows)))
+    measured = cosine_margins(features, targets, weight, center=center)
+    torch.testing.assert_close(measured.double(), expected, rtol=0, atol=3e-7)
+    torch.testing.assert_close(metric.compute().double(), expected.sort().values, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_decisions_that_do_not_exist_are_refused(bad: float) -> None:
+    data = make_data("random", torch.float32)
+    logits = torch.randn(len(data.targets), 5)
+    logits[3, 2] = bad
+    metric = NeuralCollapse(5, 7, classifier=nn.Linear(7, 5))
+    with pytest.raises(NonFiniteError, match="logits must not hold NaN"):
+        metric.update(data.features, data.targets, logits)
+    assert not metric.samples
+    with pytest.raises(NonFiniteError, match="logits must not hold NaN"):
+        center_disagreement(data.features, logits, data.weight)
+    logits[3, 2] = -torch.inf  # a class that is excluded
+    metric.update(data.features, data.targets, logits)
+    assert metric.samples == len(data.targets)
+    features = data.features.clone()
+    features[3, 2] = bad
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        center_disagreement(features, logits, data.weight)
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        CosineMargins().update(features, data.targets, data.weight)
+    with pytest.raises(NonFiniteError, match="rows must be finite"):
+        equinorm(features)
+
+
+DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dtype_of_the_targets_does_not_matter(dtype: torch.dtype) -> None:
+    num_classes, ignored = (300, 7) if dtype != torch.int8 else (120, 7)
+    present = torch.arange(num_classes).clamp(max=torch.iinfo(dtype).max).unique()
+    targets = present.repeat(2)
+    features = torch.randn(len(targets), 4)
+    layer = nn.Linear(4, num_classes)
+    for reference in (torch.int64, dtype):
+        metric = NeuralCollapse(
+            num_classes, 4, classifier=layer, ignore_index=ignored, scatter="none", unseen="exclude"
+        )
+        margins = CosineMargins(ignore_index=ignored)
+        metric.update(features, targets.to(reference))
+        margins.update(features, targets.to(reference), layer.weight)
+        measured = {**metric.compute(), "margins": margins.compute()}
+        counts = metric.moments.counts.clone()
+        if reference == torch.int64:
+            expected, right = measured, counts
+    assert not counts[ignored]
+    assert torch.equal(counts, right)
+    assert_equal(measured, expected)
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ([0, 1, 2], r"got list: pass torch.as_tensor\(targets\)"),
+        (np.arange(3), r"got ndarray: pass torch.as_tensor\(targets\)"),
+        (torch.tensor([True, False, True]), r"convert them with .long\(\)"),
+        (torch.eye(3).long(), r"one-hot targets with .argmax\(-1\)"),
+    ],
+)
+def test_targets_of_another_kind_are_told_what_to_become(targets: Any, match: str) -> None:
+    features, layer = torch.randn(3, 4), nn.Linear(4, 3)
+    for update in (
+        NeuralCollapse(3, 4).update,
+        NeuralCollapse(3, 4, classifier=layer).update,
+        lambda f, t: CosineMargins().update(f, t, layer.weight),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            update(features, targets)
