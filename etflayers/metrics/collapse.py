@@ -25,14 +25,14 @@ from etflayers.metrics.moments import (
     update_moments,
 )
 from etflayers.metrics.nc4 import decisions_of, nearest_center
-from etflayers.metrics.optional import Metric
+from etflayers.metrics.shell import ExactMetric, Shared
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean, Unseen, finish_moments
 from etflayers.metrics.whitening import between_whitening
 
 __all__ = ["NeuralCollapse"]
 
 
-class NeuralCollapse(Metric):
+class NeuralCollapse(ExactMetric):
     """All neural-collapse metrics of a feature layer, and of the classifier on top of it, as a dictionary.
 
     One pass gives NC1, NC2, NC3, bias collapse, accuracy, calibration error and the mean cosine margin. The
@@ -45,8 +45,8 @@ class NeuralCollapse(Metric):
     Args:
         num_classes: K.
         in_features: d.
-        classifier: a linear layer or head, read at each update and compute; it is not part of the metric's
-            parameters, ``state_dict`` or pickles (see :meth:`measure_classifier`).
+        classifier: a linear layer or head, read at each update and compute. It is not part of the metric's
+            parameters or ``state_dict``; copies of the metric read the same one, pickles carry it.
         centers: statistics of a first pass, ``first.statistics()``; adds NC1 about
             these centers, without a d x d matrix, and NC4; needs a classifier.
         global_mean: ``"classes"`` (mean of the class means) or ``"samples"``; they differ under imbalance.
@@ -137,8 +137,7 @@ class NeuralCollapse(Metric):
 
     def measure_classifier(self, classifier: nn.Module | None) -> None:
         """Read the weight of another classifier from now on, or of none."""
-        # In a tuple, or nn.Module would make it a submodule and its weights part of this state.
-        self._classifier = (classifier,)
+        self._classifier = Shared(classifier)
         self._read()
 
     @property
@@ -236,7 +235,7 @@ class NeuralCollapse(Metric):
         return error
 
     def _read(self) -> Classifier | None:
-        (module,) = self._classifier
+        module = self._classifier.value
         if module is None:
             return None
         classifier = read_classifier(module)
@@ -247,7 +246,3 @@ class NeuralCollapse(Metric):
             f"got {tuple(classifier.weight.shape)}",
         )
         return classifier
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        return {**state, "_classifier": (None,)}

@@ -10,12 +10,12 @@ from torch import Tensor
 from etflayers.checks import require
 from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.margins import cosine_margins
-from etflayers.metrics.optional import Metric
+from etflayers.metrics.shell import ExactMetric
 
 __all__ = ["CosineMargins"]
 
 
-class CosineMargins(Metric):
+class CosineMargins(ExactMetric):
     """The curve P_CM: ``cos(h, w_y) - max_{j != y} cos(h, w_j)`` of every sample, in ascending order.
 
     One float32 number is kept for each sample.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from etflayers.errors import InvalidArgumentError, NonFiniteError
@@ -87,10 +87,32 @@ def test_the_classifier_is_no_part_of_the_metric() -> None:
     metric = NeuralCollapse(5, 7, classifier=nn.Linear(7, 5))
     assert not list(metric.parameters())
     assert not metric.state_dict()
-    assert (
-        "accuracy"
-        not in pickle.loads(pickle.dumps(fed(metric, make_data("random", torch.float32)))).compute()
-    )
+
+
+def test_copies_measure_the_same_classifier() -> None:
+    data = make_data("random", torch.float32)
+    layer = nn.Linear(7, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer)
+    clone, tracker = metric.clone(), MetricTracker(metric, maximize=False)
+    tracker.increment()
+    with torch.no_grad():
+        layer.weight.copy_(data.weight)  # training goes on after the copy
+    for duplicate in (metric, clone, tracker):
+        fed(duplicate, data)  # type: ignore[arg-type]
+    assert metric.compute().keys() >= {"nc3_distance", "accuracy"}
+    assert_equal(clone.compute(), metric.compute())
+    assert_equal(tracker.compute(), metric.compute())
+    assert_equal(pickle.loads(pickle.dumps(metric)).compute(), metric.compute())
+
+
+def test_a_copied_model_measures_its_own_classifier() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(7, 5)})
+    model["metric"] = NeuralCollapse(5, 7, classifier=model["layer"])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            twin["layer"].weight.zero_()
+        with pytest.raises(InvalidArgumentError, match="must not hold a zero row"):
+            fed(twin["metric"], make_data("random", torch.float32)).compute()
 
 
 def test_state_dict_carries_the_moments() -> None:
@@ -106,9 +128,105 @@ def test_state_dict_carries_the_moments() -> None:
     assert_equal(other.compute(), metric.compute())
 
 
-def test_half_keeps_the_moments_in_float64() -> None:
-    metric = NeuralCollapse(5, 7).half().bfloat16()
-    assert metric.packed.dtype == torch.float64
+CASTS: list[Callable[[nn.Module], object]] = [
+    nn.Module.half,
+    nn.Module.bfloat16,
+    nn.Module.float,
+    lambda module: module.to(torch.float16),
+    lambda module: module.to("cpu", torch.bfloat16),
+    lambda module: module["collapse"].set_dtype(torch.float16),  # type: ignore[index]
+]
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_of_the_module_around_it_leaves_the_state_as_it_is(
+    cast: Callable[[nn.Module], object],
+) -> None:
+    data = make_data("offset", torch.float32)
+    layer = nn.Linear(7, 5)
+    first, second = [(f, t) for f, t in batches(data) if len(t.unique()) == 5][:2]
+    module = nn.ModuleDict({"collapse": NeuralCollapse(5, 7, classifier=layer), "margins": CosineMargins()})
+    plain = NeuralCollapse(5, 7, classifier=layer), CosineMargins()
+    for collapse, margins in ((module["collapse"], module["margins"]), plain):
+        collapse.update(*first)
+        margins.update(*first, data.weight)
+        if collapse is not plain[0]:
+            cast(module)
+        collapse.update(*second)
+        margins.update(*second, data.weight)
+        collapse.reset()
+        for batch in (first, second):
+            collapse.update(*batch)
+    assert module["collapse"].packed.dtype == torch.float64
+    assert_equal(module["collapse"].compute(), plain[0].compute())
+    assert torch.equal(module["margins"].compute(), plain[1].compute())
+
+
+def test_a_batch_that_is_refused_leaves_the_accumulated_state() -> None:
+    data = make_data("random")
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    metric = fed(NeuralCollapse(5, 7, classifier=layer), data)
+    before = metric.compute()
+    lacking = data.targets < 4
+    with pytest.raises(InvalidArgumentError, match="1 of 5 classes have no sample"):
+        metric(data.features[lacking], data.targets[lacking])
+    assert_equal(metric.compute(), before)
+    with pytest.raises(NonFiniteError):
+        metric(data.features * torch.nan, data.targets)
+    assert_equal(metric.compute(), before)
+    metric(*batches(data)[0])
+    assert metric.samples == len(data.targets) + BATCH
+    margins = CosineMargins()
+    margins(data.features, data.targets, data.weight)
+    with pytest.raises(NonFiniteError):
+        margins(data.features * torch.nan, data.targets, data.weight)
+    assert len(margins.compute()) == len(data.targets)
+
+
+def test_ranks_keep_their_own_state_after_an_error_in_that_of_all() -> None:
+    data = make_data("random")
+    lacking = data.targets < 4
+    two = {"dist_sync_fn": lambda state, group: [state, state], "distributed_available_fn": lambda: True}
+    metric = NeuralCollapse(5, 7, **two)  # type: ignore[arg-type]
+    metric.update(data.features[lacking], data.targets[lacking])
+    for measure in (metric.compute, metric.statistics):
+        with pytest.raises(InvalidArgumentError, match="1 of 5 classes"):
+            measure()
+        assert metric.moments.counts.sum() == lacking.sum()
+    metric.update(data.features[~lacking], data.targets[~lacking])
+    assert metric.statistics().counts.sum() == 2 * len(data.targets)
+
+
+def test_a_collection_does_not_take_one_metric_for_another() -> None:
+    data = make_data("random")
+    layers = [nn.Linear(7, 5, dtype=torch.float64) for _ in range(2)]
+    members: dict[str, Callable[[], NeuralCollapse]] = {
+        "all": lambda: NeuralCollapse(5, 7),
+        "some": lambda: NeuralCollapse(5, 7, ignore_index=4, unseen="exclude"),
+        "first": lambda: NeuralCollapse(5, 7, classifier=layers[0]),
+        "second": lambda: NeuralCollapse(5, 7, classifier=layers[1]),
+    }
+    collection = MetricCollection({name: make() for name, make in members.items()})
+    # After an empty batch, or one without class 4, they look alike.
+    order = data.targets.argsort()
+    parts = [
+        (data.features[:0], data.targets[:0]),
+        (data.features[order[:40]], data.targets[order[:40]]),
+        (data.features[order[40:]], data.targets[order[40:]]),
+    ]
+    alone = {name: make() for name, make in members.items()}
+    for features, targets in parts:
+        collection.update(features, targets)
+        for metric in alone.values():
+            metric.update(features, targets)
+    measured = collection.compute()
+    for name, metric in alone.items():
+        for key, value in metric.compute().items():
+            assert torch.equal(measured[f"{name}_{key}"], value), (name, key)
+    margins = MetricCollection({"all": CosineMargins(), "some": CosineMargins(ignore_index=4)})
+    for features, targets in parts[1:]:
+        margins.update(features, targets, data.weight)
+    assert len(margins["all"].compute()) - len(margins["some"].compute()) == (data.targets == 4).sum()
 
 
 def test_merge_state() -> None:
