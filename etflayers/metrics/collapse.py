@@ -12,7 +12,7 @@ from etflayers.checks import require, require_module
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.functional.class_means import ignored_targets
-from etflayers.metrics.classifier import Classifier, read_classifier
+from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
 from etflayers.metrics.margins import cosine_margins
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import (
@@ -149,7 +149,8 @@ class NeuralCollapse(ExactMetric):
         """Add a batch.
 
         Args:
-            features: ``(B, d)``, as the classifier receives them.
+            features: ``(B, d)``, as the classifier receives them. Of a head with ``normalize=True`` their
+                directions are measured, which are what it is linear in.
             targets: ``(B,)``, integers in [0, K) or ``ignore_index``.
             logits: ``(B, K)``, what the classifier answered; default: what its weight and bias give. Not
                 used without a classifier.
@@ -158,17 +159,18 @@ class NeuralCollapse(ExactMetric):
             InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
             NonFiniteError: NaN or infinity in the features, NaN or plus infinity in the logits.
         """
-        classifier = self._read()
+        module, classifier = self._classifier.value, self._read()
         require_features(features, targets, self.in_features)
         if logits is not None and logits.shape != (len(features), self.num_classes):
             raise InvalidArgumentError(
                 f"logits must have shape (B, K) = ({len(features)}, {self.num_classes}), "
                 f"got {tuple(logits.shape)}"
             )
-        if classifier is None:
+        if module is None or classifier is None:
             update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
             return
         # What may be refused is computed before anything is changed.
+        features = classifier_inputs(module, features)
         valid = ~ignored_targets(targets, self.num_classes, self.ignore_index)
         rows, classes = features[valid], targets.long()[valid]
         margins = cosine_margins(rows, classes, classifier.weight)
