@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
+from etflayers.metrics.margins import row_cosines
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["Classifier", "classifier_inputs", "read_classifier"]
+__all__ = ["Classifier", "answers", "classifier_inputs", "read_classifier"]
 
 
 class Classifier(NamedTuple):
@@ -77,3 +78,24 @@ def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
     head: Any = module
     is_head = hasattr(module, "to_linear") and hasattr(module, "inputs")
     return head.inputs(features) if is_head else features
+
+
+@torch.no_grad()
+def answers(module: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and ``cos(h, w_k)`` of the classifier, both ``(B, K)``.
+
+    A canonical frame W has unit rows and products without a matrix, so its cosines are ``<h, s w_k> / s|h|``.
+
+    Args:
+        module: as in :func:`read_classifier`.
+        features: h, ``(B, d)``, finite, as :func:`classifier_inputs` returns them.
+    """
+    features = features.detach().to(working_dtype(features.dtype))
+    if not getattr(module, "canonical", False):
+        classifier = read_classifier(module)
+        return classifier.logits(features), row_cosines(features, classifier.weight)
+    head: Any = module
+    with full_precision(features):
+        logits = head.forward(features)
+    lengths = head.scale * torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return logits, logits / torch.where(lengths > 0, lengths, 1)

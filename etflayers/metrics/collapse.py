@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_module
+from etflayers.checks import require, require_finite, require_module
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.functional.class_means import ignored_targets
-from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
-from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.classifier import Classifier, answers, classifier_inputs, read_classifier
+from etflayers.metrics.margins import margins_of
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import (
     ClassMoments,
@@ -159,22 +159,24 @@ class NeuralCollapse(ExactMetric):
             InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
             NonFiniteError: NaN or infinity in the features, NaN or plus infinity in the logits.
         """
-        module, classifier = self._classifier.value, self._read()
+        module = self._classifier.value
         require_features(features, targets, self.in_features)
         if logits is not None and logits.shape != (len(features), self.num_classes):
             raise InvalidArgumentError(
                 f"logits must have shape (B, K) = ({len(features)}, {self.num_classes}), "
                 f"got {tuple(logits.shape)}"
             )
-        if module is None or classifier is None:
+        if module is None:
             update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
             return
         # What may be refused is computed before anything is changed.
         features = classifier_inputs(module, features)
         valid = ~ignored_targets(targets, self.num_classes, self.ignore_index)
         rows, classes = features[valid], targets.long()[valid]
-        margins = cosine_margins(rows, classes, classifier.weight)
-        logits = classifier.logits(rows) if logits is None else logits[valid].detach()
+        own_logits, cosines = answers(module, rows)
+        require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
+        margins = margins_of(cosines, classes)
+        logits = own_logits if logits is None else logits[valid].detach()
         decisions = decisions_of(logits)
         correct = decisions == classes
         if self.centers is not None and self._whitening is not None:

@@ -55,7 +55,7 @@ def cosine_margins(
     require_features(features, targets, weight.shape[1])
     valid = ~ignored_targets(targets, len(weight), ignore_index)
     dtype = working_dtype(features.dtype)
-    rows, features, targets = weight.detach(), features.detach()[valid], targets.long()[valid].unsqueeze(-1)
+    rows, features, targets = weight.detach(), features.detach()[valid], targets.long()[valid]
     if center is not None:
         if center.shape != rows.shape[1:]:
             raise InvalidArgumentError(
@@ -64,12 +64,22 @@ def cosine_margins(
         # In float64: a large mean need not be a number of the features' dtype, and would take their digits.
         features = features.double() - center.detach().to(features.device, torch.float64)
         rows = rows.double() - rows.double().mean(0)
+    cosines = row_cosines(features.to(dtype), rows)
+    require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
+    return margins_of(cosines, targets)
+
+
+def row_cosines(features: Tensor, rows: Tensor) -> Tensor:
+    """``cos(h, w_k)``, ``(B, K)``, and zero for zero vectors; rows in any dtype, not centered."""
     with full_precision(features):
-        products = F.normalize(features.to(dtype), dim=-1) @ rows.to(features.device, dtype).mT
+        products = F.normalize(features, dim=-1) @ rows.to(features.device, features.dtype).mT
     # Lengths divide products instead of the rows: K numbers and not another K x d.
     lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(products)
-    cosines = products / torch.where(lengths > 0, lengths, 1)
-    require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
-    own = cosines.gather(-1, targets)
-    others = cosines.scatter(-1, targets, -torch.inf)
+    return products / torch.where(lengths > 0, lengths, 1)
+
+
+def margins_of(cosines: Tensor, targets: Tensor) -> Tensor:
+    """What the cosine with the own class is ahead of the largest other, ``(B,)``."""
+    own = cosines.gather(-1, targets.unsqueeze(-1))
+    others = cosines.scatter(-1, targets.unsqueeze(-1), -torch.inf)
     return (own - others.amax(-1, keepdim=True)).squeeze(-1)

@@ -467,3 +467,36 @@ def test_targets_of_another_kind_are_told_what_to_become(targets: Any, match: st
     ):
         with pytest.raises(InvalidArgumentError, match=match):
             update(features, targets)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("in_features", [4, 5, 7])
+def test_an_update_with_a_canonical_head_makes_no_matrix(
+    normalize: bool, in_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data("random", torch.float32, d=in_features)
+    head = FixedETFHead(in_features, 5, rotation="canonical", scale=3.0, normalize=normalize)
+    layer = read_classifier(head)
+    linear = nn.Linear(in_features, 5, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight)
+    inputs = nn.functional.normalize(data.features) if normalize else data.features
+    expected = fed(
+        NeuralCollapse(5, in_features, classifier=linear), Data(inputs, *list(vars(data).values())[1:])
+    )
+    metric = NeuralCollapse(5, in_features, classifier=head)
+    with monkeypatch.context() as patch:
+        patch.setattr("etflayers.nn.fixed.simplex_etf", None)
+        fed(metric, data)
+    assert_equal(metric.compute(), expected.compute(), rtol=2e-6)
+
+
+def test_of_many_classes_an_update_touches_only_those_of_the_batch() -> None:
+    # More classes than samples takes another path than fewer; parts of a batch take the other one.
+    data = make_data("imbalanced", torch.float32, k=60, d=7)
+    for size in (20, 59, 300):
+        metric, whole = NeuralCollapse(60, 7), NeuralCollapse(60, 7)
+        for features, targets in zip(data.features.split(size), data.targets.split(size), strict=True):
+            metric.update(features, targets)
+        whole.update(data.features, data.targets)
+        assert_equal(metric.compute(), whole.compute(), rtol=1e-6)
