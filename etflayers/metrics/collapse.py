@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from etflayers.metrics.moments import (
     update_moments,
 )
 from etflayers.metrics.nc4 import decisions_of, nearest_center
+from etflayers.metrics.pictures import plot_measures
 from etflayers.metrics.shell import ExactMetric, Shared
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean, Unseen, finish_moments
 from etflayers.metrics.whitening import between_whitening
@@ -214,6 +216,23 @@ class NeuralCollapse(ExactMetric):
             result["nc1_trace_about_centers"] = trace / len(self.centers.means)
             result["nc4_disagreement"] = self.disagreements / samples
         return result
+
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any = None
+    ) -> Any:
+        """Draw the measures by name, or how each develops.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, or several in order; default: that of now.
+            ax: axes of matplotlib to draw into; default: a new figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        return plot_measures(self.compute() if val is None else val, ax)
 
     def statistics(self) -> ClassStatistics:
         """Counts, means and covariances of the samples of all ranks: the ``centers`` of a second pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from etflayers.checks import require
 from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.pictures import plot_margins
 from etflayers.metrics.shell import ExactMetric
 
 __all__ = ["CosineMargins"]
@@ -69,3 +71,18 @@ class CosineMargins(ExactMetric):
         )
         require(margins.numel() > 0, "no sample has been seen: call update first")
         return margins.sort().values
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the curve, or several.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, or several; default: that of now.
+            ax: axes of matplotlib to draw into; default: a new figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        return plot_margins(self.compute() if val is None else val, ax)
