@@ -13,7 +13,7 @@ from etflayers.metrics.moments import require_features
 from etflayers.metrics.nc2 import require_rows
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["cosine_margins"]
+__all__ = ["cosine_margins", "own_cosines"]
 
 
 @torch.no_grad()
@@ -51,6 +51,46 @@ def cosine_margins(
     >>> cosine_margins(5 * frame, torch.arange(3), frame)
     tensor([1.5000, 1.5000, 1.5000])
     """
+    cosines, targets = _cosines(features, targets, weight, center, ignore_index)
+    return margins_of(cosines, targets)
+
+
+@torch.no_grad()
+def own_cosines(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    center: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""``cos(h, w_y)`` for each sample, whose mean is 1 at collapse: the first part of the margin.
+
+    Args:
+        features: as in :func:`cosine_margins`.
+        targets: as in :func:`cosine_margins`.
+        weight: as in :func:`cosine_margins`.
+        center: as in :func:`cosine_margins`.
+        ignore_index: as in :func:`cosine_margins`.
+
+    Returns:
+        One cosine for each sample that is not ignored, float32 or better, in the order of the samples.
+
+    Raises:
+        InvalidArgumentError: as in :func:`cosine_margins`.
+        NonFiniteError: as in :func:`cosine_margins`.
+
+    >>> own_cosines(torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0]), torch.eye(2))
+    tensor([1.0000, 0.7071])
+    """
+    cosines, targets = _cosines(features, targets, weight, center, ignore_index)
+    return cosines.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _cosines(
+    features: Tensor, targets: Tensor, weight: Tensor, center: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``cos(h, w_k)``, ``(B', K)``, and the targets of the samples that are not ignored."""
     require_rows("weight", weight)
     require_features(features, targets, weight.shape[1])
     valid = ~ignored_targets(targets, len(weight), ignore_index)
@@ -66,7 +106,7 @@ def cosine_margins(
         rows = rows.double() - rows.double().mean(0)
     cosines = row_cosines(features.to(dtype), rows)
     require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
-    return margins_of(cosines, targets)
+    return cosines, targets
 
 
 def row_cosines(features: Tensor, rows: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from etflayers.checks import require, require_finite, require_floating
 from etflayers.errors import InvalidArgumentError
+from etflayers.functional.class_means import ignored_targets, require_target_for_each
 from etflayers.metrics.nc2 import float64_rows, row_lengths
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["bias_collapse", "center_disagreement", "nearest_center"]
+__all__ = ["bias_collapse", "center_agreement", "center_disagreement", "nearest_center"]
 
 
 @torch.no_grad()
@@ -73,11 +74,52 @@ def center_disagreement(features: Tensor, logits: Tensor, centers: Tensor) -> Te
     Reference:
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
     """
+    return 1 - _agrees(features, logits, centers).mean()
+
+
+def center_agreement(
+    features: Tensor, logits: Tensor, centers: Tensor, targets: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    r"""For each class the share of its samples for which ``argmax_k logits_k`` is the nearest class center.
+
+    Args:
+        features: h, ``(B, d)``.
+        logits: ``(B, K)``, with the bias of the classifier.
+        centers: m, ``(K, d)``.
+        targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``.
+        ignore_index: target of the samples to leave out.
+
+    Returns:
+        ``(K,)`` float64; NaN for a class without samples.
+
+    Raises:
+        InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+        NonFiniteError: NaN in features, centers or logits.
+
+    Reference:
+        Papyan, Han, Donoho (2020), arXiv 2008.08186.
+
+    >>> features = torch.tensor([[0.9, 0.0], [0.0, 2.0], [0.1, 0.3]])
+    >>> center_agreement(features, features @ torch.ones(2, 2), torch.eye(2), torch.tensor([0, 1, 0]))
+    tensor([0.5000, 0.0000], dtype=torch.float64)
+    """
+    require_target_for_each(features, targets)
+    valid = ~ignored_targets(targets, len(centers), ignore_index)
+    classes, agrees = targets.long()[valid], _agrees(features, logits, centers)[valid]
+    sums, counts = agrees.new_zeros(2, len(centers))
+    sums.index_add_(0, classes, agrees)
+    counts.index_add_(0, classes, torch.ones_like(agrees))
+    share: Tensor = sums / counts
+    return share
+
+
+def _agrees(features: Tensor, logits: Tensor, centers: Tensor) -> Tensor:
+    """1 where the decision is the nearest center and else 0, ``(B,)`` float64."""
     require(
         logits.shape == (len(features), len(centers)),
         f"logits must have shape (B, K) = ({len(features)}, {len(centers)}), got {tuple(logits.shape)}",
     )
-    return (decisions_of(logits) != nearest_center(features, centers)).double().mean()
+    return (decisions_of(logits) == nearest_center(features, centers)).double()
 
 
 def decisions_of(logits: Tensor) -> Tensor:
