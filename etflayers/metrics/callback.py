@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -84,6 +85,7 @@ class NeuralCollapseCallback(CallbackBase):  # type: ignore[misc]
         self.options = options
         self.probe: NeuralCollapseProbe | None = None
         self._hooks = ExitStack()
+        weakref.finalize(self, self._hooks.close)  # for a loop that was left without a word
         self._frames: dict[str, Tensor] = {}
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -107,10 +109,14 @@ class NeuralCollapseCallback(CallbackBase):  # type: ignore[misc]
         """Add a batch."""
         if self.probe is None:
             return
-        if dataloader_idx == self.dataloader_idx:
-            self.probe.update(self.targets(batch))
-        else:
+        if dataloader_idx != self.dataloader_idx:
             self.probe.discard()
+            return
+        try:
+            self.probe.update(self.targets(batch))
+        except BaseException:
+            self._hooks.close()
+            raise
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the metrics and take the hooks out; the sanity check before training is not measured.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -322,6 +323,7 @@ def test_the_callback_measures_one_loader_only() -> None:
         callback.on_validation_batch_end(trainer, module, None, (images, targets), 0, loader)
     assert callback.probe is not None
     assert callback.probe.metrics["net.4"].moments.counts.sum() == 12
+    callback.on_validation_epoch_end(trainer, module)
 
 
 def test_the_callback_asks_for_targets_it_cannot_find() -> None:
@@ -330,3 +332,25 @@ def test_the_callback_asks_for_targets_it_cannot_find() -> None:
     callback.on_validation_epoch_start(None, module)
     with pytest.raises(InvalidArgumentError, match="pass targets="):
         callback.on_validation_batch_end(None, module, None, {"image": 1}, 0)
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_models_compile_again_after_a_validation_that_was_abandoned() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    module = Module()
+    callback = NeuralCollapseCallback(K, classifier="net.4")
+    torch.compile(nn.Linear(3, 3), backend=record)(torch.ones(1, 3))
+    assert len(graphs) == 1
+    callback.on_validation_epoch_start(None, module)
+    torch.compile(nn.Linear(4, 3), backend=record)(torch.ones(1, 4))
+    assert len(graphs) == 1
+    del callback
+    gc.collect()
+    assert not any(layer._forward_hooks for layer in module.modules())
+    torch.compile(nn.Linear(5, 3), backend=record)(torch.ones(1, 5))
+    assert len(graphs) == 2
