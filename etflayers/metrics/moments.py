@@ -160,7 +160,7 @@ def update_moments(
 
     # Of a large K a batch holds few classes: nothing below then makes K x d numbers, which takes seconds.
     many = num_classes > len(rows)
-    shift = moments.shift.index_select(0, index) if many else moments.shift.to(rows.dtype)[index]
+    shift = (moments.shift if many else moments.shift.to(rows.dtype)).index_select(0, index)
     new = ((moments.counts == 0) & (added > 0)).index_select(0, index)
     started = None
     if not reads_values(new) or bool(new.any()):
