@@ -129,6 +129,7 @@ class NeuralCollapseProbe:
                     f"pool must return (B, d), got {tuple(rows.shape)} from layer {name!r}: "
                     "e.g. lambda x: x.flatten(1)"
                 )
+        for name, rows in features.items():
             is_classifier = name == self._classifier
             if name not in self.metrics:
                 module = self._module if is_classifier else None

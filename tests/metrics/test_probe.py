@@ -245,6 +245,12 @@ def test_what_the_probe_refuses() -> None:
         model(torch.randn(3, 1, 5, 5))
         with pytest.raises(InvalidArgumentError, match=r"pool must return \(B, d\)"):
             probe.update(torch.arange(3))
+    unflat = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 2, 2)))
+    with NeuralCollapseProbe(unflat, K, layers=["0", "1"], pool=lambda x: x) as probe:
+        unflat(torch.randn(3, 4))
+        with pytest.raises(InvalidArgumentError, match=r"pool must return \(B, d\)"):
+            probe.update(torch.arange(3))
+        assert not probe.metrics  # of no layer
     lstm = nn.Sequential(nn.LSTM(4, 4))
     with (
         NeuralCollapseProbe(lstm, K, layers=["0"]),
