@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
 from etflayers.metrics.classifier import Classifier, read_classifier
-from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
+from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
+from etflayers.metrics.mse import MSEDecomposition, mse_decomposition
 from etflayers.metrics.nc1 import (
     class_distance_normalized_variance,
     covariance_trace_ratio,
@@ -33,8 +35,10 @@ from etflayers.metrics.nc3 import (
     duality_cosine,
     duality_distance,
     duality_row_distance,
+    equinorm_difference,
 )
-from etflayers.metrics.nc4 import bias_collapse, center_disagreement, nearest_center
+from etflayers.metrics.nc4 import bias_collapse, center_agreement, center_disagreement, nearest_center
+from etflayers.metrics.nc5 import orthogonality_deviation
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
 
@@ -65,12 +69,15 @@ __all__ = [
     "Classifier",
     "CosineMargins",
     "Equiangularity",
+    "HypersphericalEnergy",
+    "MSEDecomposition",
     "NeuralCollapse",
     "NeuralCollapseCallback",
     "NeuralCollapseProbe",
     "Whitening",
     "between_whitening",
     "bias_collapse",
+    "center_agreement",
     "center_disagreement",
     "class_distance_normalized_variance",
     "class_statistics",
@@ -83,13 +90,18 @@ __all__ = [
     "duality_row_distance",
     "equiangularity",
     "equinorm",
+    "equinorm_difference",
     "etf_distance",
     "finish_moments",
     "frame_distance",
     "gram_distance",
+    "hyperspherical_energy",
     "merge_moments",
+    "mse_decomposition",
     "nearest_center",
     "numerical_rank",
+    "orthogonality_deviation",
+    "own_cosines",
     "read_classifier",
     "simplex_coherence_error",
     "spatial_mean",

@@ -174,3 +174,18 @@ def test_bad_input_is_named(
 def test_nan_is_found_in_an_ignored_row_too() -> None:
     with pytest.raises(NonFiniteError):
         class_sums(torch.tensor([[torch.nan], [1.0]]), torch.tensor([IGNORE, 0]), 2)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+)
+def test_every_integer_dtype_gives_what_int64_gives(dtype: torch.dtype) -> None:
+    """In uint8, -1 for an ignored sample is class 255: with K = 300 it had the ignored samples as its own."""
+    features = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    largest = 255 if dtype == torch.uint8 else 127
+    targets = torch.tensor([0, 7, largest, 7, 3, largest])
+    sums, counts = class_sums(features, targets.to(dtype), 300, ignore_index=7)
+    expected, expected_counts = class_sums(features, targets, 300, ignore_index=7)
+    assert torch.equal(sums, expected)
+    assert torch.equal(counts, expected_counts)
+    assert int(counts[largest]) == 2

@@ -34,7 +34,7 @@ def class_sums_reference(
     """
     dtype = working_dtype(features.dtype)
     classes = torch.arange(num_classes, device=features.device)
-    members = torch.where(ignored, -1, targets).unsqueeze(-1) == classes
+    members = torch.where(ignored, -1, targets.long()).unsqueeze(-1) == classes
     with full_precision(features):
         sums = members.to(dtype).mT @ features.to(dtype)
     return sums, members.sum(0)
