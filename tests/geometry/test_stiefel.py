@@ -74,9 +74,32 @@ def test_bad_arguments_are_named(call, message):
 
 @pytest.mark.parametrize(
     ("point", "reason"),
-    [(torch.eye(2, 3), "shape"), (2 * torch.eye(3), "identity"), (torch.full((3, 2), torch.inf), "NaN")],
+    [
+        (torch.eye(2, 3), "shape (2, 3)"),
+        (torch.ones(3), "shape (3,)"),
+        (2 * torch.eye(3), "identity by up to 3 "),
+        (0.5 * torch.eye(3), "identity by up to 0.75 "),
+        (torch.full((3, 2), torch.inf), "NaN"),
+    ],
 )
 def test_predicate_says_what_is_wrong(point, reason):
     check = is_stiefel(point)
     assert not check.ok
     assert reason in check.reason
+
+
+def test_predicate_takes_a_tolerance():
+    point = torch.diag(torch.tensor([1.0, 1.0, 1.05]))  # Q'Q differs from I by 0.1025
+    assert is_stiefel(point, atol=0.11)
+    assert not is_stiefel(point, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deviation"),
+    [(torch.float64, 1e-9), (torch.float32, 1e-3), (torch.float16, 0.1), (torch.bfloat16, 0.3)],
+)
+def test_predicate_refuses_what_rounding_to_a_dtype_does_not_explain(dtype, deviation):
+    # Each deviation is tens of units in the last place or more; rounding a point leaves a few.
+    assert is_stiefel(random_stiefel(100, 50, dtype=dtype))
+    column = torch.tensor([[1 + deviation], [0]], dtype=dtype)
+    assert not is_stiefel(column)
