@@ -139,6 +139,12 @@ LABELS = torch.tensor([0, 1, 1, 0])
             r"features must have shape \(B, in_features\), got \(4,\)",
         ),
         (
+            torch.ones(4, 2, 1),
+            LABELS,
+            InvalidArgumentError,
+            r"features must have shape \(B, in_features\), got \(4, 2, 1\)",
+        ),
+        (
             torch.ones(4, 2),
             LABELS[:3],
             InvalidArgumentError,

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -188,10 +190,14 @@ MEANS = torch.randn(4, 6)
         (MEANS, {"weights": torch.ones(3)}, r"weights must have shape .* = \(..., 4\), got \(3,\)"),
         (MEANS, {"weights": -torch.ones(4)}, "weights must not be negative"),
         (MEANS, {"weights": torch.tensor([1.0, 1.0, 1.0, torch.nan])}, "weights must not be negative or NaN"),
+        (MEANS, {"weights": torch.ones(4).long()}, "weights must have a real floating-point dtype"),
         (MEANS, {"proximity": 1.0}, "anchor is needed with proximity=1.0"),
         (MEANS, {"proximity": torch.tensor(1.0)}, "anchor is needed"),
         (MEANS, {"proximity": -1.0, "anchor": MEANS}, "proximity must be a finite number >= 0, got -1.0"),
+        (MEANS, {"proximity": math.inf, "anchor": MEANS}, "proximity must be a finite number >= 0, got inf"),
         (MEANS, {"proximity": torch.tensor(-1.0), "anchor": MEANS}, "proximity must not be negative"),
+        (MEANS, {"proximity": torch.tensor(1), "anchor": MEANS}, "proximity must have a real floating-point"),
+        (MEANS, {"proximity": 1.0, "anchor": MEANS.long()}, "anchor must have a real floating-point dtype"),
         (MEANS, {"proximity": 1.0, "anchor": MEANS.T}, r"anchor must have shape .* got \(6, 4\)"),
     ],
 )

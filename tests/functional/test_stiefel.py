@@ -11,6 +11,8 @@ from etflayers.geometry import (
     centered_basis_apply,
     etf_radius,
     is_simplex_etf,
+    is_stiefel,
+    project_stiefel,
     random_stiefel,
 )
 from etflayers.solvers import RiemannianNewton
@@ -132,6 +134,14 @@ def test_the_riemannian_gradient_at_the_minimum_is_small():
     assert found.status is Status.CONVERGED
     assert float(found.gradient_norm) <= 1e-8
     assert float(found.smallest_curvature) > 0
+
+
+def test_a_start_in_a_narrower_dtype_is_first_brought_back_to_the_manifold():
+    # Already the minimizer, so that no step of the solver makes up for the rounding of the start.
+    start = start_of(dtype=torch.float32)
+    found = solve_stiefel(distance, project_stiefel(start.double()), start=start)
+    assert found.iterations == 0
+    assert is_stiefel(found.point)
 
 
 def test_out_of_iterations_warns_and_has_a_status():

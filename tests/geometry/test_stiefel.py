@@ -4,6 +4,7 @@ from scipy import linalg
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import (
+    is_simplex_etf,
     is_stiefel,
     project_stiefel,
     project_tangent,
@@ -92,6 +93,13 @@ def test_predicate_takes_a_tolerance():
     point = torch.diag(torch.tensor([1.0, 1.0, 1.05]))  # Q'Q differs from I by 0.1025
     assert is_stiefel(point, atol=0.11)
     assert not is_stiefel(point, atol=0.1)
+
+
+def test_predicate_measures_in_float64_whatever_the_dtype():
+    # The square of 1 + 2^-13 differs from 1 by 2^-12 + 2^-26, of which float32 would drop the last term.
+    point = torch.tensor([[1 + 2**-13]], dtype=torch.float32)
+    assert not is_stiefel(point, atol=2**-12)
+    assert not is_simplex_etf(torch.cat((point, -point)), atol=2**-12)
 
 
 @pytest.mark.parametrize(

@@ -223,13 +223,14 @@ def test_autocast_changes_the_dtype_of_the_logits_and_nothing_of_the_state(
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_computed_in_float32(
-    make_head: MakeHead, generator: torch.Generator, dtype: torch.dtype, training: bool
+    make_head: MakeHead, generator: torch.Generator, dtype: torch.dtype, normalize: bool, training: bool
 ) -> None:
     features, targets = batch(generator)
     features = features.to(dtype)
-    reference, head = make_head().train(training), make_head().train(training)
+    reference, head = (make_head(normalize=normalize).train(training) for _ in range(2))
 
     logits = head(features.requires_grad_(), targets)
     expected = reference(features.detach().float(), targets)
