@@ -167,6 +167,14 @@ def test_a_constant_objective_is_degenerate():
     assert found.status is Status.DEGENERATE
 
 
+def test_a_valley_is_degenerate_and_no_saddle():
+    # Every unit vector of the plane of the smallest eigenvalue is a minimizer.
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64))
+    found = solve_stiefel(lambda q, a: (q * (a @ q)).sum((-2, -1)), matrix, start=start_of(3, 1))
+    assert float(found.largest_curvature) == pytest.approx(8)
+    assert found.status is Status.DEGENERATE
+
+
 def test_a_tensor_the_objective_hides_is_an_error_not_a_missing_gradient():
     hidden = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
     with pytest.raises(InvalidArgumentError, match="closes over"):
