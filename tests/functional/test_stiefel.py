@@ -185,6 +185,7 @@ def test_a_tensor_the_objective_hides_is_an_error_not_a_missing_gradient():
     ("objective", "start", "message"),
     [
         (lambda q: q.sum(), start_of(), "one value for each member"),
+        (lambda q: q.sum((-2, -1)).long(), start_of(), "one value for each member"),
         (lambda q: q.detach().sum((-2, -1)), start_of(), "differentiable function of Q"),
         (lambda q: q.sum((-2, -1)), 2 * start_of(), "orthonormal"),
         (lambda q: q.sum((-2, -1)), start_of()[0], r"\(batch, dim, num_frames\)"),
@@ -204,6 +205,21 @@ def test_an_input_that_is_no_tensor():
 def test_a_threshold_that_is_not_positive(threshold):
     with pytest.raises(InvalidArgumentError, match="threshold"):
         huber_nearest_etf(torch.randn(3, 4), threshold=threshold)
+
+
+@pytest.mark.parametrize("factor", [torch.eye(5), torch.ones(4), torch.ones(3, 4)])
+def test_a_factor_that_does_not_fit_the_features(factor):
+    with pytest.raises(InvalidArgumentError, match=r"factor must have shape \(in_features, m\) = \(4, m\)"):
+        mahalanobis_nearest_etf(torch.randn(3, 4), factor)
+
+
+def test_the_solver_is_used():
+    means, solver = torch.randn(5, 8, dtype=torch.float64), RiemannianNewton(max_iterations=1)
+    factor = torch.randn(8, 8, dtype=torch.float64)
+    with pytest.warns(SolveWarning, match="raise max_iterations"):
+        mahalanobis_nearest_etf(means, factor, solver=solver)
+    with pytest.warns(SolveWarning, match="raise max_iterations"):
+        huber_nearest_etf(means, solver=solver)
 
 
 def test_means_without_a_size():

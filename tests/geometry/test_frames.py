@@ -144,6 +144,11 @@ def test_predicate_says_what_is_wrong(frame, reason):
     assert reason in check.reason
 
 
+def test_predicate_refuses_a_vector():
+    with pytest.raises(InvalidArgumentError, match=r"frame must have shape \(..., K, d\), got \(3,\)"):
+        is_simplex_etf(torch.ones(3))
+
+
 def test_predicate_takes_batches():
     frames = torch.stack([simplex_etf(4, 6, rotation="haar") for _ in range(3)])
     assert is_simplex_etf(frames).ok

@@ -61,6 +61,10 @@ def test_random_points_are_on_the_manifold_in_batches():
     ("call", "message"),
     [
         (lambda: random_stiefel(2, 3), "num_frames must be in 1..dim = 2, got 3"),
+        (lambda: random_stiefel(2, 0), "num_frames must be in 1..dim = 2, got 0"),
+        (lambda: random_stiefel(3, 2, dtype=torch.int64), "dtype must have a real floating-point dtype"),
+        (lambda: project_tangent(torch.eye(3, 2), torch.ones(4, 3, 2)), r"vector must .* got \(4, 3, 2\)"),
+        (lambda: retract_stiefel(torch.eye(3, 2), torch.ones(4, 3, 2)), r"tangent must .* got \(4, 3, 2\)"),
         (lambda: project_stiefel(torch.randn(2, 3)), "matrix must have shape"),
         (lambda: project_stiefel(torch.ones(3, 2, dtype=torch.int64)), "matrix must have a real floating"),
         (lambda: project_tangent(torch.eye(3, 2), torch.eye(3)), "vector must have the shape of point"),

@@ -158,6 +158,12 @@ def test_two_passes_before_one_backward() -> None:
     assert two.grad.tolist() == [[1.0, 1.0]] * 2  # d/dx of (x/2 + 1/2)^2 at 1, step 1/2
 
 
+def test_another_target_may_be_the_ignored_one() -> None:
+    average = FeatureMovingAverage(1, 2, ignore_index=1)
+    average(torch.tensor([[2.0], [4.0]]), torch.tensor([0, 1]))
+    assert average.means.tolist() == [[2.0], [0.0]]
+
+
 def test_leading_dimensions_are_flattened() -> None:
     cube, flat = (FeatureMovingAverage(3, 4) for _ in range(2))
     features, targets = torch.randn(2, 5, 3), torch.randint(4, (2, 5))

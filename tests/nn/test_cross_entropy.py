@@ -62,6 +62,14 @@ def test_loss_gradients_and_state_are_those_of_the_head(
     torch.testing.assert_close(head.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
+def test_another_target_may_be_the_ignored_one(head: ETFHead) -> None:
+    features, targets = problem()
+    targets = torch.where(targets == IGNORE, 2, targets)
+    head.eval()
+    loss = ETFCrossEntropy(head, ignore_index=1)(features, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(head(features), targets, ignore_index=1))
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_under_autocast(name: str) -> None:
     torch.manual_seed(0)

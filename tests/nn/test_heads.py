@@ -230,7 +230,7 @@ def test_half_precision_features_are_computed_in_float32(
 ) -> None:
     features, targets = batch(generator)
     features = features.to(dtype)
-    reference, head = (make_head(normalize=normalize).train(training) for _ in range(2))
+    reference, head = (make_head(normalize=normalize, scale=3.0).train(training) for _ in range(2))
 
     logits = head(features.requires_grad_(), targets)
     expected = reference(features.detach().float(), targets)
@@ -410,6 +410,13 @@ def test_canonical_head_equals_a_linear_layer_and_so_does_its_gradient(
     (expected_grad,) = torch.autograd.grad(expected, features, cotangent)
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
     assert torch.equal(head.frame, frame)
+
+
+def test_the_frame_is_canonical_where_that_leaves_no_feature_out() -> None:
+    for in_features, canonical in ((3, True), (4, True), (5, False)):
+        head = FixedETFHead(in_features, 4)
+        assert head.canonical is canonical
+        assert (head.vertices is None) is canonical
 
 
 def test_canonical_head_stores_no_matrix() -> None:
