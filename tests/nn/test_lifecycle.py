@@ -274,6 +274,16 @@ def test_averages_that_nearly_cancel_in_one_direction_have_a_nearest_frame() -> 
     torch.testing.assert_close(head.frame, one, rtol=0, atol=1e-5)
 
 
+def test_an_average_that_was_rounded_to_half_precision_is_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (simplex_etf(4, 6, rotation="haar", generator=generator) for _ in range(2))
+    average = 0.8 * one + 0.2 * other
+    head = NearestETFHead(6, 4)
+    with torch.no_grad():
+        head.vertices.copy_(average.bfloat16())
+    torch.testing.assert_close(head.frame, nearest_etf(average), rtol=0, atol=0.01)
+
+
 def test_averages_that_cancel_are_refused() -> None:
     """The mean of a frame and its opposite is zero, to which every ETF is equally near."""
     head = NearestETFHead(6, 4)
