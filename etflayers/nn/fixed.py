@@ -130,6 +130,7 @@ class FixedETFHead(ETFHead):
         if self.vertices is None:
             return
         if self.rotation == "given":
+            self._trusted = None
             self.trusted(self.vertices)
             return
         frame = simplex_etf(

@@ -210,6 +210,12 @@ def test_an_empty_batch_has_loss_zero() -> None:
             {},
             r"targets must have the leading shape of features, \(8,\), got \(9,\)",
         ),
+        (
+            torch.ones(9, 6),
+            TARGETS.view(3, 3),
+            {},
+            r"targets must have the leading shape of features, \(9,\), got \(3, 3\)",
+        ),
         (torch.ones(9, 6), TARGETS.float(), {}, "targets must be integers"),
         (torch.ones(9, 6), TARGETS + 1, {}, r"in \[0, 4\).* got 4 \(3 of 9"),
         (torch.ones(9, 6), TARGETS, {"scale": 0.0}, "scale must be positive and finite, got 0.0"),

@@ -73,6 +73,20 @@ def hinge_loss(head: CodeHead, features: Tensor, targets: Tensor) -> Tensor:
 FEATURES = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        ((0, 3), {}, "in_features must be at least 1, got 0"),
+        ((3, 0), {}, "num_classes must be at least 1, got 0"),
+        ((3, 4), {"scale": float("inf")}, "scale must be a finite number > 0, got inf"),
+        ((3, 4), {"scale": -1.0}, "scale must be a finite number > 0, got -1.0"),
+    ],
+)
+def test_bad_arguments_are_named(size: tuple[int, int], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        CosineCode(*size, **options)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_code_with_more_classes_than_dimensions(normalize: bool) -> None:
     head = CosineCode(3, 10, scale=4.0, normalize=normalize)

@@ -261,13 +261,14 @@ def test_autocast_changes_the_dtype_of_the_logits_and_nothing_of_the_state(
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_computed_in_float32(
-    make_head: MakeHead, generator: torch.Generator, dtype: torch.dtype, training: bool
+    make_head: MakeHead, generator: torch.Generator, dtype: torch.dtype, normalize: bool, training: bool
 ) -> None:
     features, targets = batch(generator)
     features = features.to(dtype)
-    reference, head = make_head().train(training), make_head().train(training)
+    reference, head = (make_head(normalize=normalize, scale=3.0).train(training) for _ in range(2))
 
     logits = head(features.requires_grad_(), targets)
     expected = reference(features.detach().float(), targets)
@@ -454,6 +455,13 @@ def test_canonical_head_equals_a_linear_layer_and_so_does_its_gradient(
     (expected_grad,) = torch.autograd.grad(expected, features, cotangent)
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
     assert torch.equal(head.frame, frame)
+
+
+def test_the_frame_is_canonical_where_that_leaves_no_feature_out() -> None:
+    for in_features, canonical in ((3, True), (4, True), (5, False)):
+        head = FixedETFHead(in_features, 4)
+        assert head.canonical is canonical
+        assert (head.vertices is None) is canonical
 
 
 def test_canonical_head_stores_no_matrix() -> None:

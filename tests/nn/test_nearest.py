@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from etflayers.adjoints import Detached
 from etflayers.errors import (
     EtfLayersError,
     InvalidArgumentError,
@@ -23,7 +24,7 @@ from etflayers.errors import (
     RecomputationError,
 )
 from etflayers.geometry import is_simplex_etf, simplex_etf
-from etflayers.nn import FeatureMovingAverage, NearestETFHead, provide_targets
+from etflayers.nn import FeatureMovingAverage, NearestETF, NearestETFHead, provide_targets
 
 IGNORE = -100
 Array = npt.NDArray[np.float64]
@@ -103,6 +104,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"proximity": 0.5, "anchor": "initial"},
     {"proximity": 0.5, "anchor": ANCHOR},
     {"class_weights": WEIGHTS},
+    {"class_weights": WEIGHTS, "proximity": 0.0},
     {"class_weights": WEIGHTS, "proximity": 0.5, "momentum": 0.7, "normalize": True},
 ]
 
@@ -196,6 +198,16 @@ def test_coinciding_means_give_a_frame_and_a_finite_gradient(features: Tensor, p
         assert is_simplex_etf(head.frame)
 
 
+def test_means_that_differ_by_rounding_leave_the_frame_at_the_anchor() -> None:
+    """The unit of float32 means is no smaller than their rounding, in whatever dtype they are joined."""
+    anchor = simplex_etf(4, 600, rotation="haar", generator=torch.Generator().manual_seed(0))
+    means = torch.ones(4, 600)
+    means[0, 0] += torch.finfo(torch.float32).eps
+    frame = NearestETF()(means, anchor=anchor, proximity=0.5)
+    assert float((frame - anchor).norm()) < 0.1
+    assert frame.dtype == torch.float32
+
+
 def test_never_seen_classes_have_no_say_and_ignored_samples_none_either() -> None:
     head, other = double_head(), double_head()
     features, targets = stream(1, classes=[0, 1, 2])[0]
@@ -205,6 +217,9 @@ def test_never_seen_classes_have_no_say_and_ignored_samples_none_either() -> Non
     torch.testing.assert_close(other.frame, head.frame)
     assert logits.shape == (12, 4)  # ignored samples still get logits
     assert head.averages.seen.tolist() == [True, True, True, False]
+    without = double_head(ignore_index=2)
+    without(features, targets)
+    assert without.averages.seen.tolist() == [True, True, False, False]
     expected_center = torch.stack([features[targets == k].mean(0) for k in range(3)]).mean(0)
     torch.testing.assert_close(head.center, expected_center)
 
@@ -271,6 +286,14 @@ def test_detach_cuts_exactly_the_second_path(generator: torch.Generator) -> None
     assert slope.abs() > 1e-7
 
 
+def test_the_adjoint_is_that_of_the_frame(generator: torch.Generator) -> None:
+    head = double_head(scale=2.0, center=False, adjoint=Detached())
+    features, targets = stream(1, classes=[0, 1, 2, 3])[0]
+    cotangent = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    found = gradient(head, features.requires_grad_(), targets, cotangent)
+    torch.testing.assert_close(found, 2 * cotangent @ head.frame)
+
+
 def test_two_passes_and_an_eval_pass_before_one_backward() -> None:
     head = double_head()
     batches = stream(3, classes=[0, 1, 2, 3])
@@ -316,6 +339,15 @@ def test_everything_that_matters_is_in_the_state_dict(options: dict[str, Any]) -
         assert torch.equal(other(features, targets), head(features, targets))
         assert torch.equal(other.eval()(features), head.eval()(features))
         head.train(), other.train()
+
+
+def test_given_tensors_are_copied() -> None:
+    anchor, weights = ANCHOR.clone(), WEIGHTS.clone()
+    head = double_head(anchor=anchor, class_weights=weights)
+    anchor.zero_(), weights.zero_()
+    assert torch.equal(head.frame, ANCHOR)
+    assert torch.equal(head.anchor, ANCHOR)
+    assert torch.equal(head.class_weights, WEIGHTS)
 
 
 def test_no_grad_training_still_follows_the_batch() -> None:
@@ -458,6 +490,7 @@ def test_nothing_changes_if_the_solver_fails() -> None:
         ({"anchor": torch.eye(4, 6)}, "anchor must be a simplex ETF, but inner products"),
         ({"class_weights": torch.ones(3)}, r"class_weights must have shape \(num_classes,\) = \(4,\)"),
         ({"class_weights": torch.tensor([1.0, -1, 1, 1])}, "class_weights must be finite, not negative"),
+        ({"class_weights": torch.tensor([1.0, torch.inf, 1, 1])}, "class_weights must be finite"),
         ({"class_weights": torch.zeros(4)}, "class_weights must be finite, not negative and not all zero"),
     ],
 )
