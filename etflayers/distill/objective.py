@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etflayers._torch import version
 from etflayers.checks import require
@@ -79,6 +80,8 @@ class InnerObjective:
         with (
             _in_modes(self.model, self.modes),
             _stateless(self.model),
+            # The fused kernels of attention have no second derivative.
+            sdpa_kernel(SDPBackend.MATH),
             torch.autocast(
                 self.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
             ),
