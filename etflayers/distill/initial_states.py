@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
+from etflayers.distill.layout import trainable_parameters
 from etflayers.distill.objective import Buffers
 from etflayers.errors import InvalidArgumentError
 
@@ -32,6 +33,10 @@ __all__ = [
 class InitialState(NamedTuple):
     """Parameters and buffers by name, no part of a graph.
 
+    Attributes:
+        params: what is trained.
+        buffers: what is not: buffers, and parameters with ``requires_grad=False``.
+
     >>> state = InitialState.of(nn.Linear(2, 3))
     >>> {name: tuple(value.shape) for name, value in state.params.items()}
     {'weight': (3, 2), 'bias': (3,)}
@@ -43,7 +48,9 @@ class InitialState(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> InitialState:
         """A copy of the state that a model has now."""
-        return cls(_copied(dict(model.named_parameters())), _copied(dict(model.named_buffers())))
+        params = trainable_parameters(model)
+        constants = {name: value for name, value in model.named_parameters() if name not in params}
+        return cls(_copied(params), _copied({**dict(model.named_buffers()), **constants}))
 
 
 class Initialization(Protocol):

@@ -13,6 +13,7 @@ from torch import Tensor
 from etflayers._torch import TorchDispatchMode, tree_iter
 from etflayers.distill.adjoints import StepAdjoint
 from etflayers.distill.inner_loop import UnrolledInnerLoop
+from etflayers.distill.layout import trainable_parameters
 from etflayers.distill.optimizers import hyperparameters
 
 __all__ = ["PeakMemory", "memory_forecast"]
@@ -127,7 +128,7 @@ def memory_forecast(
             torch.autograd.grad(loss, variables, allow_unused=True)
         return int(memory.peak)
 
-    start = dict(loop.model.named_parameters()) if params is None else params
+    start = trainable_parameters(loop.model) if params is None else params
     candidates = [images, labels, lr, *hyperparameters(loop.optimizer).values(), *start.values()]
     variables = [value for value in candidates if isinstance(value, Tensor) and value.requires_grad]
     if len(window) <= _START:

@@ -28,10 +28,20 @@ InnerLoss = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 def cross_entropy(model: Callable[..., Tensor], images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of ``model(images)`` for hard labels ``(B,)`` or soft labels ``(B, K)``.
 
+    Hard labels may be of any integer dtype; soft ones have that of the logits.
+
     >>> cross_entropy(nn.Identity(), torch.zeros(2, 4), torch.tensor([0, 3])).exp()
     tensor(4.)
     """
-    return F.cross_entropy(model(images), labels)
+    logits = model(images)
+    if not labels.dtype.is_floating_point:
+        require(
+            labels.ndim < logits.ndim and labels.dtype != torch.bool and not labels.dtype.is_complex,
+            "labels must be class indices of an integer dtype, or probabilities (one-hot vectors too) of a "
+            f"floating-point dtype, got {labels.dtype} of shape {tuple(labels.shape)} in a batch",
+        )
+        labels = labels.long()  # PyTorch takes no other integers here
+    return F.cross_entropy(logits, labels)
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,9 @@ class InnerObjective:
     walks back through the steps need not know.
 
     Buffers go in and come out: the model works on copies, and what comes out is no part of a graph, as in
-    training by hand. Autocast, and the training or eval mode of each module, are those of the place where the
-    objective was made, also when a step is re-derived later, from within a backward pass.
+    training by hand. Values of parameters that are not trained pass through with them. Autocast, and the
+    training or eval mode of each module, are those of the place where the objective was made, also when a
+    step is re-derived later, from within a backward pass.
     """
 
     model: nn.Module
@@ -111,7 +122,7 @@ class InnerObjective:
     ) -> tuple[Tensor, Buffers]:
         """Loss and buffers of one network."""
         frozen = {name: value.detach() for name, value in self.model.named_parameters()}
-        after = {name: value.clone() for name, value in buffers.items()}
+        after = {n: value if n in frozen else value.clone() for n, value in buffers.items()}
         state = {**frozen, **params, **after}
 
         def model(*args: object, **kwargs: object) -> Tensor:
