@@ -127,7 +127,10 @@ def per_class(
         f"got {targets.dtype} of shape {tuple(targets.shape)}",
     )
     require(len(images) > 0, f"images must not be empty, got shape {tuple(images.shape)}")
-    require(count >= 1, f"count must be at least 1, got {count}")
+    require(
+        isinstance(count, int) and count >= 1,
+        f"count, the number of images of each class, must be an integer >= 1, got {count!r}",
+    )
     require_finite(images, "images must be finite, got NaN or infinity: look at what was loaded")
     num_classes = int(targets.max()) + 1 if num_classes is None else num_classes
     require(
@@ -137,7 +140,7 @@ def per_class(
     sizes = torch.bincount(targets, minlength=num_classes)
     require(
         int(sizes.min()) >= count,
-        f"count={count} images of each class need as many real ones, class {int(sizes.argmin())} has "
+        f"{count} images of each class need as many real ones, class {int(sizes.argmin())} has "
         f"{int(sizes.min())}: take fewer, or noise",
     )
     chosen = [representatives(images[targets == k], count, generator) for k in range(num_classes)]
