@@ -278,7 +278,8 @@ class _Steps(torch.autograd.Function):
         if cotangent is None:
             return (*skipped, None, *(None for _ in needed))
         count, window, spacing, names, settings = ctx.rest
-        given, (recorded, vectors, *values) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors
+        given, (recorded, vectors, *values) = saved[:count], saved[count:]
         trajectory = _Trajectory(window, spacing, vectors)
         rest = iter(values)
         trajectory.buffers = [{name: next(rest) for name in names} for _ in trajectory.kept]

@@ -214,14 +214,23 @@ class OnlinePool:
         return {"states": [tuple(state) for state in self.states], "ages": list(self.ages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what :meth:`state_dict` returned."""
+        """Go on with what :meth:`state_dict` returned.
+
+        Raises:
+            InvalidArgumentError: another number of networks, networks of another kind, or ages that are none.
+        """
         require(
             len(state["states"]) == len(self.states),
             f"state_dict has {len(state['states'])} networks, this pool {len(self.states)}: make it with the "
             "same size",
         )
-        self.states = [InitialState(*each) for each in state["states"]]
-        self.ages, self.drawn = list(state["ages"]), None
+        states, ages = [InitialState(*each) for each in state["states"]], list(state["ages"])
+        _require_alike([self.states[0], *states])
+        require(
+            len(ages) == len(states) and all(isinstance(age, int) and age >= 0 for age in ages),
+            f"state_dict must have an age >= 0 for each of its {len(states)} networks, got {ages}",
+        )
+        self.states, self.ages, self.drawn = states, ages, None
 
 
 def stack_states(states: Sequence[InitialState]) -> InitialState:

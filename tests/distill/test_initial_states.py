@@ -370,3 +370,26 @@ def test_frozen_parameters_belong_to_the_state_and_are_not_trained() -> None:
     pool = OnlinePool(half_frozen, size=2, max_age=10)
     drawn = train(pool())
     pool.put_back(InitialState(drawn.params, drawn.buffers), steps=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["states"].pop(), "1 networks, this pool 2"),
+        (lambda state: state["states"][0][0].pop("weight"), "names or shapes of the tensors in state 1"),
+        (lambda state: state["ages"].pop(), "an age >= 0 for each of its 2 networks"),
+        (lambda state: state["ages"].__setitem__(0, -5), "an age >= 0"),
+        (lambda state: state["ages"].__setitem__(0, float("nan")), "an age >= 0"),
+    ],
+)
+def test_a_pool_refuses_the_state_of_another(
+    change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    pool = OnlinePool(lambda: nn.Linear(2, 3), size=2, max_age=10)
+    state = OnlinePool(lambda: nn.Linear(2, 3), size=2, max_age=10).state_dict()
+    change(state)
+    before = pool.states
+    with pytest.raises(InvalidArgumentError, match=message):
+        pool.load_state_dict(state)
+    assert pool.states is before
+    assert pool.ages == [0, 5]
