@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.distill.image_grid import image_grid
 from etflayers.distill.kernel_ridge import centered_one_hot
+from etflayers.distill.labels import class_indices
 from etflayers.distill.representatives import Representatives, random_samples
 from etflayers.distill.representatives import per_class as images_per_class
 from etflayers.distill.storage import read_tensors, write_tensors
@@ -90,6 +91,8 @@ class DistilledSet(nn.Module):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"inputs": inputs, "labels": labels}.items():
+            require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
         require_floating("inputs", inputs.dtype)
         require(
             inputs.ndim >= 2 and inputs.numel() > 0,
@@ -150,6 +153,7 @@ class DistilledSet(nn.Module):
         """
         count = _per_class(per_class, options)
         num_classes = _checked_classes(num_classes)
+        require(isinstance(shape, tuple | list), f"shape must be a tuple, such as (1, 28, 28), got {shape!r}")
         inputs = torch.randn(count * num_classes, *shape, generator=generator, device=device, dtype=dtype)
         classes = torch.arange(num_classes, device=device).repeat(count)
         return cls(inputs, _labels(classes, num_classes, labels, inputs), num_classes=num_classes, **options)
@@ -359,8 +363,9 @@ def _checked_labels(labels: Tensor, count: int, num_classes: int | None) -> int:
         )
         require_finite(labels, "labels must be finite, got NaN or infinity")
         return labels.shape[1]
+    labels = class_indices("labels", labels)
     require(
-        labels.shape == (count,) and labels.dtype != torch.bool and not labels.dtype.is_complex,
+        labels.shape == (count,),
         f"labels must be {count} class indices or soft labels ({count}, K), "
         f"got {labels.dtype} of shape {tuple(labels.shape)}",
     )

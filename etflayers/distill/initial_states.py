@@ -48,6 +48,7 @@ class InitialState(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> InitialState:
         """A copy of the state that a model has now."""
+        require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got {type(model).__name__}")
         params = trainable_parameters(model)
         constants = {name: value for name, value in model.named_parameters() if name not in params}
         return cls(_copied(params), _copied({**dict(model.named_buffers()), **constants}))
@@ -101,6 +102,10 @@ class RandomInitialization:
     """
 
     def __init__(self, factory: Callable[[], nn.Module]) -> None:
+        require(
+            callable(factory) and not isinstance(factory, nn.Module),
+            f"factory must be a function that makes a network, such as lambda: Network(...), got {factory!r}",
+        )
         self.factory = factory
 
     def __call__(self, generator: torch.Generator | None = None) -> InitialState:

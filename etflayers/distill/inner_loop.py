@@ -233,7 +233,8 @@ class UnrolledInnerLoop(nn.Module):
 
 
 def _require_epochs(epochs: int) -> None:
-    require(isinstance(epochs, int) and epochs >= 1, f"epochs must be an integer >= 1, got {epochs!r}")
+    number = isinstance(epochs, int) and not isinstance(epochs, bool)
+    require(number and epochs >= 1, f"epochs must be an integer >= 1, got {epochs!r}")
 
 
 def _require_parts(model: object, loss: object, optimizer: object, adjoint: object) -> None:

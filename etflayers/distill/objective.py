@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etflayers._torch import version
 from etflayers.checks import require
+from etflayers.distill.labels import class_indices
 from etflayers.distill.layout import FlatLayout
 from etflayers.errors import InvalidArgumentError
 from etflayers.precision import autocast_dtype
@@ -35,12 +36,12 @@ def cross_entropy(model: Callable[..., Tensor], images: Tensor, labels: Tensor) 
     """
     logits = model(images)
     if not labels.dtype.is_floating_point:
+        labels = class_indices("labels", labels)
         require(
-            labels.ndim < logits.ndim and labels.dtype != torch.bool and not labels.dtype.is_complex,
-            "labels must be class indices of an integer dtype, or probabilities (one-hot vectors too) of a "
-            f"floating-point dtype, got {labels.dtype} of shape {tuple(labels.shape)} in a batch",
+            labels.ndim < logits.ndim,
+            f"labels of an integer dtype must be class indices, got shape {tuple(labels.shape)} for outputs "
+            f"{tuple(logits.shape)}: use .argmax(-1) for one-hot vectors, or their dtype",
         )
-        labels = labels.long()  # PyTorch takes no other integers here
     return F.cross_entropy(logits, labels)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require, require_finite, require_floating, require_module
+from etflayers.distill.labels import class_indices
 
 __all__ = ["Representatives", "kmeans_centers", "partial_means", "per_class", "random_samples"]
 
@@ -121,10 +122,15 @@ def per_class(
             [5.5000]]), tensor([0, 1]))
     """
     require_floating("images", images.dtype)
+    targets = class_indices("targets", targets)
     require(
-        targets.shape == images.shape[:1] and not targets.dtype.is_floating_point,
-        f"targets must be {len(images)} class indices, one for each image, "
-        f"got {targets.dtype} of shape {tuple(targets.shape)}",
+        targets.shape == images.shape[:1],
+        f"targets must be {len(images)} class indices, one for each image, got shape {tuple(targets.shape)}",
+    )
+    require(
+        callable(representatives),
+        "representatives must be a function, such as etflayers.distill.kmeans_centers, got "
+        f"{representatives!r}",
     )
     require(len(images) > 0, f"images must not be empty, got shape {tuple(images.shape)}")
     require(

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from etflayers.distill import (
     DistilledSet,
+    centered_one_hot,
     image_grid,
     kmeans_centers,
     partial_means,
@@ -98,6 +99,18 @@ def test_starts_balanced_and_class_by_class_in_turn(representatives, count):
     assert torch.equal(distilled.labels, torch.arange(3).repeat(count))
     nearest = (distilled.inputs.detach().mean((1, 2, 3)) / 10).round().long()
     assert torch.equal(nearest, distilled.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_targets_of_every_integer_dtype(dtype):
+    images, targets = real_data()
+    expected = DistilledSet.from_data(images, targets, per_class=2, representatives=partial_means)
+    found = DistilledSet.from_data(images, targets.to(dtype), per_class=2, representatives=partial_means)
+    assert torch.equal(found.labels, expected.labels)
+    means = [each.inputs.detach()[each.labels == 1].mean(0) for each in (found, expected)]
+    torch.testing.assert_close(*means)
+    assert DistilledSet(torch.zeros(3, 2), torch.arange(3).to(dtype)).labels.dtype == torch.int64
+    assert torch.equal(centered_one_hot(torch.arange(3).to(dtype), 3), centered_one_hot(torch.arange(3), 3))
 
 
 def test_samples_are_real_and_different():
@@ -407,6 +420,12 @@ IMAGES, TARGETS = torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 0, 1])
         (lambda: DistilledSet.from_noise((3,), 2, per_class=1, count=1), "old name of per_class"),
         (lambda: DistilledSet.from_data(IMAGES, TARGETS, per_class=1.0), "per_class, the number.*got 1.0"),
         (lambda: per_class(IMAGES, TARGETS, count=1.5), "count, the number"),
+        (lambda: per_class(IMAGES, TARGETS.bool(), count=1), "targets must be integers"),
+        (lambda: per_class(IMAGES, TARGETS.tolist(), count=1), "targets must be a tensor, got list"),
+        (lambda: per_class(IMAGES, TARGETS, count=1, representatives="means"), "representatives must be a"),
+        (lambda: DistilledSet(torch.zeros(2, 3), [0, 1]), "labels must be a tensor, got list"),
+        (lambda: DistilledSet([[0.0]], torch.zeros(1).long()), "inputs must be a tensor, got list"),
+        (lambda: DistilledSet.from_noise(4, 2, per_class=1), "shape must be a tuple"),
         (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), num_classes=3.5), "3.5"),
         (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), num_classes=10**12), "num_classes"),
         (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), num_classes=True), "num_classes"),

@@ -393,3 +393,15 @@ def test_a_pool_refuses_the_state_of_another(
         pool.load_state_dict(state)
     assert pool.states is before
     assert pool.ages == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomInitialization(nn.Linear(2, 3)), "factory must be a function that makes a network"),
+        (lambda: FixedInitialization(lambda: nn.Linear(2, 3)), r"model must be a torch\.nn\.Module"),
+    ],
+)
+def test_a_network_is_no_factory_and_a_factory_no_network(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        make()
