@@ -21,6 +21,7 @@ from etflayers.nn import (
     LearnedETFHead,
     Momentum,
     NearestETFHead,
+    capture_targets,
     provide_targets,
     replace_classifier,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "NearestETFHead",
     "Reduction",
     "__version__",
+    "capture_targets",
     "nearest_etf",
     "provide_targets",
     "replace_classifier",

@@ -9,7 +9,8 @@ from etflayers.nn.losses import DotRegressionLoss, ETFCrossEntropy
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
-from etflayers.nn.surgery import provide_targets, replace_classifier
+from etflayers.nn.surgery import replace_classifier
+from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
 
 __all__ = [
     "CodeHead",
@@ -27,6 +28,8 @@ __all__ = [
     "NearestETF",
     "NearestETFHead",
     "StiefelNode",
+    "TargetCapture",
+    "capture_targets",
     "provide_targets",
     "replace_classifier",
 ]

@@ -1,17 +1,15 @@
-"""Put an ETF head into a model, and targets into the head, without touching the model's code."""
+"""Put an ETF head into a model without touching the model's code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from etflayers.checks import require
-from etflayers.nn.base import CodeHead
 
-__all__ = ["provide_targets", "replace_classifier"]
+__all__ = ["replace_classifier"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,46 +79,3 @@ def _find_linear(model: nn.Module, name: str | None) -> tuple[list[str], nn.Line
         )
     linear = linears[name]
     return [place for place, module in linears.items() if module is linear], linear
-
-
-@contextmanager
-def provide_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
-    """Give targets to every head that needs them, in a model whose forward pass hands on features only.
-
-    These are the heads whose ``accepts_targets`` is true: :class:`NearestETFHead`, and any
-    :class:`~etflayers.nn.CodeHead` of your own that says so. The targets hold for the forward passes inside
-    the ``with`` block, also if it is left by an exception. Targets given to a head directly win. They are no
-    part of state_dict, copies or pickles.
-
-    Args:
-        model: contains at least one such head, or is one; also inside ``DistributedDataParallel`` or
-            ``torch.compile``.
-        targets: for the features that the head receives, ``(...)``: see :meth:`NearestETFHead.forward`.
-
-    Raises:
-        InvalidArgumentError: the model has no such head, or targets is no tensor.
-
-    >>> import torch
-    >>> from etflayers.nn import NearestETFHead
-    >>> model = nn.Sequential(nn.Flatten(), NearestETFHead(4, 3))
-    >>> with provide_targets(model, torch.arange(3)):
-    ...     logits = model(torch.eye(3, 4))
-    """
-    heads = [m for m in model.modules() if isinstance(m, CodeHead) and m.accepts_targets]
-    require(
-        bool(heads),
-        "model has no head that accepts targets, such as NearestETFHead: put one in with "
-        "replace_classifier(model, head)",
-    )
-    require(
-        isinstance(targets, Tensor),
-        f"targets must be a tensor of class indices, got {type(targets).__name__}",
-    )
-    before = [head.provided_targets for head in heads]
-    for head in heads:
-        head.provided_targets = targets
-    try:
-        yield
-    finally:
-        for head, previous in zip(heads, before, strict=True):
-            head.provided_targets = previous
