@@ -24,6 +24,7 @@ from etflayers.nn import (
     capture_targets,
     provide_targets,
     replace_classifier,
+    restore_linear,
 )
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "nearest_etf",
     "provide_targets",
     "replace_classifier",
+    "restore_linear",
     "simplex_etf",
 ]
 
