@@ -21,8 +21,10 @@ from etflayers.nn import (
     LearnedETFHead,
     Momentum,
     NearestETFHead,
+    capture_targets,
     provide_targets,
     replace_classifier,
+    restore_linear,
 )
 
 __version__ = "0.1.0"
@@ -40,9 +42,11 @@ __all__ = [
     "NearestETFHead",
     "Reduction",
     "__version__",
+    "capture_targets",
     "nearest_etf",
     "provide_targets",
     "replace_classifier",
+    "restore_linear",
     "simplex_etf",
 ]
 

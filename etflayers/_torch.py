@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._compile import _disable_dynamo
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -36,6 +36,8 @@ __all__ = [
     "is_batched",
     "is_concrete",
     "is_operator",
+    "is_replica",
+    "is_symbolic",
     "leave_to_eager",
     "stamp",
     "tree_iter",
@@ -145,6 +147,16 @@ def without_modes() -> AbstractContextManager[object]:
 def is_operator(target: object) -> bool:
     """Whether the target of a node in a graph is an operator; the class of operators has no public name."""
     return isinstance(target, torch._ops.OpOverload)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether ``nn.DataParallel`` has made the module for one pass; it marks its copies for PyTorch alone."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+def is_symbolic(value: object) -> bool:
+    """Whether the value is a symbol of ``torch.fx.symbolic_trace``, which has neither dtype nor values."""
+    return isinstance(value, fx.Proxy)
 
 
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:

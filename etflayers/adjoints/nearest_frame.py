@@ -29,6 +29,7 @@ T <-> symmetric, c^2 T^+ <-> inverse.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,41 +139,55 @@ def _differentiable(direction: Tensor, linear: Tensor, state: FrameState) -> Ten
     return turned + inverse @ (change - inner @ frame / square)
 
 
+class _Form:
+    """What makes a state of its tensors again; it is known once the solver has run.
+
+    An output of the function below that is no tensor would be refused by ``torch.jit.trace``.
+    """
+
+    of: Callable[..., FrameState]
+
+    def __repr__(self) -> str:
+        return "_Form()"  # two traces of one model are compared as text
+
+
 class _NearestFrame(torch.autograd.Function):
     """M -> W with the derivative (*).
 
-    The rest of the state goes out as well, so that it can be saved: tensors, which carry no gradient, and the
-    form that makes a state of them again.
+    The other tensors of the state go out as well, so that they can be saved; they carry no gradient.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(linear: Tensor, solver: FrameSolver, precision: torch.dtype | None) -> tuple[Any, ...]:
+    def forward(
+        linear: Tensor, solver: FrameSolver, precision: torch.dtype | None, form: _Form
+    ) -> tuple[Tensor, ...]:
         with full_precision(linear):
             state = solver.solve(linear, precision)
             frame, *rest = state.tensors()
-        return (frame.to(linear.dtype), *rest, state.form)
+        form.of = state.form
+        return (frame.to(linear.dtype), *rest)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.form = output
-        ctx.mark_non_differentiable(*tensors[1:])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.form = inputs[3].of
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], *tensors)
-        ctx.save_for_forward(inputs[0], *tensors)
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         linear, *tensors = ctx.saved_tensors
-        return _derivative(grad, linear, ctx.form(*tensors)), None, None
+        return _derivative(grad, linear, ctx.form(*tensors)), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         linear, *tensors = ctx.saved_tensors
-        return (_derivative(tangent, linear, ctx.form(*tensors)), *(None for _ in tensors))
+        return (_derivative(tangent, linear, ctx.form(*tensors)), *(None for _ in tensors[1:]))
 
 
 # As one node of the graph, torch.compile keeps both modes and the vmap rule of the function above; traced
@@ -183,5 +198,5 @@ def _nearest_frame(linear: Tensor, solver: FrameSolver, precision: torch.dtype |
     # introspection, which would take a fifth of the time of a small problem.
     direct = super(torch.autograd.Function, _NearestFrame).apply
     apply = _NearestFrame.apply if inside_transform() else direct
-    frame: Tensor = apply(linear, solver, precision)[0]  # type: ignore[no-untyped-call]
+    frame: Tensor = apply(linear, solver, precision, _Form())[0]  # type: ignore[no-untyped-call]
     return frame

@@ -2,6 +2,7 @@
 
 from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.learned import LearnedETFHead
@@ -9,7 +10,8 @@ from etflayers.nn.losses import DotRegressionLoss, ETFCrossEntropy
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
-from etflayers.nn.surgery import provide_targets, replace_classifier
+from etflayers.nn.surgery import replace_classifier, restore_linear
+from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
 
 __all__ = [
     "CodeHead",
@@ -27,6 +29,10 @@ __all__ = [
     "NearestETF",
     "NearestETFHead",
     "StiefelNode",
+    "TargetCapture",
+    "capture_targets",
+    "find_classifiers",
     "provide_targets",
     "replace_classifier",
+    "restore_linear",
 ]

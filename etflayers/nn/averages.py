@@ -206,7 +206,8 @@ class FeatureMovingAverage(nn.Module):
         if targets.shape != features.shape[:-1]:
             raise InvalidArgumentError(
                 f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
-                f"got {tuple(targets.shape)}"
+                f"got {tuple(targets.shape)}. Where a model pools after this layer, give the target to the "
+                f"position that is pooled, and ignore_index={self.ignore_index} to the others"
             )
         features, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
         if not self._distributed and averages_use_triton(features, self.means):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etflayers._torch import is_replica, is_symbolic
 from etflayers.checks import (
     require,
     require_flag,
@@ -178,8 +179,14 @@ class CodeHead(nn.Module, ABC):
         """z, ``(..., d)``: the features or, with ``normalize=True``, their directions, at least in float32.
 
         Raises:
-            InvalidArgumentError: features of another width or dtype.
+            InvalidArgumentError: features of another width or dtype, or a symbol of ``torch.fx``.
         """
+        require(
+            not is_symbolic(features),
+            f"torch.fx.symbolic_trace cannot look into {type(self).__name__}, which checks what it is given: "
+            "make it a leaf of the tracer (docs/heads.md), replace it by etflayers.restore_linear(model), or "
+            "use torch.export",
+        )
         require_floating("features", features.dtype)
         if features.shape[-1:] != (self.in_features,):
             raise InvalidArgumentError(
@@ -193,13 +200,20 @@ class CodeHead(nn.Module, ABC):
 
         Raises:
             MissingTargetsError: there are none.
+            InvalidArgumentError: the head is a copy made by ``nn.DataParallel``.
         """
+        require(
+            not is_replica(self),
+            f"{type(self).__name__} cannot be trained inside nn.DataParallel, which trains copies and throws "
+            "their class means away: use DistributedDataParallel, with one process or several",
+        )
         targets = self.provided_targets if targets is None else targets
         if targets is None:
             raise MissingTargetsError(
                 f"{type(self).__name__} needs targets in training: call head(features, targets), wrap the "
-                "forward pass of the model in `with etflayers.provide_targets(model, targets):`, or call "
-                ".eval()"
+                "forward pass of the model in `with etflayers.provide_targets(model, targets):`, call "
+                "etflayers.capture_targets(model) once if it is the model that gets labels=..., or call "
+                ".eval(); for update_bn and loops of other libraries see docs/heads.md"
             )
         return targets
 
@@ -239,6 +253,13 @@ class CodeHead(nn.Module, ABC):
         if bias is not None:
             linear.bias.copy_(bias)
         return linear.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        # The place where torch.jit.script lets a module say that it is not for it.
+        raise InvalidArgumentError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export or, on a copy of the "
+            "model, etflayers.restore_linear(model)"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for old, new in self.renamed_state.items():

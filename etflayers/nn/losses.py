@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -81,8 +83,13 @@ class ETFCrossEntropy(nn.Module):
     (:func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large.
 
     In training the loss takes the place of the head, whose state it updates; where logits are wanted, call
-    the head. The head is shared, not copied: a model that contains it already holds its parameters. Hooks
-    of the head do not run.
+    the head. Hooks of the head do not run.
+
+    The head belongs to the model, and the loss refers to it without being a second owner: it is no submodule
+    of the loss, so that a model with both saves it once, under one name (safetensors asks for that). Moving
+    and saving it is up to the model. What is asked of the loss itself still reaches it: ``loss.train()`` and
+    ``loss.eval()``, and ``loss.parameters()`` for an optimizer. A module that holds the loss alone and not
+    the head does not train, move or save the head: give it the head, too.
 
     Args:
         head: any :class:`~etflayers.nn.CodeHead`, yours too.
@@ -100,6 +107,8 @@ class ETFCrossEntropy(nn.Module):
     tensor(0.0495)
     """
 
+    head: CodeHead
+
     def __init__(
         self,
         head: CodeHead,
@@ -113,7 +122,7 @@ class ETFCrossEntropy(nn.Module):
         super().__init__()
         require(isinstance(head, CodeHead), f"head must be a CodeHead, got {type(head).__name__}")
         require_loss_options(1.0, label_smoothing, reduction, chunk_size)
-        self.head = head
+        object.__setattr__(self, "head", head)  # nn.Module would register it
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
@@ -149,6 +158,17 @@ class ETFCrossEntropy(nn.Module):
             chunk_size=self.chunk_size,
             impl=self.impl,
         )
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the head."""
+        return self.head.named_parameters(prefix, recurse, remove_duplicate)
+
+    def train(self, mode: bool = True) -> ETFCrossEntropy:
+        """Set the mode of the loss and of the head."""
+        self.head.train(mode)
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -1,126 +1,151 @@
-"""Put an ETF head into a model, and targets into the head, without touching the model's code."""
+"""Put heads into a model in place of its linear classifier, and linear layers back in place of heads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
 from etflayers.nn.base import CodeHead
+from etflayers.nn.classifiers import find_classifiers, places_of
 
-__all__ = ["provide_targets", "replace_classifier"]
+__all__ = ["replace_classifier", "restore_linear"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_LOG = logging.getLogger(__name__)
+
 
 def replace_classifier(
-    model: Model, head: nn.Module | Callable[[int, int], nn.Module], *, name: str | None = None
+    model: Model,
+    head: nn.Module | Callable[[int, int], nn.Module],
+    *,
+    name: str | Iterable[str] | None = None,
+    num_classes: int | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Model:
-    """Replace the last linear layer of a model, in place, by an ETF head for the same features and classes.
+    """Replace the linear classifier of a model, in place, by an ETF head for the same features and classes.
 
-    Last means last in the order of registration, which is the classifier in ResNets, in the models of
-    torchvision and timm and in the classification models of transformers; elsewhere give its name. The head
-    goes to the device of the layer and into its training mode.
+    Which layer that is, :func:`~etflayers.nn.find_classifiers` says; give the same arguments to it to know
+    beforehand. What has been replaced is logged (level INFO), and so are linear layers that have as many
+    outputs and stay (level WARNING): auxiliary classifiers, which some models have for their training. The
+    head goes to the device of the layer and into its training mode.
 
     Args:
         model: any module that contains an ``nn.Linear``.
         head: a head with the ``in_features`` and ``num_classes`` of that layer, or a function of these two
-            numbers that makes one, such as a head class.
-        name: dotted name of the layer, as in ``model.named_modules()``.
+            numbers that makes one, such as a head class: it is called for each classifier of the model.
+        name: dotted name of the layer, or names of several, as in ``model.named_modules()``.
+        num_classes: outputs that the layer must have.
+        example_inputs: a batch, to find the layer by running the model: one tensor, a tuple of positional or
+            a mapping of keyword arguments.
 
     Returns:
         ``model``.
 
     Raises:
-        InvalidArgumentError: no such layer, or a head of another size.
+        InvalidArgumentError: no such layer, a head of another size, one head for several layers, or a model
+            inside ``DistributedDataParallel``, which knows the parameters of the layer already.
 
     >>> from etflayers.nn import FixedETFHead
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> replace_classifier(model, FixedETFHead)[-1]
     FixedETFHead(in_features=64, num_classes=10, scale=1.0, normalize=False, rotation='haar')
     """
-    places, linear = _find_linear(model, name)
-    if not isinstance(head, nn.Module):
-        head = head(linear.in_features, linear.out_features)
-    offered = (getattr(head, "in_features", None), getattr(head, "num_classes", None))
-    needed = (linear.in_features, linear.out_features)
+    _require_unwrapped(model)
+    linears = find_classifiers(model, name=name, num_classes=num_classes, example_inputs=example_inputs)
     require(
-        offered == needed,
-        f"head has (in_features, num_classes) = {offered}, but {places[0]!r} of the model has {needed}: make "
-        "the head with these numbers, or the model with the number of classes of the head",
+        len(linears) == 1 or not isinstance(head, nn.Module),
+        f"model has {len(linears)} classifiers, {list(linears)}: give a function that makes a head for each, "
+        "such as a head class, or choose one by name=",
     )
-    head = head.to(linear.weight.device).train(linear.training)
-    for place in places:
-        parent, _, attribute = place.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, head)
+    heads = []
+    for place, linear in linears.items():
+        needed = (linear.in_features, linear.out_features)
+        new = head if isinstance(head, nn.Module) else head(*needed)
+        offered = (getattr(new, "in_features", None), getattr(new, "num_classes", None))
+        require(
+            offered == needed,
+            f"head has (in_features, num_classes) = {offered}, but {place!r} of the model has {needed}: make "
+            "the head with these numbers, or the model with the number of classes of the head",
+        )
+        heads.append(new)
+    for linear, new in zip(linears.values(), heads, strict=True):
+        _put(model, linear, new.to(linear.weight.device).train(linear.training))
+    for (place, linear), new in zip(linears.items(), heads, strict=True):
+        _LOG.info("replaced %r, %s, by %s", place, linear, type(new).__name__)
+    sizes = {linear.out_features for linear in linears.values()}
+    others = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features in sizes]
+    if others:
+        _LOG.warning(
+            "replaced %s; linear layers with as many outputs stay: %s (if they are classifiers, too, give "
+            "all by name=)",
+            list(linears),
+            others,
+        )
     return model
 
 
-def _find_linear(model: nn.Module, name: str | None) -> tuple[list[str], nn.Linear]:
-    """All names of the linear layer ``name``, or of the last one, and the layer."""
-    require(
-        not isinstance(model, nn.Linear),
-        "model is itself an nn.Linear, which cannot be replaced inside itself: use the head in its place",
-    )
-    # A layer may be registered under several names; all of them get the head.
-    modules = dict(model.named_modules(remove_duplicate=False))
-    linears = {place: module for place, module in modules.items() if isinstance(module, nn.Linear)}
-    require(
-        bool(linears), "model has no nn.Linear to replace: put the head in where the model makes its logits"
-    )
-    if name is None:
-        name = next(reversed(linears))
-    elif name not in linears:
-        found = type(modules[name]).__name__ if name in modules else "nothing"
-        require(
-            False,
-            f"name must be that of an nn.Linear in the model, one of {list(linears)}: {name!r} is {found}",
-        )
-    linear = linears[name]
-    return [place for place, module in linears.items() if module is linear], linear
+def restore_linear(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+    """Replace every head of a model, in place, by the ``nn.Linear`` with the logits of its eval mode.
 
-
-@contextmanager
-def provide_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
-    """Give targets to every head that needs them, in a model whose forward pass hands on features only.
-
-    These are the heads whose ``accepts_targets`` is true: :class:`NearestETFHead`, and any
-    :class:`~etflayers.nn.CodeHead` of your own that says so. The targets hold for the forward passes inside
-    the ``with`` block, also if it is left by an exception. Targets given to a head directly win. They are no
-    part of state_dict, copies or pickles.
+    The opposite of :func:`replace_classifier`: what serves, exports, compiles or quantizes models then finds
+    nothing of this library in it. The layers are copies of the present state
+    (:meth:`~etflayers.nn.CodeHead.to_linear`) that have forgotten what they were: trained further, they leave
+    the ETF.
 
     Args:
-        model: contains at least one such head, or is one; also inside ``DistributedDataParallel`` or
-            ``torch.compile``.
-        targets: for the features that the head receives, ``(...)``: see :meth:`NearestETFHead.forward`.
+        model: contains at least one :class:`~etflayers.nn.CodeHead`.
+        dtype: of the layers; default: that of the other parameters of the model, as linear layers ask for it
+            (heads that keep averages or factorize stay in float32 in a model in half precision).
+
+    Returns:
+        ``model``.
 
     Raises:
-        InvalidArgumentError: the model has no such head, or targets is no tensor.
+        InvalidArgumentError: no head, a head that is itself the model, or one with ``normalize=True``, whose
+            logits are not linear in the features.
 
-    >>> import torch
-    >>> from etflayers.nn import NearestETFHead
-    >>> model = nn.Sequential(nn.Flatten(), NearestETFHead(4, 3))
-    >>> with provide_targets(model, torch.arange(3)):
-    ...     logits = model(torch.eye(3, 4))
+    >>> from etflayers.nn import FixedETFHead
+    >>> restore_linear(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), FixedETFHead(4, 3)))[-1]
+    Linear(in_features=4, out_features=3, bias=False)
     """
-    heads = [m for m in model.modules() if isinstance(m, CodeHead) and m.accepts_targets]
+    _require_unwrapped(model)
+    heads = {place: module for place, module in model.named_modules() if isinstance(module, CodeHead)}
+    require("" not in heads, "model is itself a head: head.to_linear() is the linear layer")
+    require(bool(heads), "model has no head of this library to restore")
+    normalized = [place for place, head in heads.items() if head.normalize]
     require(
-        bool(heads),
-        "model has no head that accepts targets, such as NearestETFHead: put one in with "
-        "replace_classifier(model, head)",
+        not normalized,
+        f"heads with normalize=True, {normalized}: their logits are not linear in the features. Have the "
+        "model divide the features by their lengths (torch.nn.functional.normalize) and put "
+        "head.to_linear(normalized_inputs=True) in the place of the head",
     )
+    if dtype is None:
+        inside = {id(parameter) for head in heads.values() for parameter in head.parameters()}
+        rest = (p.dtype for p in model.parameters() if id(p) not in inside and p.is_floating_point())
+        dtype = next(rest, None)
+    linears = [head.to_linear().to(dtype=dtype) for head in heads.values()]
+    for head, linear in zip(heads.values(), linears, strict=True):
+        _put(model, head, linear)
+    _LOG.info("restored nn.Linear at %s", list(heads))
+    return model
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Register ``new`` under every name that ``old`` has."""
+    for place in places_of(model, old):
+        parent, _, attribute = place.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+
+
+def _require_unwrapped(model: nn.Module) -> None:
     require(
-        isinstance(targets, Tensor),
-        f"targets must be a tensor of class indices, got {type(targets).__name__}",
+        not any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()),
+        "model is inside DistributedDataParallel, which has taken down its parameters: change the model "
+        "first and wrap it then",
     )
-    before = [head.provided_targets for head in heads]
-    for head in heads:
-        head.provided_targets = targets
-    try:
-        yield
-    finally:
-        for head, previous in zip(heads, before, strict=True):
-            head.provided_targets = previous

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +154,41 @@ def test_invalid_arguments_are_refused() -> None:
         ETFCrossEntropy(head)(torch.ones(2, 5), torch.tensor([0, 1]))
     with pytest.raises(MissingTargetsError):
         ETFCrossEntropy(NearestETFHead(6, 4))(torch.ones(2, 6), None)  # type: ignore[arg-type]
+
+
+class Both(nn.Module):
+    """A model that holds its head and the loss of the head."""
+
+    def __init__(self, head: ETFHead) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 6)
+        self.head = head
+        self.loss = ETFCrossEntropy(head)
+
+
+def test_a_model_with_head_and_loss_is_saved_under_one_name(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    for make in HEADS.values():
+        model, other = Both(make()), Both(make())
+        safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+        other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+        torch.testing.assert_close(other.head.frame, model.head.frame, rtol=0, atol=0)
+        assert not any(name.startswith("loss.") for name in model.state_dict())
+
+
+def test_what_is_asked_of_the_loss_reaches_the_head() -> None:
+    head = LearnedETFHead(6, 4)
+    criterion = ETFCrossEntropy(head)
+    assert [id(p) for p in criterion.parameters()] == [id(p) for p in head.parameters()]
+    before = head.prototypes.detach().clone()
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
+    features, targets = problem(torch.float32)
+    criterion(features, targets).backward()
+    optimizer.step()
+    assert not torch.equal(head.prototypes, before)
+    model = Both(head)
+    assert sum(p is head.prototypes for p in model.parameters()) == 1
+    twin = copy.deepcopy(model)
+    assert twin.loss.head is twin.head
+    assert twin.head is not head
+    assert pickle.loads(pickle.dumps(criterion)).head.num_classes == 4

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
+import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflayers.errors import InvalidArgumentError, MissingTargetsError
-from etflayers.nn import FixedETFHead, NearestETFHead, provide_targets, replace_classifier
+from etflayers.errors import InvalidArgumentError
+from etflayers.nn import (
+    CodeHead,
+    FixedETFHead,
+    NearestETFHead,
+    provide_targets,
+    replace_classifier,
+    restore_linear,
+)
+
+if TYPE_CHECKING:
+    from tests.nn.conftest import MakeHead
 
 
 class Block(nn.Module):
@@ -107,70 +116,128 @@ def test_bad_replacements_are_named_and_not_made(
     assert [(place, id(module)) for place, module in model.named_modules()] == before
 
 
-# --- provide_targets --------------------------------------------------------------------------------------
+def test_every_classifier_gets_a_head_of_its_own() -> None:
+    def distilled() -> nn.ModuleDict:
+        return nn.ModuleDict({"body": nn.Linear(4, 8), "head": nn.Linear(8, 3), "head_dist": nn.Linear(8, 3)})
 
-
-def model_with_nearest_head() -> ResNet:
-    torch.manual_seed(0)
-    return replace_classifier(ResNet(), partial(NearestETFHead, generator=torch.Generator().manual_seed(0)))
-
-
-def head_of(model: nn.Module) -> NearestETFHead:
-    (head,) = (module for module in model.modules() if isinstance(module, NearestETFHead))
-    return head
-
-
-def test_targets_reach_the_head_inside_the_block_only() -> None:
-    model, direct = model_with_nearest_head(), head_of(model_with_nearest_head())
-    features = model.blocks(model.stem(IMAGES)).mean((2, 3))
-    with provide_targets(model, TARGETS):
-        logits = model(IMAGES)
-    torch.testing.assert_close(logits, direct(features, TARGETS))
-    with pytest.raises(MissingTargetsError, match=r"provide_targets\(model, targets\)"):
-        model(IMAGES)
-
-
-def test_targets_are_gone_after_an_error_in_the_block() -> None:
-    model = model_with_nearest_head()
-    with pytest.raises(RuntimeError, match="in the block"), provide_targets(model, TARGETS):
-        raise RuntimeError("in the block")
-    with pytest.raises(MissingTargetsError):
-        model(IMAGES)
-
-
-def test_blocks_nest_and_given_targets_win() -> None:
-    head, expected = (NearestETFHead(4, 3, generator=torch.Generator().manual_seed(0)) for _ in range(2))
-    features, outer, inner = torch.randn(6, 4), torch.arange(6) % 3, (torch.arange(6) + 1) % 3
-    with provide_targets(head, outer):
-        with provide_targets(head, inner):
-            torch.testing.assert_close(head(features), expected(features, inner))
-        torch.testing.assert_close(head(features), expected(features, outer))
-        torch.testing.assert_close(head(features, inner), expected(features, inner))
-
-
-def test_provided_targets_are_no_part_of_copies() -> None:
-    model = model_with_nearest_head()
-    before = model.state_dict().keys()
-    with provide_targets(model, TARGETS):
-        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-        assert model.state_dict().keys() == before
-    for other in copies:
-        with pytest.raises(MissingTargetsError):
-            other(IMAGES)
-
-
-def test_models_without_a_nearest_head_and_targets_that_are_none_are_named() -> None:
-    for model in (ResNet(), replace_classifier(ResNet(), FixedETFHead)):
-        with (
-            pytest.raises(InvalidArgumentError, match="model has no head that accepts targets"),
-            provide_targets(model, TARGETS),
-        ):
-            pass
-    with (
-        pytest.raises(InvalidArgumentError, match="targets must be a tensor of class indices, got list"),
-        provide_targets(model_with_nearest_head(), [0, 1]),  # type: ignore[arg-type]
+    model = replace_classifier(distilled(), FixedETFHead)
+    assert isinstance(model["head"], FixedETFHead)
+    assert isinstance(model["head_dist"], FixedETFHead)
+    assert model["head"] is not model["head_dist"]
+    with pytest.raises(
+        InvalidArgumentError, match=r"2 classifiers, \['head', 'head_dist'\]: give a function"
     ):
-        pass
+        replace_classifier(distilled(), FixedETFHead(8, 3))
+    one = replace_classifier(distilled(), FixedETFHead(8, 3), name="head")
+    assert type(one["head_dist"]) is nn.Linear
+    both = replace_classifier(distilled(), FixedETFHead, name=["head_dist", "head"])
+    assert not any(type(both[name]) is nn.Linear for name in ("head", "head_dist"))
+
+
+def test_what_was_replaced_and_what_stays_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = ResNet()
+    with caplog.at_level(logging.INFO, logger="etflayers"):
+        replace_classifier(model, FixedETFHead)
+    assert [record.message for record in caplog.records] == [
+        "replaced 'fc', Linear(in_features=8, out_features=5, bias=True), by FixedETFHead"
+    ]
+    caplog.clear()
+    model = ResNet()
+    model.auxiliary = nn.Linear(3, 5)
+    replace_classifier(model, FixedETFHead)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "linear layers with as many outputs stay: ['auxiliary']" in caplog.text
+
+
+def test_a_model_inside_ddp_is_refused() -> None:
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    for change in (lambda model: replace_classifier(model, FixedETFHead), restore_linear):
+        with pytest.raises(InvalidArgumentError, match="model is inside DistributedDataParallel"):
+            change(Wrapped())
+
+
+# --- restore_linear ---------------------------------------------------------------------------------------
+
+
+def test_a_restored_model_has_the_logits_of_eval_mode(make_head: MakeHead) -> None:
+    model = nn.Sequential(nn.Linear(3, 6), make_head(scale=3.0))
+    inputs = torch.randn(8, 3)
+    with torch.no_grad():
+        model[1](model[0](inputs), torch.arange(8) % 4)  # a training pass: means and center are not zero
+    expected = model.eval()(inputs)
+    assert restore_linear(model) is model
+    assert type(model[1]) is nn.Linear
+    torch.testing.assert_close(model(inputs), expected)
+    assert not model[1].training
+    with pytest.raises(InvalidArgumentError, match="model has no head"):
+        restore_linear(model)
+
+
+def test_restoring_undoes_replacing_under_every_name() -> None:
+    model = ResNet()
+    model.alias = nn.ModuleList([model.fc])
+    places = [place for place, _ in model.named_modules(remove_duplicate=False)]
+    restore_linear(replace_classifier(model, NearestETFHead))
+    assert type(model.fc) is nn.Linear
+    assert model.alias[0] is model.fc
+    assert [place for place, _ in model.named_modules(remove_duplicate=False)] == places
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_layer_has_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 6), NearestETFHead(6, 4)).to(dtype).eval()
+    inputs = torch.randn(8, 3, dtype=dtype)
+    expected = model(inputs)
+    assert restore_linear(model)(inputs).dtype == dtype
+    # The head computes in at least float32, the layer in the dtype of the model: one rounding of each factor.
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(model(inputs), expected, rtol=tolerance, atol=tolerance)
+    model = restore_linear(nn.Sequential(nn.Linear(3, 6), FixedETFHead(6, 4)), dtype=dtype)
+    assert model[1].weight.dtype == dtype
+
+
+def test_what_cannot_be_restored_is_named_and_nothing_changed() -> None:
+    model = nn.ModuleDict({"a": FixedETFHead(6, 4), "b": FixedETFHead(6, 4, normalize=True)})
+    with pytest.raises(InvalidArgumentError, match=r"heads with normalize=True, \['b'\]"):
+        restore_linear(model)
+    assert isinstance(model["a"], FixedETFHead)
+    with pytest.raises(InvalidArgumentError, match=r"model is itself a head: head\.to_linear\(\)"):
+        restore_linear(FixedETFHead(6, 4))
+
+
+# --- other tracers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_symbolic_trace_and_script_name_the_way(make_head: MakeHead) -> None:
+    model = nn.Sequential(nn.Linear(3, 6), make_head()).eval()
+    inputs = torch.randn(8, 3)
+    with pytest.raises(InvalidArgumentError, match=r"restore_linear\(model\), or use torch\.export"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(InvalidArgumentError, match=r"use torch\.export or"):
+        torch.jit.script(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, CodeHead) or super().is_leaf_module(m, module_qualified_name)
+
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    torch.testing.assert_close(traced(inputs), model(inputs), rtol=0, atol=0)
+    expected = model(inputs)
+    traced = torch.fx.symbolic_trace(restore_linear(model))
+    torch.testing.assert_close(traced(inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_without_gradients(make_head: MakeHead) -> None:
+    model = nn.Sequential(nn.Linear(3, 6), make_head()).eval()
+    inputs = torch.randn(8, 3)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, inputs[:2])
+        torch.testing.assert_close(traced(inputs), model(inputs), rtol=0, atol=0)
 
 
 # --- models of other libraries ----------------------------------------------------------------------------
@@ -197,7 +264,7 @@ def train_and_evaluate(model: nn.Module, num_classes: int, **inputs: Tensor) -> 
 
 
 def test_own_resnet() -> None:
-    train_and_evaluate(model_with_nearest_head(), 5, x=IMAGES)
+    train_and_evaluate(replace_classifier(ResNet(), NearestETFHead), 5, x=IMAGES)
 
 
 @pytest.mark.filterwarnings("ignore")
