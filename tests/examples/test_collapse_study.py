@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from collapse_study import main
-from study.settings import StudySettings
+from collapse_study import StudySettings, main
 
 HEADS = ("standard", "fixed", "nearest", "nearest-detached", "learned")
 QUICK = ("--data", "digits", "--epochs", "2", "--seeds", "0", "1")

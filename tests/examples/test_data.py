@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from comparison.data import load
-from comparison.settings import Settings
 from etflayers.errors import InvalidArgumentError
+from lab.data import load
+from lab.settings import Settings
 
 
 def write_images(folder: Path, count: int, *, size: int = 12, mode: str = "L", shade: int = 0) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from distillation.linear import case as module
-from distillation.linear.case import LinearSet, LinearSettings, learn, linear_case, make_task
-from distillation.linear.theory import LinearTask
+from distillation import linear as module
+from distillation.linear import LinearSet, LinearSettings, learn, linear_case, make_task
+from distillation.theory import LinearTask
 from etflayers.distill import SGD, unrolled_inner_loop
 from etflayers.errors import InvalidArgumentError
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from study.sweep import UNCHANGED, SweepSettings, markdown, means, run_trial
-from sweep import main
+from sweep import UNCHANGED, SweepSettings, main, markdown, means, run_trial
 
 
 def test_a_trial_changes_what_it_names() -> None:
@@ -44,7 +43,7 @@ def test_a_diverging_trial_is_a_finding(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--head", "fixed", "nearest"), "--head must name one head to sweep"),
-        (("--trials", "lr -1"), "--lr must be positive"),
+        (("--trials", "lr -1"), "--lr must be a positive number"),
         (("--jobs", "0"), "--jobs must be at least 1"),
     ],
 )

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comparison import compare
-from comparison.settings import ComparisonSettings
-from train_heads import main
+from lab.results import Results
+from train_heads import ComparisonSettings, main
 
 HEADS = ("linear", "fixed", "nearest", "learned")
 FIGURES = ("accuracy", "loss", "collapse", "cosines", "overview")
@@ -33,7 +32,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save the second that drawing takes where figures are not the point."""
-    monkeypatch.setattr(compare, "write_figures", lambda folder, runs, title: [])
+    monkeypatch.setattr(Results, "figures", lambda self, makers: [])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -143,9 +142,9 @@ def test_options_train(tmp_path: Path, options: tuple[str, ...]) -> None:
         (("--batch-size", "5000"), "more than the 1438 training images"),
         (("--batch-size", "1"), "batch normalization"),
         (("--epochs", "0"), "--epochs must be at least 1"),
-        (("--lr", "-1"), "--lr must be positive"),
+        (("--lr", "-1"), "--lr must be a positive number"),
         (("--scale", "0", "--head", "fixed"), "scale must be positive"),
-        (("--seeds", "1", "1"), "--seeds must differ"),
+        (("--seeds", "1", "1"), "--seeds must name at least one and none twice"),
         (("--loss", "dr"), "--head fixed nearest learned"),
         (("--loss", "mse", "--label-smoothing", "0.1"), "--label-smoothing is a part of cross-entropy"),
         (("--label-smoothing", "1"), "--label-smoothing must lie in [0, 1)"),

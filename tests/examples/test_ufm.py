@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,21 +17,26 @@ import torch.nn.functional as F
 
 from etflayers import simplex_etf
 from etflayers.errors import InvalidArgumentError, NonFiniteError
-from ufm import main
-from unconstrained.descent import Run, RunKey, descend, measure
-from unconstrained.experiment import SWEEP
-from unconstrained.figures import MEASURES, collapse_figure
-from unconstrained.model import UnconstrainedFeatures, make_optimizers, objective
-from unconstrained.settings import HeadName, Settings
+from lab.heads import HeadName
+from ufm import PANELS, SWEEP, collapse_figure, main
+from unconstrained.descent import (
+    Descent,
+    RunKey,
+    Settings,
+    UnconstrainedFeatures,
+    make_optimizers,
+    measure,
+    objective,
+)
 
 HEADS = Settings().heads
 
 
-def run(
-    head: HeadName, settings: Settings, *, lr: float = 0.03, seed: int = 0, file: Path | None = None
-) -> Run:
+def run(head: HeadName, settings: Settings, *, lr: float = 0.03, seed: int = 0, **options: Any) -> Descent:
     pytest.importorskip("geoopt")
-    return descend(RunKey(settings.classes[0], head, lr, seed), settings, file)
+    descent = Descent(RunKey(settings.classes[0], head, lr, seed), settings)
+    descent.finish(**options)
+    return descent
 
 
 @pytest.mark.parametrize(("loss", "lr"), [("ce", 0.15), ("mse", 1.0)])
@@ -136,27 +142,28 @@ class KilledError(Exception):
 def test_resumed_run_ends_with_the_same_numbers(head: HeadName, tmp_path: Path) -> None:
     pytest.importorskip("geoopt")
 
-    def kill(step: int) -> None:
-        if step == 16:
+    def kill(step: int, *_: object) -> None:
+        if step == 17:
             raise KilledError
 
-    options: dict[str, Any] = {"classes": (4,), "per_class": 3, "steps": 23, "sgd_momentum": 0.5}
-    key = RunKey(4, head, 0.1, 0)
-    whole = descend(key, Settings(**options), tmp_path / "whole.pt")
-    broken = Settings(**options, checkpoint_every=7, resume=True)
+    settings = Settings(classes=(4,), per_class=3, steps=23, sgd_momentum=0.5)
+    whole = run(head, settings, lr=0.1)
+    file: dict[str, Any] = {"lr": 0.1, "checkpoint": tmp_path / "broken.pt", "every": 7, "resume": True}
     with pytest.raises(KilledError):
-        descend(key, broken, tmp_path / "broken.pt", kill)
-    first: list[int] = []
-    continued = descend(key, broken, tmp_path / "broken.pt", first.append)
-    assert first[0] == 14  # the last checkpoint before the kill
+        run(head, settings, **file, progress=kill)
+    steps: list[int] = []
+    continued = run(head, settings, **file, progress=lambda step, *_: steps.append(step))
+    assert steps[0] == 14  # the last checkpoint before the kill
     assert continued.history == whole.history
-    expected, got = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "broken"))
-    for part in ("model", "optimizers"):
+    expected, got = whole.state(), continued.state()
+    for part in continued.parts:
         torch.testing.assert_close(got[part], expected[part], rtol=0, atol=0)
 
-    descend(key, broken, tmp_path / "broken.pt", lambda step: pytest.fail("a finished run is not redone"))
+    steps.clear()
+    run(head, settings, **file, progress=lambda step, *_: steps.append(step))
+    assert steps == [24]  # a finished run is not done again
     with pytest.raises(InvalidArgumentError, match=r"per_class was 3, is 5"):
-        descend(key, Settings(**{**options, "per_class": 5}, resume=True), tmp_path / "broken.pt")
+        run(head, replace(settings, per_class=5), **file)
 
 
 def test_outputs(tmp_path: Path) -> None:
@@ -196,13 +203,10 @@ def test_outputs(tmp_path: Path) -> None:
 
 
 def test_one_sample_a_class_has_no_nc1_to_draw() -> None:
-    history = run("fixed", Settings(classes=(3,), per_class=1, steps=3)).history
-    assert all(row["nc1_trace"] == 0 for row in history)
-    figure = collapse_figure([Run(RunKey(3, "fixed", 0.03, 0), history, 0.0)])
-    assert [axes.get_title() for axes in figure.axes] == [
-        MEASURES["nc2_gram_means"],
-        MEASURES["nc3_distance"],
-    ]
+    descent = run("fixed", Settings(classes=(3,), per_class=1, steps=3))
+    assert all(row["nc1_trace"] == 0 for row in descent.history)
+    figure = collapse_figure([descent])
+    assert [axes.get_title() for axes in figure.axes] == [PANELS["nc2_gram_means"], PANELS["nc3_distance"]]
     assert all(axes.lines for axes in figure.axes)
 
 
@@ -221,7 +225,7 @@ def test_sweep(tmp_path: Path) -> None:
         (["--classes", "1"], "--classes must be at least 2"),
         (["--classes", "3", "3"], "none twice"),
         (["--features", "5"], "K - 1 = 99"),
-        (["--lr", "0"], "must be positive"),
+        (["--lr", "0"], "must be a positive number"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--spacing", "1"], "greater than 1"),
         (["--sgd-momentum", "1"], "--sgd-momentum must lie in"),

@@ -1,0 +1,478 @@
+"""Kernel inducing points: images and labels learned by the loss of regression on them, arXiv 2011.00050."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from distillation.common import (
+    DistillationSettings,
+    OuterRun,
+    StartName,
+    cosine,
+    digest,
+    first_set,
+    share_right,
+)
+from distillation.lessons import EVALUATION_BATCH
+from etflayers.checks import require
+from etflayers.distill import (
+    DistilledSet,
+    Kernel,
+    KernelRidgeInnerLoop,
+    LinearKernel,
+    NNGPKernel,
+    NTKKernel,
+    RBFKernel,
+    centered_one_hot,
+    write_png,
+)
+from etflayers.errors import NonFiniteError
+from lab.data import ImageData, Split, load_inputs
+from lab.data.sampling import shifted
+from lab.figures import BLUE, GREY, PALETTE, RED, SKY, in_percent, in_plain_numbers, legend_beside, new_figure
+from lab.files import Row, kept, write_csv
+from lab.networks import NetworkName, make_factory, seeded
+from lab.options import Count, Distinct, Flag, Free, Natural, NotNegative, Positive
+from lab.progress import bar
+from lab.results import Results, grouped, make_table, mean_and_deviation, percent
+from lab.training import Progress, in_silence, threads
+
+BASELINES = {"random images": "real", "class means": "means", "k-means centers": "kmeans"}
+RIVALS = ("random images", "k-means centers")  # that networks are trained on, too
+COLORS = {"learned": RED, "random images": SKY, "class means": GREY, "k-means centers": BLUE}
+FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
+LARGEST = 6000  # images whose kernel matrix is made as a whole
+PREDICTION_BATCH = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings(DistillationSettings):
+    """Learn images and labels in closed form: the support of a kernel regression on real images."""
+
+    default_out: ClassVar[str] = "runs/distill-kernel"
+
+    kernel: Literal["ntk", "nngp", "rbf", "linear"] = "ntk"
+    """ntk, nngp: of a ReLU network of infinite width, all of it trained or its last layer; rbf: a Gaussian;
+    linear: inner products, that is linear regression."""
+    depth: Count = 1
+    """Hidden layers of `--kernel ntk` and `nngp`."""
+    bias_variance: NotNegative = 0.01
+    """Of the biases of `--kernel ntk`, `nngp` and `linear`."""
+    bandwidth: Positive = 0.5
+    """Of `--kernel rbf`, in units of the root of the number of pixels."""
+    ridge: NotNegative = 1e-6
+    """Relative to the mean of the diagonal of the kernel of the support."""
+
+    per_class: Free[Distinct[Count]] = (1, 10, 50)
+    """Images of each class; one set is learned for each number."""
+    start: StartName = "kmeans"
+    """What the images start from: noise, random real images, centers of k-means or class means."""
+    labels: Literal["fixed", "learned", "solved"] = "learned"
+    """fixed: centered one-hot vectors; learned: by Adam, from these; solved: in closed form, for each batch
+    while images are learned and in the end for all training images."""
+    shift: Natural = 0
+    """Augmentation: shift each real image by up to this many pixels each way."""
+    outer_steps: Count = 500
+    """Updates of the images."""
+    outer_batch: Count = 500
+    """Real images in the loss of each."""
+    image_rate: Positive = 0.05
+    """Adam's learning rate for images, with a cosine decay to 0."""
+    label_rate: Positive = 0.02
+    """Adam's learning rate for labels, likewise."""
+
+    draws: Free[Count] = 5
+    """Sets of random real images among the baselines."""
+    networks: Free[tuple[NetworkName, ...]] = ("mlp", "lenet")
+    """Finite networks that are trained on the learned set, by Adam on the squared error to its labels, and on
+    as many random real images and k-means centers."""
+    evaluations: Free[Count] = 3
+    """Networks of each kind for each set."""
+    training_steps: Free[Count] = 300
+    """Steps of their training."""
+    training_batch: Free[Count] = 100
+    """Images in a step; all, if there are no more."""
+    rate_grid: Free[Distinct[Positive]] = (3e-4, 1e-3, 3e-3)
+    """Adam's learning rates for them: the best on a part of the training images is taken, for each set."""
+    quick: Free[Flag] = False
+    """Under a minute: digits, 60 updates, 1 and 10 images of each class, a small mlp; all else as given."""
+
+    @property
+    def resolved(self) -> KernelSettings:
+        """What is run: these settings, with those of `--quick`."""
+        if not self.quick:
+            return self
+        small: dict[str, Any] = {"data": "digits", "per_class": (1, 10), "networks": ("mlp",)}
+        few = {"outer_steps": 60, "outer_batch": 200, "draws": 2, "evaluations": 2, "training_steps": 100}
+        return replace(self, **small, **few, rate_grid=(1e-3,))
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.labels != "solved" or self.outer_batch >= 10 * max(self.per_class),
+            f"--labels solved fits labels to each batch: --outer-batch {self.outer_batch} must be at least "
+            f"ten times --per-class {max(self.per_class)}",
+        )
+
+
+def make_loop(settings: KernelSettings, data: ImageData) -> KernelRidgeInnerLoop:
+    """Ridge regression with the kernel of the settings."""
+    kernel: Kernel
+    if settings.kernel == "rbf":
+        kernel = RBFKernel(settings.bandwidth * math.prod(data.shape) ** 0.5)
+    elif settings.kernel == "linear":
+        kernel = LinearKernel(settings.bias_variance)
+    else:
+        wide = NTKKernel if settings.kernel == "ntk" else NNGPKernel
+        kernel = wide(depth=settings.depth, bias_variance=settings.bias_variance)
+    return KernelRidgeInnerLoop(kernel, ridge=settings.ridge)
+
+
+@torch.no_grad()
+def predictions(loop: KernelRidgeInnerLoop, distilled: DistilledSet, inputs: Tensor) -> Tensor:
+    """``(m, K)``, in parts that need little memory."""
+    parts = inputs.split(PREDICTION_BATCH)
+    return torch.cat([loop(part, distilled.inputs, distilled.labels) for part in parts])
+
+
+@torch.no_grad()
+def with_solved_labels(loop: KernelRidgeInnerLoop, distilled: DistilledSet, images: Split) -> DistilledSet:
+    """The same images with the labels that are best for regression on ``images``."""
+    targets = centered_one_hot(images.targets, distilled.num_classes)
+    labels = loop.solve_labels(images.images, targets, distilled.inputs)
+    return DistilledSet(distilled.inputs, labels, mean=distilled.mean, std=distilled.std)
+
+
+class Inducing(OuterRun):
+    """A set learned by gradients of the error of the regression on batches of the training images."""
+
+    def __init__(self, settings: KernelSettings, per_class: int, seed: int, data: ImageData) -> None:
+        self.settings, self.data, self.loop = settings, data, make_loop(settings, data)
+        # A stream for every size, so that none depends on which others are asked for.
+        generator = torch.Generator().manual_seed(1000 * seed + per_class)
+        distilled = first_set(settings.start, per_class, data, generator, labels="centered")
+        groups: list[dict[str, Any]] = [{"params": [distilled.inputs], "lr": settings.image_rate}]
+        if settings.labels == "learned":
+            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
+        fingerprint = {**settings.fingerprint(), "images of a class": per_class, "seed": seed}
+        super().__init__(distilled, groups, settings.outer_steps, generator, fingerprint)
+
+    def update(self) -> Row:
+        """The loss of the regression on a batch of real images, and a step of Adam."""
+        inputs, classes = self.batch()
+        targets = centered_one_hot(classes, self.data.num_classes)
+        support, labels = self.distilled.inputs, self.distilled.labels
+        if self.settings.labels == "solved":
+            # At the best labels the loss does not change with them: its gradient needs none through them.
+            labels = self.loop.solve_labels(inputs, targets, support.detach())
+        outputs = self.loop(inputs, support, labels)
+        loss = (outputs - targets).square().sum(-1).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss of step {self.step} is {loss.item()}: take a smaller --image-rate or a larger "
+                "--ridge"
+            )
+        loss.backward()
+        self.optimizer.step()
+        return {"step": self.step, "loss": loss.item(), "accuracy": share_right(outputs, classes)}
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Real images, shifted where asked."""
+        inputs, classes = self.data.train.batch(self.settings.outer_batch, self.generator)
+        reach = self.settings.shift
+        if reach == 0:
+            return inputs, classes
+        shifts = torch.randint(-reach, reach + 1, (len(inputs), 2), generator=self.generator)
+        mean, deviation = self.data.normalization.values()
+        black = (-mean / deviation).view(1, -1, 1, 1)  # what comes in at the edge
+        return shifted(inputs - black, shifts.to(inputs.device)) + black, classes
+
+
+def learn(
+    settings: KernelSettings,
+    per_class: int,
+    seed: int,
+    data: ImageData,
+    name: str | None = None,
+    progress: Progress = in_silence,
+) -> Inducing:
+    """Learn a set, in the checkpoint of this name if one is given."""
+    run = Inducing(settings, per_class, seed, data)
+    run.finish(
+        None if name is None else settings.checkpoint(name),
+        resume=settings.resume,
+        every=settings.checkpoint_every,
+        progress=progress,
+    )
+    if settings.labels == "solved":
+        run.distilled = with_solved_labels(run.loop, run.distilled, data.train)
+    return run
+
+
+def learn_kernel_set(settings: KernelSettings, console: Console) -> list[Row]:
+    """Learn a set for each size and seed, compare it with baselines; write sets, tables and figures.
+
+    Raises:
+        InvalidArgumentError: settings that cannot be run.
+        MissingDependencyError: a package that the settings need is not installed.
+        NonFiniteError: learning has diverged.
+    """
+    settings = settings.resolved
+    settings.check()
+    results, plain = Results(settings.folder, console), settings.fingerprint()
+    rows: list[Row] = []
+    histories: dict[int, list[list[Row]]] = {}
+    with threads(settings.threads):
+        data = load_inputs(settings)
+        path = settings.checkpoint("all-images")
+        full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
+        worth = "too many for" if full is None else f"test accuracy {full:.2%} of"
+        console.print(
+            f"{settings.kernel} on {data.name}: {len(data.train)} images to learn from, {len(data.test)} to "
+            f"test on; {worth} the kernel of all of them",
+            highlight=False,
+        )
+        for per_class in settings.per_class:
+            for seed in settings.seeds:
+                learned, found = _one_set(settings, per_class, seed, data, console)
+                histories.setdefault(per_class, []).append(learned.history)
+                rows += found
+
+    summary = summary_rows(rows)
+    results.csv("sets", rows)
+    results.csv("summary", summary)
+    results.json("summary", {"settings": plain, "full": full, "summary": summary})
+    title = f"{settings.kernel} kernel, {data.name}"
+    makers = {"accuracy": partial(accuracy_figure, summary, full, title)}
+    results.figures(makers | {"learning": partial(learning_figure, histories, title)})
+    for learner in dict.fromkeys(row["learner"] for row in summary):
+        title = f"Test accuracy of {learner} trained on a few images of {data.name}, %"
+        console.print(summary_table(summary, learner, title))
+    results.tell(", and the sets")
+    return rows
+
+
+def _one_set(
+    settings: KernelSettings, per_class: int, seed: int, data: ImageData, console: Console
+) -> tuple[Inducing, list[Row]]:
+    """Learn a set, write it with its picture, and judge it."""
+    name = f"{per_class}-a-class-seed{seed}"
+    with bar(console, name, lambda row: f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}") as shown:
+        learned = learn(settings, per_class, seed, data, name, shown)
+    learned.distilled.metadata = {"settings": settings.fingerprint(), "seed": seed}
+    learned.distilled.save(settings.folder / f"{name}.safetensors")
+    if data.shape[0] in (1, 3):
+        write_png(settings.folder / f"{name}.png", learned.distilled.images())
+    write_csv(settings.folder / f"{name}-history.csv", learned.history)
+    asked = settings.values(
+        "draws", "networks", "evaluations", "training_steps", "training_batch", "rate_grid"
+    )
+
+    def judge() -> list[Row]:
+        sets = named_sets(settings, per_class, seed, data, learned)
+        rows = [{**named.row(seed, per_class), **kernel_row(named, learned.loop, data)} for named in sets]
+        return rows + network_rows(settings, per_class, seed, data, sets)
+
+    path = settings.checkpoint(f"{name}-rows-{digest(asked)}")
+    found = kept(path, learned.fingerprint, judge, resume=settings.resume)
+    console.print(
+        f"{per_class} a class, seed {seed}: test accuracy {found[0]['test_accuracy']:.2%}, "
+        f"{learned.seconds:.0f} s",
+        highlight=False,
+    )
+    return learned, found
+
+
+class NamedSet(NamedTuple):
+    """A set, and what it is called: its images, its labels, and which draw of several it is."""
+
+    images: str
+    labels: str
+    draw: int
+    distilled: DistilledSet
+
+    def row(self, seed: int, per_class: int) -> Row:
+        named = {"images": self.images, "labels": self.labels, "draw": self.draw}
+        return {"per_class": per_class, "seed": seed, **named}
+
+
+def named_sets(
+    settings: KernelSettings, per_class: int, seed: int, data: ImageData, learned: Inducing
+) -> list[NamedSet]:
+    """The learned set and the baselines, each with its labels and with those solved for the training set."""
+    sets = [NamedSet("learned", settings.labels, 0, learned.distilled)]
+    for images, kind in BASELINES.items():
+        for draw in range(settings.draws if kind == "real" else 1):
+            generator = torch.Generator().manual_seed(1000 * seed + draw)
+            made = first_set(kind, per_class, data, generator, labels="centered")
+            sets.append(NamedSet(images, "one-hot", draw, made))
+    return sets + [
+        named._replace(
+            labels="solved", distilled=with_solved_labels(learned.loop, named.distilled, data.train)
+        )
+        for named in sets
+        if named.labels != "solved"
+    ]
+
+
+def kernel_row(named: NamedSet, loop: KernelRidgeInnerLoop, data: ImageData) -> Row:
+    """Accuracy of the regression on a set."""
+    row: Row = {"learner": "kernel"}
+    for part, split in (("train", data.train), ("test", data.test)):
+        outputs = predictions(loop, named.distilled, split.images)
+        row[f"{part}_accuracy"] = share_right(outputs, split.targets)
+    return row
+
+
+def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
+    """Test accuracy of the regression on all training images; ``None`` where they are too many."""
+    if len(data.train) > LARGEST:
+        return None
+    whole = DistilledSet(data.train.images, centered_one_hot(data.train.targets, data.num_classes))
+    outputs = predictions(make_loop(settings, data), whole, data.test.images)
+    return share_right(outputs, data.test.targets)
+
+
+def network_rows(
+    settings: KernelSettings, per_class: int, seed: int, data: ImageData, sets: Sequence[NamedSet]
+) -> list[Row]:
+    """Networks trained on the learned set and its rivals, each set with the best learning rate of the grid.
+
+    The rate is chosen on a part of the training images, which all but the learned set, a rival made from all
+    of them, have seen as well.
+    """
+    rows = []
+    _, validation = data.held_out()
+    chosen = [
+        named
+        for named in sets
+        if named.draw == 0
+        and named.images in ("learned", *RIVALS)
+        and named.labels in (settings.labels, "one-hot")
+    ]
+    for network in settings.networks:
+        factory = make_factory(network, data)
+        for named in chosen:
+
+            def trained(
+                index: int, rate: float, named: NamedSet = named, factory: Any = factory
+            ) -> nn.Module:
+                fresh = seeded(factory, FRESH_SEEDS + 1000 * seed + index)
+                return train_network(fresh, named.distilled, rate, settings)
+
+            scores = {rate: _accuracy(trained(0, rate), validation) for rate in settings.rate_grid}
+            rate = max(scores, key=lambda rate: scores[rate])
+            models = [trained(index, rate) for index in range(settings.evaluations)]
+            row = {**named.row(seed, per_class), "learner": network, "rate": rate, "networks": len(models)}
+            row["train_accuracy"] = fmean(_accuracy(model, data.train) for model in models)
+            row["test_accuracy"] = fmean(_accuracy(model, data.test) for model in models)
+            rows.append(row)
+    return rows
+
+
+def train_network(
+    network: nn.Module, distilled: DistilledSet, rate: float, settings: KernelSettings
+) -> nn.Module:
+    """Adam on the squared error to the labels, its rate falling to 0, in batches drawn by a fixed stream."""
+    inputs, labels = (value.detach() for value in (distilled.inputs, distilled.labels))
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    network.train()
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(settings.training_steps):
+        optimizer.param_groups[0]["lr"] = rate * cosine(step, settings.training_steps)
+        if len(order) < min(settings.training_batch, len(inputs)):
+            order = torch.randperm(len(inputs), generator=generator)
+        chosen, order = (part.to(inputs.device) for part in order.tensor_split([settings.training_batch]))
+        optimizer.zero_grad()
+        (network(inputs[chosen]) - labels[chosen]).square().sum(-1).mean().backward()
+        optimizer.step()
+    return network
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, split: Split) -> float:
+    network.eval()
+    outputs = torch.cat([network(part) for part in split.images.split(EVALUATION_BATCH)])
+    return share_right(outputs, split.targets)
+
+
+def summary_rows(rows: Sequence[Row]) -> list[Row]:
+    """One row for each learner, kind of set and number of images: mean and deviation over seeds and draws."""
+    names = ("learner", "per_class", "images", "labels")
+    summary = []
+    for key, same in grouped(rows, *names).items():
+        entry: Row = {**dict(zip(names, key, strict=True)), "sets": len(same)}
+        entry |= mean_and_deviation(same, ("train_accuracy", "test_accuracy"))
+        rates = sorted({row["rate"] for row in same if row.get("rate") is not None})
+        summary.append(entry | {"rates": ", ".join(f"{rate:g}" for rate in rates) or None})
+    return summary
+
+
+def summary_table(summary: Sequence[Row], learner: str, title: str) -> Table:
+    """Test accuracy of one learner in per cent: a row for each kind of set, a column for each size."""
+    mine = [row for row in summary if row["learner"] == learner]
+    sizes = sorted({row["per_class"] for row in mine})
+    table = make_table(title, ("images", "labels"), (f"{size} a class" for size in sizes))
+    for kind, same in grouped(mine, "images", "labels").items():
+        found = {row["per_class"]: (row["test_accuracy"], row["test_accuracy_std"]) for row in same}
+        table.add_row(*kind, *(percent(*found[size]) if size in found else "–" for size in sizes))
+    return table
+
+
+def accuracy_figure(summary: Sequence[Row], full: float | None, title: str) -> Figure:
+    """Test accuracy by images of a class, a panel for each learner."""
+    learners = grouped(summary, "learner")
+    figure = new_figure(2.2 + 3.6 * len(learners), 4, title)
+    panels = figure.subplots(1, len(learners), sharey=True, squeeze=False)[0]
+    for axes, ((learner,), mine) in zip(panels, learners.items(), strict=True):
+        for (images, labels), same in grouped(mine, "images", "labels").items():
+            same.sort(key=lambda row: row["per_class"])
+            axes.errorbar(
+                [row["per_class"] for row in same],
+                [row["test_accuracy"] for row in same],
+                yerr=[row["test_accuracy_std"] or 0.0 for row in same],
+                color=COLORS[images],
+                linestyle="--" if labels == "solved" else "-",
+                marker="o",
+                markersize=4,
+                label=f"{images}, labels {labels}",
+            )
+        if learner == "kernel" and full is not None:
+            axes.axhline(full, color="#999999", linestyle=":", label="all training images")
+        sizes = sorted({row["per_class"] for row in mine})
+        axes.set(title=f"trained: {learner}", xlabel="images of a class", xscale="log")
+        axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axes.minorticks_off()
+        in_percent(axes)
+    panels[0].set_ylabel("test accuracy")
+    legend_beside(figure, panels[0])
+    return figure
+
+
+def learning_figure(histories: Mapping[int, Sequence[Sequence[Row]]], title: str) -> Figure:
+    """Loss and accuracy on the batches of real images by outer step, a line for each size."""
+    figure = new_figure(9, 3.6, title)
+    left, right = figure.subplots(1, 2)
+    for color, (per_class, runs) in zip(PALETTE * len(histories), histories.items(), strict=False):
+        for axes, name in ((left, "loss"), (right, "accuracy")):
+            values = np.asarray([[row[name] for row in history] for history in runs])
+            axes.plot(values.mean(0), color=color, label=f"{per_class} a class", linewidth=1)
+    left.set(title="Squared error on real batches", yscale="log", xlabel="outer step")
+    in_plain_numbers(left)
+    right.set(title="Accuracy on real batches", xlabel="outer step")
+    in_percent(right)
+    left.legend()
+    return figure
