@@ -1,7 +1,7 @@
 """Glyphs: what the twelve DejaVu faces in matplotlib's wheel all draw, many classes with few images each.
 
 A class is a letter, digit or symbol that every face has (2,197 of them). Some are drawn as another one is in
-every face (Latin A, Greek Alpha, Cyrillic A): 93 such are one class with the first of their kind, and one
+every face (Greek Alpha as Latin A): 93 such are one class with the first of their kind, and one
 draws nothing, which leaves 2,103. The faces are the variation: whole faces are kept for validation and for
 the test, so that a network is asked about letters in a type that it has not seen.
 """
