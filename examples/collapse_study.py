@@ -101,11 +101,6 @@ def study(settings: StudySettings, console: Console, command: str) -> list[Train
         settings: of the study.
         console: to print on; the first of several ranks prints.
         command: what the user typed, for the report.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be trained.
-        MissingDependencyError: a package that the settings need is not installed.
-        NonFiniteError: a training has diverged.
     """
     settings.check()
     with process_group(settings.torch_device), threads(settings.cpu_threads):

@@ -112,12 +112,7 @@ def _numbers(run: Trained) -> Row:
 
 
 def sweep(settings: SweepSettings, console: Console) -> list[Row]:
-    """Run all trials, write their tables and return the means over the seeds.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be trained.
-        MissingDependencyError: Ray Tune is not installed.
-    """
+    """Run all trials, write their tables and return the means over the seeds."""
     settings.check()
     settings = replace(settings, out=settings.folder.resolve())  # a worker runs in another folder
     plan = [(trial, seed) for trial in (UNCHANGED, *settings.trials) for seed in settings.seeds]

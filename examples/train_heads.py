@@ -88,13 +88,7 @@ class ComparisonSettings(Settings):
 
 
 def compare(settings: ComparisonSettings, console: Console) -> list[Trained]:
-    """Train every head for every seed, write tables and figures, and print the summary.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be trained.
-        MissingDependencyError: a package that the settings need is not installed.
-        NonFiniteError: a training has diverged.
-    """
+    """Train every head for every seed, write tables and figures, and print the summary."""
     settings.check()
     results, plain = Results(settings.folder, console), settings.fingerprint()
     with threads(settings.cpu_threads):

@@ -170,13 +170,7 @@ class TrainingSet:
 
 
 def collapse_study(settings: CollapseSettings, console: Console) -> list[Row]:
-    """Train each head on each set for each seed; write tables and figures.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be run, a file that does not fit the data.
-        MissingDependencyError: a package that the settings need is not installed.
-        NonFiniteError: a training has diverged.
-    """
+    """Train each head on each set for each seed; write tables and figures."""
     settings = settings.resolved
     settings.check()
     results = Results(settings.folder, console)

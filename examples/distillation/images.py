@@ -14,18 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
+from distillation import unrolled
 from distillation.common import digest
 from distillation.lessons import Lesson, Outcome, best_rate, evaluate, real_lesson
-from distillation.unrolled import (
-    ImagesSettings,
-    Objective,
-    Starts,
-    Unrolled,
-    main_factory,
-    make_objective,
-    make_starts,
-    unseen,
-)
+from distillation.unrolled import ImagesSettings, Starts, Unrolled
 from etflayers.checks import require
 from etflayers.distill import DistilledSet, write_png
 from lab.data import ImageData, Split, load_inputs
@@ -60,157 +52,143 @@ class SeedResult:
 
 
 def learn_images(settings: ImagesSettings, console: Console) -> list[SeedResult]:
-    """Learn a set for each seed, train networks on it and on the baselines; write tables and figures.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be run.
-        MissingDependencyError: a package that the settings need is not installed.
-        NonFiniteError: a training has diverged.
-    """
+    """Learn a set for each seed, train networks on it and on the baselines; write tables and figures."""
     settings = settings.resolved
     settings.check()
-    results = Results(settings.folder, console)
     with threads(settings.threads):
-        data = load_inputs(settings)
-        source = _source_data(settings, data)
-        objective = make_objective(settings, data.num_classes)
+        study = Study(settings, console)
+        found = [study.one_seed(seed) for seed in settings.seeds]
+    study.report(found)
+    return found
+
+
+class Study:
+    """What all seeds share: settings, data, those of the pretrained networks, and what is learned for."""
+
+    def __init__(self, settings: ImagesSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.results = Results(settings.folder, console)
+        self.data = data = load_inputs(settings)
+        self.source = self._source_data()
+        self.objective = unrolled.make_objective(settings, data.num_classes)
         console.print(
             f"{data.name}: {len(data.train)} images to learn from, {len(data.test)} to test on; "
             f"{settings.per_class * data.num_classes} images for {settings.inner_steps} steps of a "
             f"{settings.network} from {settings.initialization} initial states",
             highlight=False,
         )
-        found = [_one_seed(settings, seed, data, source, objective, console) for seed in settings.seeds]
 
-    rows = summary_rows(found)
-    results.csv("summary", [{n: v for n, v in row.items() if not n.endswith("_seeds")} for row in rows])
-    results.json("summary", {"settings": settings.fingerprint(), "rows": rows})
-    makers = {"steps": steps_figure, "learning": learning_figure}
-    results.figures(
-        {name: partial(make, found, objective.headline, data.name) for name, make in makers.items()}
-    )
-    measures = [name for name in ("attack", "others", "accuracy") if name in rows[0]]
-    columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
-    labels = {"training": "training", "network": "network", "rate": "rate"}
-    shown = [{**row, "rate": row["rate"] or "learned"} for row in rows]
-    title = f"Networks trained on a few images, tested on {data.name}"
-    console.print(summary_table(title, labels, [*columns, Column("of", "networks", "d")], shown))
-    results.tell(", and the sets")
-    return found
-
-
-def _source_data(settings: ImagesSettings, data: ImageData) -> ImageData:
-    """What the pretrained networks have been trained on."""
-    if settings.source is None or settings.source == settings.data:
-        return data
-    source = load_inputs(replace(settings, data=settings.source, image_size=data.shape[-1]))
-    require(
-        source.shape == data.shape and source.num_classes == data.num_classes,
-        f"--source {settings.source} has images {source.shape} of {source.num_classes} classes, --data "
-        f"{settings.data} {data.shape} of {data.num_classes}: one network must fit both",
-    )
-    return source
-
-
-def _one_seed(
-    settings: ImagesSettings,
-    seed: int,
-    data: ImageData,
-    source: ImageData,
-    objective: Objective,
-    console: Console,
-) -> SeedResult:
-    starts, name, headline = make_starts(settings, data, source, seed), f"seed{seed}", objective.headline
-    run = Unrolled(settings, seed, data, starts, objective)
-    with bar(console, name, lambda row: f"loss {row['loss']:.3f}, {headline} {row[headline]:.1%}") as shown:
-        run.finish(
-            settings.checkpoint(name),
-            resume=settings.resume,
-            every=settings.checkpoint_every,
-            progress=shown,
+    def _source_data(self) -> ImageData:
+        data, name = self.data, self.settings.source
+        if name is None or name == self.settings.data:
+            return data
+        source = load_inputs(replace(self.settings, data=name, image_size=data.shape[-1]))
+        require(
+            source.shape == data.shape and source.num_classes == data.num_classes,
+            f"--source {name} has images {source.shape} of {source.num_classes} classes, --data "
+            f"{self.settings.data} {data.shape} of {data.num_classes}: one network must fit both",
         )
-    last = run.history[-1]
-    console.print(
-        f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last loss {last['loss']:.3f}, "
-        f"{headline} {last[headline]:.1%} on its {settings.outer_batch} training images",
-        highlight=False,
-        soft_wrap=True,
-    )
-    folder, plain, distilled = settings.folder, settings.fingerprint(), run.distilled
-    distilled.metadata = {"settings": plain, "seed": seed}
-    distilled.save(folder / f"{name}.safetensors")
-    # Every pixel as a square, or small images could not be seen.
-    picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
-    write_png(folder / f"{name}-images.png", picture)
-    write_csv(folder / f"{name}-history.csv", run.history)
+        return source
 
-    asked = settings.values("evaluations", "other_networks", "draws", "baselines")
-    found = kept(
-        settings.checkpoint(f"{name}-outcomes-{digest(asked)}"),
-        run.fingerprint,
-        lambda: [asdict(o) for o in evaluate_all(settings, seed, data, starts, objective, distilled)],
-        resume=settings.resume,
-    )
-    outcomes = [Outcome(**outcome) for outcome in found]
-    for outcome in outcomes:
-        console.print(f"  {outcome_text(outcome)}", highlight=False, soft_wrap=True)
-    content: Row = {"settings": plain, "evaluation": asked, "seed": seed, "seconds": run.seconds}
-    content["rates"] = distilled.rates.tolist()
-    content["outcomes"] = [
-        {**asdict(o), "networks": len(o.each), **mean_and_deviation(o.each, o.each[0])} for o in outcomes
-    ]
-    write_json(folder / f"{name}.json", content | {"history": run.history})
-    return SeedResult(seed, run, outcomes)
+    def one_seed(self, seed: int) -> SeedResult:
+        """Learn a set, judge it, and write both."""
+        settings, name, headline = self.settings, f"seed{seed}", self.objective.headline
+        starts = unrolled.make_starts(settings, self.data, self.source, seed)
+        run = Unrolled(settings, seed, self.data, starts, self.objective)
+        resume, every = settings.resume, settings.checkpoint_every
 
+        def tell(row: Row) -> str:
+            return f"loss {row['loss']:.3f}, {headline} {row[headline]:.1%}"
 
-def evaluate_all(
-    settings: ImagesSettings,
-    seed: int,
-    data: ImageData,
-    starts: Starts,
-    objective: Objective,
-    distilled: DistilledSet,
-) -> list[Outcome]:
-    """The set as it was learned, in other conditions, and the baselines."""
-    lesson, judge = Lesson.of(distilled, settings.steps, settings.optimizer), objective.judge
-    rest, validation = data.held_out()
-    many, count = settings.evaluations, 1 if starts.single else settings.evaluations
-    name = settings.network
+        with bar(self.console, name, tell) as shown:
+            run.finish(settings.checkpoint(name), resume=resume, every=every, progress=shown)
+        self._print(
+            f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last {tell(run.history[-1])} "
+            f"on its {settings.outer_batch} training images"
+        )
+        folder, plain, distilled = settings.folder, settings.fingerprint(), run.distilled
+        distilled.metadata = {"settings": plain, "seed": seed}
+        distilled.save(folder / f"{name}.safetensors")
+        # Every pixel as a square, or small images could not be seen.
+        picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
+        write_png(folder / f"{name}-images.png", picture)
+        write_csv(folder / f"{name}-history.csv", run.history)
 
-    def outcome(training: str, lessons: list[Lesson], number: int = count, **options: Any) -> Outcome:
-        options = {"network": name, "fresh": starts.fresh, "curves": True, **options}
-        return evaluate(training, lessons=lessons, count=number, data=data, judge=judge, **options)
+        asked = settings.values("evaluations", "other_networks", "draws", "baselines")
+        path = settings.checkpoint(f"{name}-outcomes-{digest(asked)}")
+        found = kept(path, run.fingerprint, lambda: self.judge(seed, starts, distilled), resume=resume)
+        outcomes = [Outcome(**outcome) for outcome in found]
+        for outcome in outcomes:
+            self._print(f"  {outcome_text(outcome)}")
+        content: Row = {"settings": plain, "evaluation": asked, "seed": seed, "seconds": run.seconds}
+        content["rates"] = distilled.rates.tolist()
+        content["outcomes"] = [
+            {**asdict(o), "networks": len(o.each), **mean_and_deviation(o.each, o.each[0])} for o in outcomes
+        ]
+        write_json(folder / f"{name}.json", content | {"history": run.history})
+        return SeedResult(seed, run, outcomes)
 
-    outcomes = [outcome("distilled", [lesson])]
-    if settings.steps > 1:
-        generator = torch.Generator().manual_seed(seed)
-        orders = [lesson.in_other_order(generator) for _ in range(count)]
-        mixtures = [lesson.in_other_batches(generator) for _ in range(count)]
-        outcomes.append(outcome("distilled, other order", orders))
-        outcomes.append(outcome("distilled, other batches", mixtures))
-    if starts.single:
-        fresh = unseen(main_factory(settings, data), seed)
-        outcomes.append(outcome("distilled, fresh networks", [lesson], many, fresh=fresh))
-    for other in settings.other_networks:
-        fresh = unseen(make_factory(other, data, head=settings.head, norm=settings.norm), seed)
-        options: dict[str, Any] = {"network": other, "fresh": fresh, "curves": False}
-        outcomes.append(outcome("distilled", [lesson], many, **options))
-        rate = best_rate([lesson], fresh, validation, judge)
-        chosen = [lesson.with_rate(rate)]
-        outcomes.append(outcome("distilled, rate chosen", chosen, many, rate=rate, **options))
-    for training, kind in KINDS.items() if settings.baselines else ():
-        if kind == "kmeans" and settings.per_class == 1:
-            continue  # the one center of a class is its average image
-        draws = settings.draws if kind == "real" else 1
+    def judge(self, seed: int, starts: Starts, distilled: DistilledSet) -> list[Row]:
+        """Outcomes of the set as it was learned, in other conditions, and of the baselines."""
+        settings, data, judge = self.settings, self.data, self.objective.judge
+        lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
+        rest, validation = data.held_out()
+        many, count = settings.evaluations, 1 if starts.single else settings.evaluations
+        outcomes: list[Outcome] = []
 
-        def lessons(images: Split, kind: str = kind, draws: int = draws) -> list[Lesson]:
+        def note(training: str, lessons: list[Lesson], number: int = count, **options: Any) -> None:
+            options = {"network": settings.network, "fresh": starts.fresh, "curves": True, **options}
+            outcomes.append(
+                evaluate(training, lessons=lessons, count=number, data=data, judge=judge, **options)
+            )
+
+        note("distilled", [lesson])
+        if settings.steps > 1:
+            generator = torch.Generator().manual_seed(seed)
+            orders = [lesson.in_other_order(generator) for _ in range(count)]
+            note("distilled, other order", orders)
+            note("distilled, other batches", [lesson.in_other_batches(generator) for _ in range(count)])
+        if starts.single:
+            fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
+            note("distilled, fresh networks", [lesson], many, fresh=fresh)
+        for other in settings.other_networks:
+            fresh = unrolled.unseen(make_factory(other, data, head=settings.head, norm=settings.norm), seed)
+            options: dict[str, Any] = {"network": other, "fresh": fresh, "curves": False}
+            note("distilled", [lesson], many, **options)
+            rate = best_rate([lesson], fresh, validation, judge)
+            note("distilled, rate chosen", [lesson.with_rate(rate)], many, rate=rate, **options)
+        for training, kind in KINDS.items() if settings.baselines else ():
+            if kind == "kmeans" and settings.per_class == 1:
+                continue  # the one center of a class is its average image
+            draws = settings.draws if kind == "real" else 1
             seeds = range(1000 * seed, 1000 * seed + draws)
-            return [baseline(kind, images, settings, data.num_classes, number) for number in seeds]
+            tried, chosen = (
+                [baseline(kind, images, settings, data.num_classes, number) for number in seeds]
+                for images in (rest, data.train)
+            )
+            rate = best_rate(tried, starts.fresh, validation, judge)
+            note(training, [one.with_rate(rate) for one in chosen], max(count, draws), rate=rate)
+        return [asdict(outcome) for outcome in outcomes]
 
-        rate = best_rate(lessons(rest), starts.fresh, validation, judge)
-        chosen = [lesson.with_rate(rate) for lesson in lessons(data.train)]
-        outcomes.append(outcome(training, chosen, max(count, draws), rate=rate))
-    return outcomes
+    def report(self, found: Sequence[SeedResult]) -> None:
+        """Tables and figures over all seeds."""
+        rows, name = summary_rows(found), self.data.name
+        self.results.csv("summary", [{n: v for n, v in r.items() if not n.endswith("_seeds")} for r in rows])
+        self.results.json("summary", {"settings": self.settings.fingerprint(), "rows": rows})
+        makers = {"steps": steps_figure, "learning": learning_figure}
+        options = (found, self.objective.headline, name)
+        self.results.figures({figure: partial(make, *options) for figure, make in makers.items()})
+        measures = [measure for measure in ("attack", "others", "accuracy") if measure in rows[0]]
+        columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
+        columns.append(Column("of", "networks", "d"))
+        labels = {"training": "training", "network": "network", "rate": "rate"}
+        shown = [{**row, "rate": row["rate"] or "learned"} for row in rows]
+        title = f"Networks trained on a few images, tested on {name}"
+        self.console.print(summary_table(title, labels, columns, shown))
+        self.results.tell(", and the sets")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -26,18 +26,9 @@ from distillation.common import (
     share_right,
 )
 from distillation.lessons import EVALUATION_BATCH
+from etflayers import distill
 from etflayers.checks import require
-from etflayers.distill import (
-    DistilledSet,
-    Kernel,
-    KernelRidgeInnerLoop,
-    LinearKernel,
-    NNGPKernel,
-    NTKKernel,
-    RBFKernel,
-    centered_one_hot,
-    write_png,
-)
+from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, centered_one_hot, write_png
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
 from lab.data.sampling import shifted
@@ -129,13 +120,13 @@ class KernelSettings(DistillationSettings):
 
 def make_loop(settings: KernelSettings, data: ImageData) -> KernelRidgeInnerLoop:
     """Ridge regression with the kernel of the settings."""
-    kernel: Kernel
+    kernel: distill.Kernel
     if settings.kernel == "rbf":
-        kernel = RBFKernel(settings.bandwidth * math.prod(data.shape) ** 0.5)
+        kernel = distill.RBFKernel(settings.bandwidth * math.prod(data.shape) ** 0.5)
     elif settings.kernel == "linear":
-        kernel = LinearKernel(settings.bias_variance)
+        kernel = distill.LinearKernel(settings.bias_variance)
     else:
-        wide = NTKKernel if settings.kernel == "ntk" else NNGPKernel
+        wide = distill.NTKKernel if settings.kernel == "ntk" else distill.NNGPKernel
         kernel = wide(depth=settings.depth, bias_variance=settings.bias_variance)
     return KernelRidgeInnerLoop(kernel, ridge=settings.ridge)
 
@@ -222,77 +213,131 @@ def learn(
 
 
 def learn_kernel_set(settings: KernelSettings, console: Console) -> list[Row]:
-    """Learn a set for each size and seed, compare it with baselines; write sets, tables and figures.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be run.
-        MissingDependencyError: a package that the settings need is not installed.
-        NonFiniteError: learning has diverged.
-    """
+    """Learn a set for each size and seed, compare it with baselines; write sets, tables and figures."""
     settings = settings.resolved
     settings.check()
-    results, plain = Results(settings.folder, console), settings.fingerprint()
-    rows: list[Row] = []
-    histories: dict[int, list[list[Row]]] = {}
     with threads(settings.threads):
-        data = load_inputs(settings)
-        path = settings.checkpoint("all-images")
-        full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
-        worth = "too many for" if full is None else f"test accuracy {full:.2%} of"
+        study = Study(settings, console)
+        rows = [
+            row for size in settings.per_class for seed in settings.seeds for row in study.one_set(size, seed)
+        ]
+    study.report(rows)
+    return rows
+
+
+class Study:
+    """What all sets share: settings, real images, and what the kernel makes of all of them."""
+
+    def __init__(self, settings: KernelSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.results = Results(settings.folder, console)
+        self.data = data = load_inputs(settings)
+        self.loop = make_loop(settings, data)
+        self.histories: dict[int, list[list[Row]]] = {}
+        plain, path = settings.fingerprint(), settings.checkpoint("all-images")
+        self.full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
+        worth = "too many for" if self.full is None else f"test accuracy {self.full:.2%} of"
         console.print(
             f"{settings.kernel} on {data.name}: {len(data.train)} images to learn from, {len(data.test)} to "
             f"test on; {worth} the kernel of all of them",
             highlight=False,
         )
-        for per_class in settings.per_class:
-            for seed in settings.seeds:
-                learned, found = _one_set(settings, per_class, seed, data, console)
-                histories.setdefault(per_class, []).append(learned.history)
-                rows += found
 
-    summary = summary_rows(rows)
-    results.csv("sets", rows)
-    results.csv("summary", summary)
-    results.json("summary", {"settings": plain, "full": full, "summary": summary})
-    title = f"{settings.kernel} kernel, {data.name}"
-    makers = {"accuracy": partial(accuracy_figure, summary, full, title)}
-    results.figures(makers | {"learning": partial(learning_figure, histories, title)})
-    for learner in dict.fromkeys(row["learner"] for row in summary):
-        title = f"Test accuracy of {learner} trained on a few images of {data.name}, %"
-        console.print(summary_table(summary, learner, title))
-    results.tell(", and the sets")
-    return rows
+    def one_set(self, per_class: int, seed: int) -> list[Row]:
+        """Learn a set, write it with its picture, and judge it."""
+        settings, name = self.settings, f"{per_class}-a-class-seed{seed}"
 
+        def tell(row: Row) -> str:
+            return f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}"
 
-def _one_set(
-    settings: KernelSettings, per_class: int, seed: int, data: ImageData, console: Console
-) -> tuple[Inducing, list[Row]]:
-    """Learn a set, write it with its picture, and judge it."""
-    name = f"{per_class}-a-class-seed{seed}"
-    with bar(console, name, lambda row: f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}") as shown:
-        learned = learn(settings, per_class, seed, data, name, shown)
-    learned.distilled.metadata = {"settings": settings.fingerprint(), "seed": seed}
-    learned.distilled.save(settings.folder / f"{name}.safetensors")
-    if data.shape[0] in (1, 3):
-        write_png(settings.folder / f"{name}.png", learned.distilled.images())
-    write_csv(settings.folder / f"{name}-history.csv", learned.history)
-    asked = settings.values(
-        "draws", "networks", "evaluations", "training_steps", "training_batch", "rate_grid"
-    )
+        with bar(self.console, name, tell) as shown:
+            learned = learn(settings, per_class, seed, self.data, name, shown)
+        learned.distilled.metadata = {"settings": settings.fingerprint(), "seed": seed}
+        learned.distilled.save(settings.folder / f"{name}.safetensors")
+        if self.data.shape[0] in (1, 3):
+            write_png(settings.folder / f"{name}.png", learned.distilled.images())
+        write_csv(settings.folder / f"{name}-history.csv", learned.history)
+        self.histories.setdefault(per_class, []).append(learned.history)
+        judged = ("draws", "networks", "evaluations", "training_steps", "training_batch", "rate_grid")
+        path = settings.checkpoint(f"{name}-rows-{digest(settings.values(*judged))}")
+        make = partial(self.judge, learned.distilled, per_class, seed)
+        rows: list[Row] = kept(path, learned.fingerprint, make, resume=settings.resume)
+        accuracy = f"test accuracy {rows[0]['test_accuracy']:.2%}, {learned.seconds:.0f} s"
+        self.console.print(f"{per_class} a class, seed {seed}: {accuracy}", highlight=False)
+        return rows
 
-    def judge() -> list[Row]:
-        sets = named_sets(settings, per_class, seed, data, learned)
-        rows = [{**named.row(seed, per_class), **kernel_row(named, learned.loop, data)} for named in sets]
-        return rows + network_rows(settings, per_class, seed, data, sets)
+    def judge(self, learned: DistilledSet, per_class: int, seed: int) -> list[Row]:
+        """What the learned set and the baselines are worth, to the kernel and to networks."""
+        named, sets = {"per_class": per_class, "seed": seed}, self.named_sets(learned, per_class, seed)
+        rows = [{**named, **found.row(), **self.kernel_row(found.distilled)} for found in sets]
+        chosen = [
+            found
+            for found in sets
+            if found.draw == 0
+            and found.images in ("learned", *RIVALS)
+            and found.labels in (self.settings.labels, "one-hot")
+        ]
+        for network in self.settings.networks:
+            fresh = partial(seeded, make_factory(network, self.data))
+            for found in chosen:
+                row = self.network_row(found.distilled, fresh, FRESH_SEEDS + 1000 * seed)
+                rows.append({**named, **found.row(), "learner": network, **row})
+        return rows
 
-    path = settings.checkpoint(f"{name}-rows-{digest(asked)}")
-    found = kept(path, learned.fingerprint, judge, resume=settings.resume)
-    console.print(
-        f"{per_class} a class, seed {seed}: test accuracy {found[0]['test_accuracy']:.2%}, "
-        f"{learned.seconds:.0f} s",
-        highlight=False,
-    )
-    return learned, found
+    def named_sets(self, learned: DistilledSet, per_class: int, seed: int) -> list[NamedSet]:
+        """The learned set and the baselines, each with its labels and with those solved for all images."""
+        sets = [NamedSet("learned", self.settings.labels, 0, learned)]
+        for images, kind in BASELINES.items():
+            for draw in range(self.settings.draws if kind == "real" else 1):
+                generator = torch.Generator().manual_seed(1000 * seed + draw)
+                made = first_set(kind, per_class, self.data, generator, labels="centered")
+                sets.append(NamedSet(images, "one-hot", draw, made))
+        for found in [found for found in sets if found.labels != "solved"]:
+            solved = with_solved_labels(self.loop, found.distilled, self.data.train)
+            sets.append(found._replace(labels="solved", distilled=solved))
+        return sets
+
+    def kernel_row(self, distilled: DistilledSet) -> Row:
+        """Accuracy of the regression on a set."""
+        row: Row = {"learner": "kernel"}
+        for part, split in (("train", self.data.train), ("test", self.data.test)):
+            outputs = predictions(self.loop, distilled, split.images)
+            row[f"{part}_accuracy"] = share_right(outputs, split.targets)
+        return row
+
+    def network_row(self, distilled: DistilledSet, fresh: Callable[[int], nn.Module], first: int) -> Row:
+        """Accuracy of networks trained on a set with the best learning rate of the grid.
+
+        The rate is chosen on a part of the training images, which all but the learned set, a rival made from
+        all of them, have seen as well.
+        """
+        settings, (_, validation) = self.settings, self.data.held_out()
+        scores = {
+            rate: _accuracy(train_network(fresh(first), distilled, rate, settings), validation)
+            for rate in settings.rate_grid
+        }
+        rate = max(scores, key=lambda rate: scores[rate])
+        seeds = range(first, first + settings.evaluations)
+        models = [train_network(fresh(seed), distilled, rate, settings) for seed in seeds]
+        row: Row = {"rate": rate, "networks": len(models)}
+        for part, split in (("train", self.data.train), ("test", self.data.test)):
+            row[f"{part}_accuracy"] = fmean(_accuracy(model, split) for model in models)
+        return row
+
+    def report(self, rows: Sequence[Row]) -> None:
+        """Tables and figures over all sets."""
+        settings, name, summary = self.settings, self.data.name, summary_rows(rows)
+        self.results.csv("sets", rows)
+        self.results.csv("summary", summary)
+        content = {"settings": settings.fingerprint(), "full": self.full, "summary": summary}
+        self.results.json("summary", content)
+        title = f"{settings.kernel} kernel, {name}"
+        makers = {"accuracy": partial(accuracy_figure, summary, self.full, title)}
+        self.results.figures(makers | {"learning": partial(learning_figure, self.histories, title)})
+        for learner in dict.fromkeys(row["learner"] for row in summary):
+            title = f"Test accuracy of {learner} trained on a few images of {name}, %"
+            self.console.print(summary_table(summary, learner, title))
+        self.results.tell(", and the sets")
 
 
 class NamedSet(NamedTuple):
@@ -303,37 +348,8 @@ class NamedSet(NamedTuple):
     draw: int
     distilled: DistilledSet
 
-    def row(self, seed: int, per_class: int) -> Row:
-        named = {"images": self.images, "labels": self.labels, "draw": self.draw}
-        return {"per_class": per_class, "seed": seed, **named}
-
-
-def named_sets(
-    settings: KernelSettings, per_class: int, seed: int, data: ImageData, learned: Inducing
-) -> list[NamedSet]:
-    """The learned set and the baselines, each with its labels and with those solved for the training set."""
-    sets = [NamedSet("learned", settings.labels, 0, learned.distilled)]
-    for images, kind in BASELINES.items():
-        for draw in range(settings.draws if kind == "real" else 1):
-            generator = torch.Generator().manual_seed(1000 * seed + draw)
-            made = first_set(kind, per_class, data, generator, labels="centered")
-            sets.append(NamedSet(images, "one-hot", draw, made))
-    return sets + [
-        named._replace(
-            labels="solved", distilled=with_solved_labels(learned.loop, named.distilled, data.train)
-        )
-        for named in sets
-        if named.labels != "solved"
-    ]
-
-
-def kernel_row(named: NamedSet, loop: KernelRidgeInnerLoop, data: ImageData) -> Row:
-    """Accuracy of the regression on a set."""
-    row: Row = {"learner": "kernel"}
-    for part, split in (("train", data.train), ("test", data.test)):
-        outputs = predictions(loop, named.distilled, split.images)
-        row[f"{part}_accuracy"] = share_right(outputs, split.targets)
-    return row
+    def row(self) -> Row:
+        return {"images": self.images, "labels": self.labels, "draw": self.draw}
 
 
 def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
@@ -343,43 +359,6 @@ def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
     whole = DistilledSet(data.train.images, centered_one_hot(data.train.targets, data.num_classes))
     outputs = predictions(make_loop(settings, data), whole, data.test.images)
     return share_right(outputs, data.test.targets)
-
-
-def network_rows(
-    settings: KernelSettings, per_class: int, seed: int, data: ImageData, sets: Sequence[NamedSet]
-) -> list[Row]:
-    """Networks trained on the learned set and its rivals, each set with the best learning rate of the grid.
-
-    The rate is chosen on a part of the training images, which all but the learned set, a rival made from all
-    of them, have seen as well.
-    """
-    rows = []
-    _, validation = data.held_out()
-    chosen = [
-        named
-        for named in sets
-        if named.draw == 0
-        and named.images in ("learned", *RIVALS)
-        and named.labels in (settings.labels, "one-hot")
-    ]
-    for network in settings.networks:
-        factory = make_factory(network, data)
-        for named in chosen:
-
-            def trained(
-                index: int, rate: float, named: NamedSet = named, factory: Any = factory
-            ) -> nn.Module:
-                fresh = seeded(factory, FRESH_SEEDS + 1000 * seed + index)
-                return train_network(fresh, named.distilled, rate, settings)
-
-            scores = {rate: _accuracy(trained(0, rate), validation) for rate in settings.rate_grid}
-            rate = max(scores, key=lambda rate: scores[rate])
-            models = [trained(index, rate) for index in range(settings.evaluations)]
-            row = {**named.row(seed, per_class), "learner": network, "rate": rate, "networks": len(models)}
-            row["train_accuracy"] = fmean(_accuracy(model, data.train) for model in models)
-            row["test_accuracy"] = fmean(_accuracy(model, data.test) for model in models)
-            rows.append(row)
-    return rows
 
 
 def train_network(

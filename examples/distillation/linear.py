@@ -79,13 +79,7 @@ class LinearSettings(DataSettings):
 
 
 def linear_case(settings: LinearSettings, console: Console) -> list[Row]:
-    """Learn images for every case, number of images and seed; write a table and a figure.
-
-    Raises:
-        InvalidArgumentError: settings that cannot be run.
-        MissingDependencyError: the package that brings the data is not installed.
-        NonFiniteError: a training has diverged.
-    """
+    """Learn images for every case, number of images and seed; write a table and a figure."""
     settings.check()
     results, task = Results(settings.folder, console), make_task(settings)
     console.print(

@@ -23,26 +23,8 @@ from distillation.common import (
     share_right,
 )
 from distillation.lessons import MOMENTUM, Fresh, Judge, Measures, inner_loss
+from etflayers import distill
 from etflayers.checks import require
-from etflayers.distill import (
-    SGD,
-    Adam,
-    DistilledSet,
-    FixedInitialization,
-    InitialState,
-    InnerSolution,
-    KeptGraph,
-    OnlinePool,
-    RandomInitialization,
-    RunningNormClip,
-    StepAdjoint,
-    StoredPool,
-    last_window,
-    moving_window,
-    random_window,
-    stack_states,
-    unrolled_inner_loop,
-)
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
@@ -275,7 +257,7 @@ class Starts:
         single: whether there is but one.
     """
 
-    source: Callable[[torch.Generator], InitialState] | OnlinePool
+    source: Callable[[torch.Generator], distill.InitialState] | distill.OnlinePool
     fresh: Fresh
     single: bool = False
 
@@ -289,24 +271,25 @@ def make_starts(settings: ImagesSettings, data: ImageData, source: ImageData, se
     factory = main_factory(settings, data)
     fresh = unseen(factory, seed)
     if settings.initialization == "fixed":
-        known = FixedInitialization(seeded(factory, seed))
-        return Starts(known, lambda index: seeded(factory, seed), single=True)
+        one = distill.FixedInitialization(seeded(factory, seed))
+        return Starts(one, lambda index: seeded(factory, seed), single=True)
     if settings.initialization == "random":
-        return Starts(RandomInitialization(factory), fresh)
+        return Starts(distill.RandomInitialization(factory), fresh)
     if settings.initialization == "pool":
-        numbers = range(POOL_SEEDS + 1000 * seed, POOL_SEEDS + 1000 * seed + settings.pool)
-        return Starts(StoredPool([InitialState.of(seeded(factory, number)) for number in numbers]), fresh)
+        networks = (seeded(factory, POOL_SEEDS + 1000 * seed + index) for index in range(settings.pool))
+        return Starts(distill.StoredPool([distill.InitialState.of(network) for network in networks]), fresh)
     if settings.initialization == "online":
         generator = torch.Generator().manual_seed(POOL_SEEDS + seed)
         max_age = settings.max_age * settings.inner_steps
-        return Starts(OnlinePool(factory, size=settings.pool, max_age=max_age, generator=generator), fresh)
+        pool = distill.OnlinePool(factory, size=settings.pool, max_age=max_age, generator=generator)
+        return Starts(pool, fresh)
 
     @cache
     def trained(first: int, index: int) -> nn.Module:
         return _pretrained(factory, first + 1000 * seed + index, settings, source)
 
-    states = [InitialState.of(trained(POOL_SEEDS, index)) for index in range(settings.pool)]
-    return Starts(StoredPool(states), lambda index: deepcopy(trained(FRESH_SEEDS, index)))
+    states = [distill.InitialState.of(trained(POOL_SEEDS, index)) for index in range(settings.pool)]
+    return Starts(distill.StoredPool(states), lambda index: deepcopy(trained(FRESH_SEEDS, index)))
 
 
 def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: ImageData) -> nn.Module:
@@ -357,9 +340,10 @@ class Unrolled(OuterRun):
         ]
         if isinstance(distilled.labels, nn.Parameter):
             groups.append({"params": [distilled.labels], "lr": settings.label_rate})
-        self.clip = RunningNormClip(factor=settings.clip)
-        self.rule = Adam() if settings.optimizer == "adam" else SGD(momentum=momentum_of(settings))
-        pool = {"pool": self.source} if isinstance(self.source, OnlinePool) else {}
+        self.clip = distill.RunningNormClip(factor=settings.clip)
+        momentum = MOMENTUM if settings.optimizer == "momentum" else 0.0
+        self.rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
+        pool = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator = torch.Generator().manual_seed(seed)
         fingerprint = {**settings.fingerprint(), "seed": seed}
         super().__init__(
@@ -370,7 +354,7 @@ class Unrolled(OuterRun):
         """The mean hypergradient over some networks, clipped, and a step of Adam."""
         settings = self.settings
         row: Row = {"step": self.step, "loss": 0.0}
-        together = settings.together and settings.networks > 1 and not isinstance(self.source, OnlinePool)
+        together = settings.together and not isinstance(self.source, distill.OnlinePool)
         # One by one, the graph of a network is gone before that of the next is made.
         for count in (settings.networks,) if together else (1,) * settings.networks:
             losses = []
@@ -401,17 +385,17 @@ class Unrolled(OuterRun):
         """Parameters and buffers of some networks after training."""
         starts = [self.source(self.generator) for _ in range(count)]
         if count > 1:
-            together = self._train(stack_states(starts), count).state
+            together = self._train(distill.stack_states(starts), count).state
             return [{name: value[index] for name, value in together.items()} for index in range(count)]
         trained = self._train(starts[0])
-        if isinstance(self.source, OnlinePool):
-            state = InitialState(trained.params, trained.buffers)
+        if isinstance(self.source, distill.OnlinePool):
+            state = distill.InitialState(trained.params, trained.buffers)
             self.source.put_back(state, steps=self.settings.inner_steps)
         return [trained.state]
 
-    def _train(self, start: InitialState, together: int | None = None) -> InnerSolution:
+    def _train(self, start: distill.InitialState, together: int | None = None) -> distill.InnerSolution:
         inputs, labels = self.distilled.batches(self.settings.steps)
-        return unrolled_inner_loop(
+        return distill.unrolled_inner_loop(
             self.trainee,
             start.params,
             inputs,
@@ -420,7 +404,7 @@ class Unrolled(OuterRun):
             epochs=self.settings.epochs,
             loss=inner_loss,
             optimizer=self.rule,
-            adjoint=StepAdjoint() if self.settings.adjoint == "steps" else KeptGraph(),
+            adjoint=distill.StepAdjoint() if self.settings.adjoint == "steps" else distill.KeptGraph(),
             window=self._window(),
             buffers=start.buffers,
             generator=self.generator,
@@ -432,17 +416,13 @@ class Unrolled(OuterRun):
         if self.settings.window == "full":
             return None
         if self.settings.window == "last":
-            return last_window(length, steps)
+            return distill.last_window(length, steps)
         if self.settings.window == "random":
-            return random_window(length, steps, generator=self.generator)
-        return moving_window(length, steps, progress=self.step / max(1, self.total - 1))
+            return distill.random_window(length, steps, generator=self.generator)
+        return distill.moving_window(length, steps, progress=self.step / max(1, self.total - 1))
 
 
-def momentum_of(settings: ImagesSettings) -> float:
-    return MOMENTUM if settings.optimizer == "momentum" else 0.0
-
-
-def set_before(settings: ImagesSettings, data: ImageData, seed: int) -> DistilledSet:
+def set_before(settings: ImagesSettings, data: ImageData, seed: int) -> distill.DistilledSet:
     """The set before it is learned."""
     labels = "hard" if settings.labels == "hard" else "one-hot"
     rates = torch.full((settings.inner_steps,), settings.first_rate)

@@ -46,21 +46,16 @@ def step_times(runs: Sequence[Trained], settings: Settings, data: ImageData) -> 
     on the machine meets each of them; the results are medians.
     """
     pairs = {run.head: _timed_pair(run, settings, data) for run in runs}
-    seconds: dict[HeadName, tuple[list[float], list[float]]] = {head: ([], []) for head in pairs}
-    for turn in range(WARM_UPS + ROUNDS):
+    times: dict[HeadName, list[list[float]]] = {head: [] for head in pairs}
+    for _ in range(WARM_UPS + ROUNDS):
         for head, pair in pairs.items():
-            for action, measured in zip(pair, seconds[head], strict=True):
-                elapsed = _elapsed(action, settings.torch_device)
-                if turn >= WARM_UPS:
-                    measured.append(elapsed)
+            times[head].append([1e3 * _elapsed(action, settings.torch_device) for action in pair])
     return {
-        head: StepTime(1e3 * median(whole), 1e3 * median(part)) for head, (whole, part) in seconds.items()
+        head: StepTime(*map(median, zip(*rounds[WARM_UPS:], strict=True))) for head, rounds in times.items()
     }
 
 
-def _timed_pair(
-    run: Trained, settings: Settings, data: ImageData
-) -> tuple[Callable[[], None], Callable[[], None]]:
+def _timed_pair(run: Trained, settings: Settings, data: ImageData) -> tuple[Callable[[], None], ...]:
     trainer = Trainer(run.head, run.seed, settings, data)
     trainer.model.load_state_dict(run.model.state_dict())
     trainer.model.train()
@@ -69,11 +64,11 @@ def _timed_pair(
     with captured_features(trainer.model) as captured:
         trainer.update(images, targets)
     features = captured[0].detach().requires_grad_()
-    needs_targets = isinstance(head, NearestETFHead)
+    inputs = (features, targets) if isinstance(head, NearestETFHead) else (features,)
 
     def forward() -> Tensor:
         with autocast(settings):
-            return head(features, targets) if needs_targets else head(features)
+            return head(*inputs)
 
     gradient = torch.randn_like(forward())
 
@@ -115,11 +110,10 @@ def memory_report(settings: Settings, data: ImageData) -> list[Memory]:
     autograd keeps between the forward and the backward pass of one batch, each storage counted once.
     """
     seed = settings.seeds[0]
-    default = Trainer("linear", seed, replace(settings, feature_dim=None, loss="ce"), data)
-    trainers = {head: Trainer(head, seed, settings, data) for head in settings.head}
-    return [_memory("linear (default)", default)] + [
-        _memory(head, trainer) for head, trainer in trainers.items()
-    ]
+    default = replace(settings, feature_dim=None, loss="ce")
+    wanted: list[tuple[str, HeadName, Settings]] = [("linear (default)", "linear", default)]
+    wanted += [(head, head, settings) for head in settings.head]
+    return [_memory(label, Trainer(head, seed, own, data)) for label, head, own in wanted]
 
 
 def memory_table(report: Sequence[Memory], batch_size: int) -> Table:

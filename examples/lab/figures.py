@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lab.files import write_atomically
 
@@ -94,6 +95,13 @@ def in_plain_numbers(axes: Axes) -> None:
 def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """One legend below all panels, where it covers no curve."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def legend_of_heads(figure: Figure, heads: Iterable[str]) -> None:
+    """One legend below all panels."""
+    shown = set(heads)
+    lines = [Line2D([], [], color=color, label=head) for head, color in HEAD_COLORS.items() if head in shown]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
 
 
 def legend_beside(figure: Figure, axes: Axes) -> None:

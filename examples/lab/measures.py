@@ -7,16 +7,15 @@ centered class means as rows, W the rows of the classifier, b its bias, C = I - 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lab.files import Row
 
 PARTS = {"train": "training set", "test": "test set"}
 
 
-@dataclass(frozen=True)
-class Measure:
-    """Name for people, formula, and value at neural collapse; ``None``: it depends on the task."""
+class Measure(NamedTuple):
+    """Name for people, formula, value at neural collapse (``None``: it depends on the task), source."""
 
     label: str
     formula: str
@@ -26,69 +25,51 @@ class Measure:
 
 def _of_rows(what: str, x: str) -> dict[str, Measure]:
     """NC2, which is measured of class means and of classifier rows alike."""
+    angle = f"|cos({x}ᵢ, {x}ⱼ) + 1/(K − 1)|"
+    distance = f"|{x}/|{x}|_F − W*/√K|_F, W* the nearest simplex ETF"
+    formulas = {
+        "equinorm": ("equinorm", f"std(|{x}ₖ|) / mean(|{x}ₖ|)", "[1]"),
+        "equiangularity_mean": ("equiangularity", f"mean over i ≠ j of {angle}", "[1]"),
+        "equiangularity_max": ("largest angle error", f"max over i ≠ j of {angle}", "[1]"),
+        "gram": ("Gram distance", f"|{x}{x}'/|{x}{x}'|_F − C/√(K − 1)|_F", "[6]"),
+        "etf_distance": ("distance to ETF", distance, "[5]"),
+    }
     return {
-        f"nc2_equinorm_{what}": Measure(f"NC2 equinorm, {what}", f"std(|{x}ₖ|) / mean(|{x}ₖ|)", 0, "[1]"),
-        f"nc2_equiangularity_mean_{what}": Measure(
-            f"NC2 equiangularity, {what}", f"mean over i ≠ j of |cos({x}ᵢ, {x}ⱼ) + 1/(K − 1)|", 0, "[1]"
-        ),
-        f"nc2_equiangularity_max_{what}": Measure(
-            f"NC2 largest angle error, {what}", f"max over i ≠ j of |cos({x}ᵢ, {x}ⱼ) + 1/(K − 1)|", 0, "[1]"
-        ),
-        f"nc2_gram_{what}": Measure(
-            f"NC2 Gram distance, {what}", f"|{x}{x}'/|{x}{x}'|_F − C/√(K − 1)|_F", 0, "[6]"
-        ),
-        f"nc2_etf_distance_{what}": Measure(
-            f"NC2 distance to ETF, {what}", f"|{x}/|{x}|_F − W*/√K|_F, W* the nearest simplex ETF", 0, "[5]"
-        ),
+        f"nc2_{name}_{what}": Measure(f"NC2 {label}, {what}", formula, 0, source)
+        for name, (label, formula, source) in formulas.items()
     }
 
+
+_ABOUT = "mean of (h − m_y)' Σ_B⁺ (h − m_y) / K, m_y and Σ_B of the training set"
+_DRIFT = "|W*ₜ − W*ₜ₋₁|_F / √K, W* the simplex ETF nearest to the means, from epoch to epoch"
+_ETFS = "distance between the simplex ETFs nearest to W and to M"
+_NC4 = "share of samples with argmax(logits) ≠ argminₖ |h − mₖ|, mₖ of the training set"
+_BINS = "mean of |accuracy − confidence| over 15 bins of confidence, by size"
+_MARGIN = "mean of cos(h, w_y) − max over j ≠ y of cos(h, wⱼ)"
+_VCI = "1 − tr((Σ_W + Σ_B)⁺ Σ_B) / min(d, K − 1)"
+_ROWS = "mean over k of |wₖ/|wₖ| − (mₖ − m)/|mₖ − m||"
 
 MEASURES: dict[str, Measure] = {
     "nc1_trace": Measure("NC1 trace ratio", "tr(Σ_W Σ_B⁺) / K", 0, "[1]"),
     "nc1_trace_sum": Measure("NC1 trace ratio, no 1/K", "tr(Σ_W Σ_B⁺)", 0, "[1]"),
-    "nc1_trace_about_centers": Measure(
-        "NC1 about train centers",
-        "mean of (h − m_y)' Σ_B⁺ (h − m_y) / K, m_y and Σ_B of the training set",
-        0,
-        "[1]",
-    ),
+    "nc1_trace_about_centers": Measure("NC1 about train centers", _ABOUT, 0, "[1]"),
     "nc1_quotient": Measure("NC1 quotient", "tr Σ_W / tr Σ_B", 0, "[2]"),
     "nc1_cdnv": Measure("NC1 CDNV", "mean over i ≠ j of (Varᵢ + Varⱼ) / (2 |mᵢ − mⱼ|²)", 0, "[3]"),
-    "nc1_vci": Measure(
-        "NC1 variability collapse index", "1 − tr((Σ_W + Σ_B)⁺ Σ_B) / min(d, K − 1)", 0, "[4]"
-    ),
+    "nc1_vci": Measure("NC1 variability collapse index", _VCI, 0, "[4]"),
     "nc1_within_variance": Measure("NC1 within-class variance", "mean over k of E|h − mₖ|²", 0),
     **_of_rows("means", "M"),
     **_of_rows("weights", "W"),
-    "nc2_etf_drift_means": Measure(
-        "NC2 drift of the nearest ETF",
-        "|W*ₜ − W*ₜ₋₁|_F / √K, W* the simplex ETF nearest to the means, from epoch to epoch",
-        0,
-        "[5]",
-    ),
+    "nc2_etf_drift_means": Measure("NC2 drift of the nearest ETF", _DRIFT, 0, "[5]"),
     "nc3_distance": Measure("NC3 self-duality", "|W/|W|_F − M/|M|_F|_F", 0, "[1]"),
     "nc3_distance_squared": Measure("NC3 self-duality, squared", "|W/|W|_F − M/|M|_F|_F²", 0, "[1]"),
     "nc3_coherence": Measure("NC3 coherence", "|WM'/|WM'|_F − C/√(K − 1)|_F", 0, "[6]"),
     "nc3_cosine": Measure("NC3 mean cosine", "mean over k of cos(wₖ, mₖ − m)", 1, "[7]"),
-    "nc3_row_distance": Measure(
-        "NC3 distance of rows", "mean over k of |wₖ/|wₖ| − (mₖ − m)/|mₖ − m||", 0, "[7]"
-    ),
-    "nc3_etf_distance": Measure(
-        "NC3 distance of the ETFs", "distance between the simplex ETFs nearest to W and to M", 0, "[5]"
-    ),
-    "nc4_disagreement": Measure(
-        "NC4 disagreement",
-        "share of samples with argmax(logits) ≠ argminₖ |h − mₖ|, mₖ of the training set",
-        0,
-        "[1]",
-    ),
+    "nc3_row_distance": Measure("NC3 distance of rows", _ROWS, 0, "[7]"),
+    "nc3_etf_distance": Measure("NC3 distance of the ETFs", _ETFS, 0, "[5]"),
+    "nc4_disagreement": Measure("NC4 disagreement", _NC4, 0, "[1]"),
     "bias_collapse": Measure("Bias collapse", "|Wm + b|", 0, "[6]"),
-    "margin_mean": Measure(
-        "Cosine margin", "mean of cos(h, w_y) − max over j ≠ y of cos(h, wⱼ)", None, "[5]"
-    ),
-    "calibration_error": Measure(
-        "Calibration error", "mean of |accuracy − confidence| over 15 bins of confidence, by size", None
-    ),
+    "margin_mean": Measure("Cosine margin", _MARGIN, None, "[5]"),
+    "calibration_error": Measure("Calibration error", _BINS, None),
     "accuracy": Measure("Accuracy", "share of samples with argmax(logits) = y", 1),
     "loss": Measure("Loss", "mean over the samples of what training minimizes", None),
 }

@@ -134,7 +134,11 @@ def _plain(value: Any) -> Any:
 
 
 def command(options: Any, action: Callable[[Any], object], argv: Sequence[str] | None = None) -> int:
-    """Run ``action`` with options from the command line, say what was wrong with them, return the status."""
+    """Run ``action`` with options from the command line, and return the exit status.
+
+    A study raises InvalidArgumentError for settings that cannot be run, MissingDependencyError for a package
+    that they need, NonFiniteError if something has diverged: that is said in one line.
+    """
     settings = tyro.cli(options, args=argv)
     try:
         action(settings)

@@ -19,81 +19,55 @@ from mpl_toolkits.mplot3d.axes3d import Axes3D
 from torch import Tensor
 
 from etflayers import nearest_etf, simplex_etf
+from lab import figures
 from lab.classifiers import Trained
-from lab.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    HEAD_COLORS,
-    PINK,
-    RED,
-    draw_band,
-    in_percent,
-    in_plain_numbers,
-    new_figure,
-)
+from lab.figures import HEAD_COLORS, draw_band, in_percent, new_figure
 from lab.measures import MEASURES, PARTS, existing
 
 Runs = Sequence[Trained]
 
+NC2_DISTANCE = "train_nc2_etf_distance_means"
 # The measures that stand for NC1 to NC4 where there is room for four (docs/metrics.md has all of them).
-HEADLINES = (
-    "train_nc1_trace",
-    "train_nc2_etf_distance_means",
-    "train_nc3_distance",
-    "test_nc4_disagreement",
-)
-COLLAPSE = (
-    "train_nc1_trace",
-    "train_nc2_equinorm_means",
-    "train_nc2_equiangularity_mean_means",
-    "train_nc2_etf_distance_means",
-    "train_nc3_distance",
-    "train_nc4_disagreement",
-    "test_nc4_disagreement",
-    "train_margin_mean",
-)
-ETF_DISTANCES = (
-    "train_nc2_etf_distance_means",
-    "train_nc2_etf_distance_weights",
-    "train_nc3_etf_distance",
-    "train_nc2_etf_drift_means",
-)
-CLASS_COLORS = (BLUE, RED, GREEN, PINK)
-DECADES = (
-    4  # the depth of a logarithmic axis: below are rounding errors of heads that are ETFs by construction
-)
+HEADLINES = ["train_nc1_trace", NC2_DISTANCE, "train_nc3_distance", "test_nc4_disagreement"]
+NC2 = ["train_nc2_equinorm_means", "train_nc2_equiangularity_mean_means", NC2_DISTANCE]
+NC4 = ["train_nc4_disagreement", "test_nc4_disagreement"]
+COLLAPSE = ["train_nc1_trace", *NC2, "train_nc3_distance", *NC4, "train_margin_mean"]
+OTHER_DISTANCES = ["train_nc2_etf_distance_weights", "train_nc3_etf_distance", "train_nc2_etf_drift_means"]
+CLASS_COLORS = (figures.BLUE, figures.RED, figures.GREEN, figures.PINK)
+DECADES = 4  # depth of a logarithmic axis: below are rounding errors of heads that are ETFs by construction
 
 
 def comparison_pictures(runs: Runs, title: str) -> dict[str, Callable[[], Figure]]:
     """The few of a comparison, by name."""
-    return {
-        "accuracy": partial(accuracy_figure, runs, title),
-        "loss": partial(loss_figure, runs, title),
-        "collapse": partial(measure_figure, HEADLINES, 4, runs, title),
-        "cosines": partial(cosine_figure, runs, title),
-        "overview": partial(overview_figure, runs, title),
+    makers: dict[str, Callable[..., Figure]] = {
+        "accuracy": accuracy_figure,
+        "loss": loss_figure,
+        "collapse": partial(measure_figure, HEADLINES, 4),
+        "cosines": cosine_figure,
+        "overview": overview_figure,
     }
+    return {name: partial(make, runs, title) for name, make in makers.items()}
 
 
 def study_pictures(runs: Runs, title: str) -> dict[str, Callable[[], Figure]]:
-    """All of them, by name."""
-    makers = {
-        "collapse": partial(measure_figure, COLLAPSE, 4, runs, title),
-        "measures": partial(measure_figure, _all_of("train"), 5, runs, title),
-        "measures_test": partial(measure_figure, _all_of("test"), 5, runs, title),
-        "etf_distances": partial(measure_figure, ETF_DISTANCES, 4, runs, title),
-        "margins": partial(margin_figure, runs, title),
-        "cosines": partial(cosine_figure, runs, title),
-        "accuracy": partial(accuracy_figure, runs, title),
-        "loss": partial(loss_figure, runs, title),
+    """All that a study shows, by name."""
+    makers: dict[str, Callable[..., Figure]] = {
+        "collapse": partial(measure_figure, COLLAPSE, 4),
+        "measures": partial(measure_figure, all_of("train"), 5),
+        "measures_test": partial(measure_figure, all_of("test"), 5),
+        "etf_distances": partial(measure_figure, [NC2_DISTANCE, *OTHER_DISTANCES], 4),
+        "margins": margin_figure,
+        "cosines": cosine_figure,
+        "accuracy": accuracy_figure,
+        "loss": loss_figure,
     }
     if len(runs[0].snapshots["last_frame"]) == 4:
-        makers["class_means_3d"] = partial(tetrahedron_figure, runs, title)
-    return makers
+        makers["class_means_3d"] = tetrahedron_figure
+    return {name: partial(make, runs, title) for name, make in makers.items()}
 
 
-def _all_of(part: str) -> list[str]:
+def all_of(part: str) -> list[str]:
+    """All measures of collapse on a part of the data."""
     return [f"{part}_{name}" for name in MEASURES if name not in ("accuracy", "loss")]
 
 
@@ -132,7 +106,7 @@ def measure_figure(names: Sequence[str], columns: int, runs: Runs, title: str) -
         lowest.tick_params(labelbottom=True)
     for unused in panels[len(shown) :]:
         unused.remove()
-    _legend(figure, runs)
+    figures.legend_of_heads(figure, (run.head for run in runs))
     return figure
 
 
@@ -159,7 +133,7 @@ def overview_figure(runs: Runs, title: str) -> Figure:
     accuracy, distance = curves.subplots(1, 2)
     _draw_accuracy(accuracy, runs, "test_accuracy", "Test accuracy")
     accuracy.legend(loc="lower right")
-    draw_curves(distance, runs, "train_nc2_etf_distance_means")
+    draw_curves(distance, runs, NC2_DISTANCE)
     distance.set(title="Class means to nearest ETF", ylabel="distance")
     distance.set_ylim(bottom=0)
 
@@ -184,7 +158,7 @@ def margin_figure(runs: Runs, title: str) -> Figure:
     _draw_margins(test, runs, "last_test_margins")
     train.set(title="Train, before (dotted) and after training", ylabel="cosine margin")
     test.set(title="Test, after training")
-    _legend(figure, runs)
+    figures.legend_of_heads(figure, (run.head for run in runs))
     return figure
 
 
@@ -204,8 +178,8 @@ def tetrahedron_figure(runs: Runs, title: str) -> Figure:
     for axes, label in zip(grid[:, 0], ("before", "after"), strict=True):
         axes.text2D(-0.05, 0.5, label, transform=axes.transAxes, rotation=90, va="center", ha="right")
     marks = [
-        Line2D([], [], color=GREY, marker="o", linestyle="none", label="class mean"),
-        Line2D([], [], color=GREY, marker="^", markerfacecolor="none", label="classifier row"),
+        Line2D([], [], color=figures.GREY, marker="o", linestyle="none", label="class mean"),
+        Line2D([], [], color=figures.GREY, marker="^", markerfacecolor="none", label="classifier row"),
         Line2D([], [], color="#BBBBBB", linewidth=1, label="nearest simplex ETF"),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=3)
@@ -276,7 +250,7 @@ def _scale_towards_zero(axes: Axes, values: np.ndarray) -> None:
     bottom = max(positive.min(), positive.max() / 10**DECADES)
     axes.set_yscale("log", nonpositive="clip")
     axes.set_ylim(bottom / 1.5, positive.max() * 1.5)
-    in_plain_numbers(axes)
+    figures.in_plain_numbers(axes)
 
 
 def _draw_cosines(axes: Axes, rows: Tensor) -> AxesImage:
@@ -329,10 +303,3 @@ def _draw_tetrahedron(axes: Axes3D, run: Trained, moment: str) -> None:
 def _root_mean_square(rows: Tensor) -> Tensor:
     """Of the lengths of the rows."""
     return rows.square().sum(1).mean().sqrt()
-
-
-def _legend(figure: Figure, runs: Runs) -> None:
-    """One legend below all panels, where it covers no curve."""
-    heads = {run.head for run in runs}
-    lines = [Line2D([], [], color=color, label=head) for head, color in HEAD_COLORS.items() if head in heads]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))

@@ -163,23 +163,6 @@ def test_without_sets_a_kernel_set_is_learned(tmp_path: Path, digits: ImageData)
     assert torch.equal(sets[1].inputs, loaded.inputs.detach())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"heads": ()}, "--heads must name at least one"),
-        ({"sets": (Path("nowhere.safetensors"),)}, "there is no such file"),
-        ({"steps": 0}, "--steps must be at least 1"),
-        ({"lr": 0.0}, "--lr must be a positive number"),
-        ({"scale": 0.0}, "--scale must be a positive number"),
-        ({"spacing": 1.0}, "--spacing must be greater than 1"),
-        ({"weight_decay": -1.0}, "--weight-decay must be a finite number"),
-    ],
-)
-def test_bad_input_is_explained(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        collapse_study(CollapseSettings(**{**SMALL, "out": tmp_path, **options}), Console(quiet=True))
-
-
 def test_set_that_does_not_fit_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     DistilledSet.from_noise((1, 4, 4), 10, count=1).save(path)

@@ -38,23 +38,9 @@ from lab.data import ImageData, Split, load_inputs
 from lab.networks import make_factory, seeded
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SMALL: dict[str, Any] = {
-    "data": "digits",
-    "network": "mlp",
-    "width": 16,
-    "per_class": 2,
-    "steps": 2,
-    "epochs": 2,
-    "outer_steps": 9,
-    "outer_batch": 32,
-    "checkpoint_every": 2,
-    "start": "real",
-    "optimizer": "sgd",
-    "rate": 0.05,
-    "pool": 3,
-    "max_age": 2,
-    "source_epochs": 1,
-}
+SMALL: dict[str, Any] = {"data": "digits", "network": "mlp", "width": 16, "per_class": 2, "start": "real"}
+SMALL |= {"steps": 2, "epochs": 2, "outer_steps": 9, "outer_batch": 32, "optimizer": "sgd", "rate": 0.05}
+SMALL |= {"pool": 3, "max_age": 2, "source_epochs": 1}
 
 
 def small(**options: Any) -> ImagesSettings:
@@ -377,7 +363,7 @@ def test_finished_seeds_are_not_judged_again(tiny: Path, monkeypatch: pytest.Mon
     def judge_again(*_: object) -> None:
         raise KilledError
 
-    monkeypatch.setattr("distillation.images.evaluate_all", judge_again)
+    monkeypatch.setattr("distillation.images.Study.judge", judge_again)
     resume = [*TINY, "--resume", "--out", str(tiny)]
     assert main(resume) == 0
     assert [file.read_bytes() for file in files] == before
@@ -418,14 +404,6 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--per-class", "0"], "--per-class must be at least 1"),
-        (["--rate", "0"], "--rate must be a positive number"),
-        (["--window-length", "31"], "--window-length must lie in [1, 30]"),
-        (["--source", "digits"], "add --initialization pretrained"),
-        (["--outer", "misclassify"], "needs trained networks"),
-        (["--other-networks", "mlp", "lenet"], "--other-networks must be others than --network lenet"),
-        (["--initialization", "pretrained", "--outer", "misclassify", "--target", "0"], "two classes"),
-        (["--initialization", "online", "--window", "random"], "--window full or last"),
         (["--initialization", "pretrained", "--outer", "misclassify", "--target", "10"], "[0, 10)"),
         (["--network", "mlp", "--steps", "3"], "steps must divide the 10 inputs"),
         (["--data", "digits", "--network", "lenet"], "add --image-size 28"),

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from distill import main
 from distillation.common import first_set, share_right
 from distillation.kernel import (
     Inducing,
@@ -194,45 +193,8 @@ def test_outputs(tmp_path: Path) -> None:
     assert learn_kernel_set(replace(settings, resume=True), Console(quiet=True)) == rows
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"per_class": ()}, "--per-class must name at least one"),
-        ({"per_class": (0,)}, "--per-class must be at least 1"),
-        ({"depth": 0}, "--depth must be at least 1"),
-        ({"ridge": -1.0}, "--ridge must be a finite number >= 0"),
-        ({"image_rate": 0.0}, "--image-rate must be a positive number"),
-        ({"rate_grid": ()}, "--rate-grid must name at least one"),
-        (
-            {"labels": "solved", "per_class": (50,)},
-            "--outer-batch 100 must be at least ten times --per-class 50",
-        ),
-    ],
-)
-def test_bad_input_is_explained(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        learn_kernel_set(small(out=tmp_path, **options), Console(quiet=True))
-
-
 def test_divergence_is_an_error(digits: ImageData) -> None:
     run = Inducing(small(), 1, 0, digits)
     run.loop.forward = lambda inputs, support, labels: torch.full((len(inputs), 10), torch.nan)  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="take a smaller --image-rate"):
         run.advance()
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["kernel", "--per-class", "0"], "--per-class must be at least 1"),
-        (["linear", "--images", "0"], "--images must be at least 1"),
-        (["collapse", "--sets", "nowhere"], "there is no such file"),
-    ],
-)
-def test_command_line_says_what_is_wrong(
-    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*command, "--out", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error

@@ -20,7 +20,7 @@ from train_heads import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KILLS = 6
-RUN = (
+RUN = [
     "--data",
     "digits",
     "--head",
@@ -32,7 +32,7 @@ RUN = (
     "32",
     "--shift",
     "1",
-)
+]
 
 
 def states(folder: Path) -> dict[str, dict[str, Any]]:

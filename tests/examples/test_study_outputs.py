@@ -97,7 +97,7 @@ def runs() -> list[Trained]:
 def pictures(runs: list[Trained], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:  # fewer panels: drawing takes most of the time here
-        patch.setattr(figures, "_all_of", lambda part: [f"{part}_{name}" for name in FEW])
+        patch.setattr(figures, "all_of", lambda part: [f"{part}_{name}" for name in FEW])
         patch.setattr(figures, "COLLAPSE", [f"train_{name}" for name in FEW])
         patch.setitem(STYLE, "figure.dpi", 90)
         results = Results(tmp_path_factory.mktemp("figures"), Console(quiet=True))

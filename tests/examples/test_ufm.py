@@ -219,32 +219,6 @@ def test_sweep(tmp_path: Path) -> None:
     assert len(set(ends)) == len(ends)  # every option has a say
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--classes", "1"], "--classes must be at least 2"),
-        (["--classes", "3", "3"], "none twice"),
-        (["--features", "5"], "K - 1 = 99"),
-        (["--lr", "0"], "must be a positive number"),
-        (["--steps", "0"], "--steps must be at least 1"),
-        (["--spacing", "1"], "greater than 1"),
-        (["--sgd-momentum", "1"], "--sgd-momentum must lie in"),
-        (["--weight-decay", "-1"], "--weight-decay must be a finite number"),
-        (["--classifier-rate", "-1"], "--classifier-rate must be"),
-        (["--seeds", "-1"], "--seeds must lie"),
-        (["--sweep", "--theory"], "two experiments"),
-        (["--heads", "nearest", "--proximity", "-1"], "proximity must be"),
-    ],
-)
-def test_bad_input_is_explained(
-    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*options, "--out", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-
-
 def test_divergence_is_an_error() -> None:
     settings = Settings(classes=(3,), steps=200, loss="mse", normalize=False, scale=10)
     with pytest.raises(NonFiniteError, match="take a lower --lr"):
