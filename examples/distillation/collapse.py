@@ -16,19 +16,20 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
-from distillation.common import DistilHeadName, DistillationSettings, cosine, first_set
+from distillation.common import DistilHeadName, NetworkSettings, cosine, first_set
 from distillation.kernel import KernelSettings, learn
 from distillation.lessons import Lesson, teach
 from etflayers.checks import require
 from etflayers.distill import DistilledSet
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
+from lab.data.sampling import endless_batches
 from lab.evaluation import measure
 from lab.figures import PALETTE, draw_band, in_percent, in_plain_numbers, legend_below, new_figure
 from lab.files import Row, kept
 from lab.heads import HeadOptions, make_head
-from lab.networks import Network, NetworkName, NormName, make_factory, seeded
-from lab.options import Count, Distinct, Flag, Free, MoreThanOne, NotNegative, Positive, Share
+from lab.networks import Network, make_factory, seeded
+from lab.options import Count, Distinct, Free, MoreThanOne, NotNegative, Positive, Share
 from lab.progress import bar
 from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
 from lab.training import Progress, in_silence, threads
@@ -59,13 +60,15 @@ ON_OWN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollapseSettings(DistillationSettings):
+class CollapseSettings(NetworkSettings):
     """Train networks with different heads on distilled and on real images, and measure how far they collapse.
 
     All trainings take the same steps, at the same rates. Finished ones are kept for `--resume`.
     """
 
     default_out: ClassVar[str] = "runs/distill-collapse"
+    small: ClassVar[dict[str, Any]] = {"data": "digits", "network": "mlp", "width": 32}
+    small |= {"steps": 100, "spacing": 4.0, "kernel_steps": 30}
 
     sets: Free[tuple[Path, ...]] = ()
     """Files of distilled sets, as the other studies write them (default: a kernel set is learned first)."""
@@ -76,12 +79,6 @@ class CollapseSettings(DistillationSettings):
     heads: Free[Distinct[DistilHeadName]] = ("standard", "fixed", "nearest")
     """standard: a learned weight with rows of length 1, without a bias; fixed, nearest: the ETF heads of this
     library; linear: nn.Linear."""
-    network: NetworkName = "lenet"
-    """lenet; convnet: three blocks of convolution, norm, ReLU and average pooling; mlp: one hidden layer."""
-    width: Count | None = None
-    """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
-    norm: NormName = "instance"
-    """Normalization in the convnet."""
     normalize: bool = True
     """Whether the standard and the ETF heads divide features by their length."""
     scale: Positive = 5.0
@@ -99,15 +96,6 @@ class CollapseSettings(DistillationSettings):
     """Of all parameters."""
     spacing: MoreThanOne = 3.0
     """Ratio of successive steps that are measured."""
-    quick: Free[Flag] = False
-    """Under a minute: digits, a small mlp, 100 steps; all else as given."""
-
-    @property
-    def resolved(self) -> CollapseSettings:
-        """What is run: these settings, with those of `--quick`."""
-        if not self.quick:
-            return self
-        return replace(self, data="digits", network="mlp", width=32, steps=100, spacing=4.0, kernel_steps=30)
 
     def check(self) -> None:
         super().check()
@@ -296,7 +284,7 @@ def train_and_measure(
     decay = settings.weight_decay
     optimizer = torch.optim.SGD(network.parameters(), settings.lr, weight_decay=decay, **options)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
+    batches = endless_batches(len(training.inputs), settings.batch_size, generator)
     rows, measured = [], set(settings.measured_steps())
     for step in range(settings.steps + 1):
         if step in measured:
@@ -305,10 +293,7 @@ def train_and_measure(
         if step == settings.steps:
             break
         optimizer.param_groups[0]["lr"] = settings.lr * cosine(step, settings.steps)
-        if len(order) < min(settings.batch_size, len(training.inputs)):
-            order = torch.randperm(len(training.inputs), generator=generator)
-        chosen, order = order.tensor_split([settings.batch_size])
-        chosen = chosen.to(data.device)
+        chosen = next(batches).to(data.device)
         network.train()
         optimizer.zero_grad()
         labels = training.labels[chosen]

@@ -7,8 +7,8 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 from etflayers.distill import DistilledSet, kmeans_centers, partial_means, random_samples
 from lab.data import ImageData
 from lab.files import Row
-from lab.options import Count, Free
+from lab.networks import NetworkName, NormName
+from lab.options import Count, Flag, Free
 from lab.settings import DataSettings
 from lab.training import Run, Stream
 
@@ -29,10 +30,32 @@ REPRESENTATIVES = {"real": random_samples, "kmeans": kmeans_centers, "means": pa
 class DistillationSettings(DataSettings):
     """Data, seeds and places: the same for every study."""
 
+    small: ClassVar[dict[str, Any]] = {}  # what --quick makes of the other options
+
     threads: Count = 1
     """CPU threads: networks this small gain little from a second one."""
     checkpoint_every: Free[Count] = 20
     """Outer steps between checkpoints."""
+    quick: Free[Flag] = False
+    """Under a minute: digits, small networks, few steps; all else as given."""
+
+    @property
+    def resolved(self) -> Any:
+        """What is run: these settings, with those of `--quick`."""
+        return replace(self, **self.small) if self.quick else self
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(DistillationSettings):
+    """The network that is trained on the images."""
+
+    network: NetworkName = "lenet"
+    """lenet: that of Wang et al. (2018); convnet: three blocks of convolution, norm, ReLU and average
+    pooling; mlp: one hidden layer; linear."""
+    width: Count | None = None
+    """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
+    norm: NormName = "instance"
+    """Normalization in the convnet. batch: with averages over all steps, for the evaluation."""
 
 
 def first_set(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -31,11 +31,11 @@ from etflayers.checks import require
 from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, centered_one_hot, write_png
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
-from lab.data.sampling import shifted
+from lab.data.sampling import endless_batches, shifted
 from lab.figures import BLUE, GREY, PALETTE, RED, SKY, in_percent, in_plain_numbers, legend_beside, new_figure
 from lab.files import Row, kept, write_csv
 from lab.networks import NetworkName, make_factory, seeded
-from lab.options import Count, Distinct, Flag, Free, Natural, NotNegative, Positive
+from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
 from lab.progress import bar
 from lab.results import Results, grouped, make_table, mean_and_deviation, percent
 from lab.training import Progress, in_silence, threads
@@ -53,6 +53,9 @@ class KernelSettings(DistillationSettings):
     """Learn images and labels in closed form: the support of a kernel regression on real images."""
 
     default_out: ClassVar[str] = "runs/distill-kernel"
+    small: ClassVar[dict[str, Any]] = {"data": "digits", "per_class": (1, 10), "networks": ("mlp",)}
+    small |= {"outer_steps": 60, "outer_batch": 200, "draws": 2, "evaluations": 2, "training_steps": 100}
+    small |= {"rate_grid": (1e-3,)}
 
     kernel: Literal["ntk", "nngp", "rbf", "linear"] = "ntk"
     """ntk, nngp: of a ReLU network of infinite width, all of it trained or its last layer; rbf: a Gaussian;
@@ -97,17 +100,6 @@ class KernelSettings(DistillationSettings):
     """Images in a step; all, if there are no more."""
     rate_grid: Free[Distinct[Positive]] = (3e-4, 1e-3, 3e-3)
     """Adam's learning rates for them: the best on a part of the training images is taken, for each set."""
-    quick: Free[Flag] = False
-    """Under a minute: digits, 60 updates, 1 and 10 images of each class, a small mlp; all else as given."""
-
-    @property
-    def resolved(self) -> KernelSettings:
-        """What is run: these settings, with those of `--quick`."""
-        if not self.quick:
-            return self
-        small: dict[str, Any] = {"data": "digits", "per_class": (1, 10), "networks": ("mlp",)}
-        few = {"outer_steps": 60, "outer_batch": 200, "draws": 2, "evaluations": 2, "training_steps": 100}
-        return replace(self, **small, **few, rate_grid=(1e-3,))
 
     def check(self) -> None:
         super().check()
@@ -366,15 +358,11 @@ def train_network(
 ) -> nn.Module:
     """Adam on the squared error to the labels, its rate falling to 0, in batches drawn by a fixed stream."""
     inputs, labels = (value.detach() for value in (distilled.inputs, distilled.labels))
-    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.parameters(), rate)
     network.train()
-    order = torch.empty(0, dtype=torch.int64)
-    for step in range(settings.training_steps):
+    batches = endless_batches(len(inputs), settings.training_batch, torch.Generator().manual_seed(0))
+    for step, chosen in zip(range(settings.training_steps), batches, strict=False):
         optimizer.param_groups[0]["lr"] = rate * cosine(step, settings.training_steps)
-        if len(order) < min(settings.training_batch, len(inputs)):
-            order = torch.randperm(len(inputs), generator=generator)
-        chosen, order = (part.to(inputs.device) for part in order.tensor_split([settings.training_batch]))
         optimizer.zero_grad()
         (network(inputs[chosen]) - labels[chosen]).square().sum(-1).mean().backward()
         optimizer.step()

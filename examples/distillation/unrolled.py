@@ -14,22 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillation.common import (
-    DistilHeadName,
-    DistillationSettings,
-    OuterRun,
-    StartName,
-    first_set,
-    share_right,
-)
+from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, share_right
 from distillation.lessons import MOMENTUM, Fresh, Judge, Measures, inner_loss
 from etflayers import distill
 from etflayers.checks import require
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
-from lab.networks import Factory, NetworkName, NormName, make_factory, seeded
-from lab.options import Count, Flag, Free, Positive
+from lab.networks import Factory, NetworkName, make_factory, seeded
+from lab.options import Count, Free, Positive
 from lab.settings import DataName
 
 # The learning rate that the inner steps start with, where the command line gives none.
@@ -40,18 +33,13 @@ POOL_SEEDS, FRESH_SEEDS = 10**6, 2 * 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesSettings(DistillationSettings):
+class ImagesSettings(NetworkSettings):
     """Learn images, their labels and learning rates by differentiating through the training on them."""
 
     default_out: ClassVar[str] = "runs/distill-images"
+    small: ClassVar[dict[str, Any]] = {"data": "digits", "network": "mlp", "width": 32, "epochs": 10}
+    small |= {"outer_steps": 60, "outer_batch": 128, "evaluations": 4, "draws": 2, "image_rate": 0.1}
 
-    network: NetworkName = "lenet"
-    """lenet: that of the paper; convnet: three blocks of convolution, norm, ReLU and average pooling; mlp:
-    one hidden layer; linear."""
-    width: Count | None = None
-    """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
-    norm: NormName = "instance"
-    """Normalization in the convnet. batch: with averages over all steps, for the evaluation."""
     head: DistilHeadName = "linear"
     """linear: nn.Linear; standard: a learned weight with rows of length 1, without a bias; fixed, nearest:
     the ETF heads of this library."""
@@ -125,17 +113,11 @@ class ImagesSettings(DistillationSettings):
     """Also train on random real images, centers of k-means and average images: as many, for as many steps."""
     draws: Free[Count] = 5
     """Sets of random real images."""
-    quick: Free[Flag] = False
-    """Under a minute: digits, a small mlp, 10 passes, 60 long updates, 4 networks; all else as given."""
 
     @property
     def resolved(self) -> ImagesSettings:
-        """What is run: these settings, with those of `--quick`."""
-        if not self.quick:
-            return self
-        small: dict[str, Any] = {"data": "digits", "network": "mlp", "width": 32, "epochs": 10}
-        few = {"outer_steps": 60, "outer_batch": 128, "evaluations": 4, "draws": 2, "image_rate": 0.1}
-        return replace(self, **small, **few, rate={"sgd": 0.5, "momentum": 0.1, "adam": 0.01}[self.optimizer])
+        rate = {"sgd": 0.5, "momentum": 0.1, "adam": 0.01}[self.optimizer]
+        return replace(super().resolved, rate=rate) if self.quick else self
 
     @property
     def inner_steps(self) -> int:

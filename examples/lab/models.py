@@ -18,10 +18,7 @@ from lab.heads import HeadName, ProjectedHead, make_head
 from lab.settings import Settings
 
 # (channels of the stages, blocks of the stages, stride of the stem)
-RESNETS = {
-    "small": ((16, 32, 64), (1, 1, 1), 2),
-    "resnet18": ((64, 128, 256, 512), (2, 2, 2, 2), 1),
-}
+RESNETS = {"small": ((16, 32, 64), (1, 1, 1), 2), "resnet18": ((64, 128, 256, 512), (2, 2, 2, 2), 1)}
 LABELS = {"small": "small ResNet", "resnet18": "ResNet-18"}
 
 

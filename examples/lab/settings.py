@@ -53,7 +53,19 @@ class DataSettings(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(DataSettings):
+class NearestSettings:
+    """What the nearest head can be asked for."""
+
+    momentum: float | Literal["2/(t+1)"] | None = 0.1
+    """Momentum of the class means of the nearest head; None: cumulative."""
+    proximity: float = 1e-3
+    """Weight of the proximal term of the nearest head."""
+    center: bool = True
+    """Whether the nearest head takes the mean of the class means from the features; not with `--loss dr`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(NearestSettings, DataSettings):
     """What decides the numbers of a training.
 
     All heads get the same backbone at the start, the same batches in the same order and the same learning
@@ -97,12 +109,6 @@ class Settings(DataSettings):
     """Whether the standard and the ETF heads divide features by their length; always with `--loss dr`."""
     rotation: Literal["canonical", "haar"] = "canonical"
     """Rotation of the frame of the fixed head."""
-    momentum: float | Literal["2/(t+1)"] | None = 0.1
-    """Momentum of the class means of the nearest head; None: cumulative."""
-    proximity: float = 1e-3
-    """Weight of the proximal term of the nearest head."""
-    center: bool = True
-    """Whether the nearest head takes the mean of the class means from the features; not with `--loss dr`."""
     loss: Literal["ce", "mse", "dr"] = "ce"
     """ce: cross-entropy; mse: half the squared distance of the logits to one-hot targets; dr: dot regression
     (ETF heads only)."""

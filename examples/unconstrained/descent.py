@@ -32,11 +32,12 @@ from lab.options import (
     Share,
     at_least,
 )
+from lab.settings import NearestSettings
 from lab.training import Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Options):
+class Settings(NearestSettings, Options):
     """Gradient descent on free features with each head, and the steps until they are a simplex ETF.
 
     One seed gives all heads the same features at the start. Descent is full-batch: what differs between runs
@@ -67,13 +68,6 @@ class Settings(Options):
     """Scale of the logits of all heads (default: 5 with cross-entropy, 0.5 with mse)."""
     normalize: bool = True
     """Whether all heads divide features by their length."""
-    momentum: float | Literal["2/(t+1)"] | None = 0.1
-    """Momentum of the class means of the nearest head; None: cumulative."""
-    center: bool = True
-    """Whether the nearest head subtracts the mean of the class means."""
-    proximity: float = 1e-3
-    """Weight of the proximal term of the nearest head."""
-
     lr: Free[Positive] = 0.03
     """Learning rate common to all heads, in units in which each sample counts once."""
     lr_grid: Free[tuple[Positive, ...]] = ()

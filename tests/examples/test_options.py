@@ -20,6 +20,7 @@ from distillation.unrolled import ImagesSettings
 from etflayers.errors import InvalidArgumentError
 from lab.options import Options
 from lab.settings import Settings
+from sweep import SweepSettings
 from unconstrained.descent import Settings as FreeFeatures
 
 PRETRAINED = {"initialization": "pretrained"}
@@ -47,6 +48,9 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (Settings, {"width": 0.0}, "--width must be a positive number"),
     (Settings, {"amp": "fp16", "device": "cpu"}, "--amp fp16 needs a CUDA device"),
     (StudySettings, {"devices": 0}, "--devices must be at least 1"),
+    (StudySettings, {"devices": 3}, "--batch-size 64 must be a multiple of --devices 3"),
+    (SweepSettings, {"head": ("fixed", "nearest")}, "--head must name one head to sweep"),
+    (SweepSettings, {"jobs": 0}, "--jobs must be at least 1"),
     (FreeFeatures, {"classes": (1,)}, "--classes must be at least 2"),
     (FreeFeatures, {"features": 5}, "K - 1 = 99"),
     (FreeFeatures, {"lr_grid": (0.1, 0.0)}, "--lr-grid must be a positive number"),

@@ -39,19 +39,6 @@ def test_a_diverging_trial_is_a_finding(tmp_path: Path) -> None:
     assert run_trial("lr 1e30", 0, settings) == {"trial": "lr 1e30", "seed": 0, "diverged": True}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--head", "fixed", "nearest"), "--head must name one head to sweep"),
-    ],
-)
-def test_bad_input_is_explained(
-    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
-) -> None:
-    assert main(["--data", "digits", *options]) == 1
-    assert message in capsys.readouterr().err
-
-
 def test_ray_runs_every_trial_once_for_each_seed(tmp_path: Path) -> None:
     pytest.importorskip("ray.tune", reason="pip install 'etflayers[sweeps]'")
     options = ("--data", "digits", "--epochs", "1", "--trials", "scale 2", "--out", str(tmp_path))

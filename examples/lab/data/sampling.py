@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,19 @@ def epoch_order(targets: Tensor, num_classes: int, generator: torch.Generator, *
     table = torch.stack(columns, dim=1)
     classes = torch.rand(table.shape, generator=generator).argsort(1)
     return table.gather(1, classes).flatten()[: len(targets)]
+
+
+def endless_batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Numbers of images, in batches of ``size``, or all where there are no more, shuffled for every pass.
+
+    What does not fill a batch is left over.
+    """
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        if len(order) < min(size, count):
+            order = torch.randperm(count, generator=generator)
+        chosen, order = order.tensor_split([size])
+        yield chosen
 
 
 def shifted(images: Tensor, shifts: Tensor) -> Tensor:
