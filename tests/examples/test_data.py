@@ -6,6 +6,7 @@ import gzip
 import json
 import string
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from etflayers.errors import InvalidArgumentError, MissingDependencyError
-from lab.data import fashion, glyphs, load
+from lab.data import ImageData, fashion, glyphs, load, load_inputs
 from lab.data.sampling import affine_maps, transformed
 from lab.results import Results
 from lab.settings import Settings
@@ -58,6 +59,16 @@ def test_split_does_not_depend_on_the_seed_of_the_process() -> None:
     first = load(Settings(data="digits", seeds=(3,)))
     second = load(Settings(data="digits", seeds=(4,)))
     assert torch.equal(first.test.images, second.test.images)
+
+
+@pytest.mark.parametrize("loader", [load, load_inputs])
+def test_images_are_resized_where_asked(loader: Callable[[Settings], ImageData]) -> None:
+    small, whole = loader(Settings(data="digits", image_size=4)), loader(Settings(data="digits"))
+    assert small.shape == (1, 4, 4)
+    assert small.train.images.dtype == whole.train.images.dtype
+    brightness = [data.test.images.double().mean((1, 2, 3)) for data in (small, whole)]
+    # Antialiasing is an average: all pixels count about alike, so an image stays as bright as it was.
+    assert float((brightness[0] - brightness[1]).abs().max()) < 0.2 * float(whole.test.images.double().std())
 
 
 def test_folder_is_split_by_class(tmp_path: Path) -> None:

@@ -21,12 +21,21 @@ DEFAULT_SIDE = 32  # of images that could have any
 
 
 def load(settings: DataSettings) -> ImageData:
-    """The data that the settings name, with as many classes and training images as they leave.
+    """The data that the settings name, as bytes, with as many classes and training images as they leave.
 
     Raises:
         InvalidArgumentError: a folder that does not exist or does not hold at least two classes of images.
         MissingDependencyError: the package that brings the data is not installed.
     """
+    return _subset(settings).resized(settings.image_size)
+
+
+def load_inputs(settings: DataSettings) -> ImageData:
+    """The same as networks take them, of the size and on the device of the settings."""
+    return _subset(settings).as_inputs().resized(settings.image_size).to(settings.torch_device)
+
+
+def _subset(settings: DataSettings) -> ImageData:
     whole = _load(settings)
     count = whole.num_classes if settings.classes is None else settings.classes
     require(count <= whole.num_classes, f"--classes {count}: {whole.name} has {whole.num_classes} classes")
@@ -37,11 +46,6 @@ def load(settings: DataSettings) -> ImageData:
     train = train if kept is None else train.where(kept)
     test, validation = (part and part.where(part.targets < count) for part in (whole.test, whole.validation))
     return ImageData.of(whole.name, train, test, whole.class_names[:count], validation)
-
-
-def load_inputs(settings: DataSettings) -> ImageData:
-    """The same as networks take them, of the size and on the device of the settings."""
-    return load(settings).as_inputs(settings.image_size).to(settings.torch_device)
 
 
 def _load(settings: DataSettings) -> ImageData:

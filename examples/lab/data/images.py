@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,15 @@ class Split:
     def where(self, chosen: Tensor) -> Split:
         """The images of these numbers, or those where a mask is true."""
         return Split(self.images[chosen], self.targets[chosen])
+
+    def resized(self, side: int) -> Split:
+        """The same images with ``side`` pixels a side."""
+        if self.images.shape[-2:] == (side, side):
+            return self
+        options = {"mode": "bilinear", "antialias": True}
+        images = F.interpolate(self.images.float(), (side, side), **options)
+        images = images if self.images.is_floating_point() else images.round().to(torch.uint8)
+        return Split(images, self.targets)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images drawn with replacement, by a generator on the CPU."""
@@ -93,9 +103,15 @@ class ImageData:
         """What takes inputs back to pixels between 0 and 1, as a distilled set has it."""
         return {"mean": self.mean.flatten() / 255, "std": self.deviation.flatten() / 255}
 
+    def mapped(self, change: Callable[[Split], Split], **more: Any) -> ImageData:
+        """The same with every split changed."""
+        parts = {name: getattr(self, name) for name in ("train", "test", "validation")}
+        changed = {name: change(part) for name, part in parts.items() if part is not None}
+        return replace(self, **changed, **more)
+
     def to(self, device: torch.device) -> ImageData:
-        moved = {name: getattr(self, name).to(device) for name in ("train", "test", "mean", "deviation")}
-        return replace(self, **moved, validation=self.validation and self.validation.to(device))
+        moved = {"mean": self.mean.to(device), "deviation": self.deviation.to(device)}
+        return self.mapped(lambda split: split.to(device), **moved)
 
     def normalized(self, images: Tensor) -> Tensor:
         """Pixels of mean 0 and deviation 1 over the training set, channels last, which suits a CPU best.
@@ -105,17 +121,13 @@ class ImageData:
         pixels = images if images.is_floating_point() else (images.float() - self.mean) / self.deviation
         return pixels.contiguous(memory_format=torch.channels_last)
 
-    def as_inputs(self, side: int | None = None) -> ImageData:
-        """The same with images as networks take them, resized to a square if a side is given."""
+    def as_inputs(self) -> ImageData:
+        """The same with images as networks take them: normalized."""
+        return self.mapped(lambda split: Split(self.normalized(split.images).contiguous(), split.targets))
 
-        def prepared(split: Split) -> Split:
-            inputs = self.normalized(split.images).contiguous()
-            if side is not None and inputs.shape[-2:] != (side, side):
-                inputs = F.interpolate(inputs, (side, side), mode="bilinear", antialias=True)
-            return Split(inputs, split.targets)
-
-        parts = {"train": prepared(self.train), "test": prepared(self.test)}
-        return replace(self, **parts, validation=self.validation and prepared(self.validation))
+    def resized(self, side: int | None) -> ImageData:
+        """The same with images of a square of this side; ``None``: as they are."""
+        return self if side is None else self.mapped(lambda split: split.resized(side))
 
     def held_out(self) -> tuple[Split, Split]:
         """What to learn from and what to choose by, for choices that must not see the test set.
