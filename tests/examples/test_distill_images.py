@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -37,7 +33,6 @@ from etflayers.errors import InvalidArgumentError, NonFiniteError
 from lab.data import ImageData, Split, load_inputs
 from lab.networks import make_factory, seeded
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL: dict[str, Any] = {"data": "digits", "network": "mlp", "width": 16, "per_class": 2, "start": "real"}
 SMALL |= {"steps": 2, "epochs": 2, "outer_steps": 9, "outer_batch": 32, "optimizer": "sgd", "rate": 0.05}
 SMALL |= {"pool": 3, "max_age": 2, "source_epochs": 1}
@@ -196,30 +191,13 @@ def test_resumed_run_ends_with_the_same_images(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_killed_process_resumes_to_the_same_file(tmp_path: Path) -> None:
-    options = ["images", "--quick", "--no-baselines", "--evaluations", "1", "--checkpoint-every", "3"]
+def test_killed_process_resumes_to_the_same_file(tmp_path: Path, killed: Callable[..., None]) -> None:
+    options = ("images", "--quick", "--no-baselines", "--evaluations", "1")
+    options += ("--outer-steps", "30", "--checkpoint-every", "3")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main([*options, "--out", str(whole)]) == 0
-    script = [sys.executable, str(EXAMPLES / "distill.py"), *options, "--resume", "--out", str(broken)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    process = subprocess.Popen(script, env=environment, stdout=subprocess.DEVNULL)
-    checkpoint = broken / "checkpoints" / "seed0.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (broken / "seed0.safetensors").exists()
-    assert main([*options, "--resume", "--out", str(broken)]) == 0
-    names = ("seed0.safetensors", "seed0-images.png", "seed0-history.csv", "summary.csv")
-    for name in names:
+    killed("distill", [*options, "--resume", "--out", str(broken)], broken / "checkpoints", 2)
+    for name in ("seed0.safetensors", "seed0-images.png", "seed0-history.csv", "summary.csv"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -383,15 +361,8 @@ def test_distilled_images_beat_every_baseline(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trained_networks_are_misled(tmp_path: Path) -> None:
     """Networks that the images have not seen, right before, take class 0 for class 1 after ten steps."""
-    options = [
-        "images",
-        "--quick",
-        "--initialization",
-        "pretrained",
-        "--outer",
-        "misclassify",
-        "--no-baselines",
-    ]
+    options = ("images", "--quick", "--no-baselines", "--outer", "misclassify")
+    options += ("--initialization", "pretrained")
     assert main([*options, "--out", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert row["accuracy_before"] > 0.85

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,8 @@ from lab.data import load
 from lab.settings import Settings
 from train_heads import main
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-KILLS = 6
-RUN = [
-    "--data",
-    "digits",
-    "--head",
-    "nearest",
-    "learned",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "32",
-    "--shift",
-    "1",
-]
+RUN = ("--data", "digits", "--head", "nearest", "learned", "--epochs", "3")
+RUN += ("--batch-size", "32", "--shift", "1")
 
 
 def states(folder: Path) -> dict[str, dict[str, Any]]:
@@ -43,20 +29,11 @@ def without_clock(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("geoopt")
+def test_killed_run_resumes_to_the_same_numbers(tmp_path: Path, killed: Callable[..., None]) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert main([*RUN, "--out", str(unbroken)]) == 0
-
     run = [*RUN, "--checkpoint-every", "3", "--resume", "--out", str(broken)]
-    command = [sys.executable, Path(__file__).with_name("killer.py"), EXAMPLES, str(KILLS), "0"]
-    done = subprocess.run(
-        [*command, broken / "checkpoints", *run], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("killed\n") == KILLS
-
+    killed("train_heads", run, broken / "checkpoints", 6)
     expected, got = states(unbroken), states(broken)
     assert got.keys() == expected.keys() == {"nearest-seed0.pt", "learned-seed0.pt"}
     for name, state in expected.items():
