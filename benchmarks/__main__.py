@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from benchmarks import (
     bench_accuracy,
     bench_inner_loop,
+    bench_learned,
     bench_memory,
     bench_nearest_etf,
     bench_peers,
@@ -39,6 +40,7 @@ SUITES: dict[str, Callable[[bool], Report]] = {
     "peers": bench_peers.run,
     "stiefel": bench_stiefel.run,
     "inner_loop": bench_inner_loop.run,
+    "learned": bench_learned.run,
     "step": bench_step.run,
     "memory": bench_memory.run,
     "accuracy": bench_accuracy.run,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.bench_nearest_etf import forward_backward
 from benchmarks.report import Check, Claim, Report, Table
-from etflayers import SVD, GramEigh, nearest_etf
+from etflayers import nearest_etf
 from etflayers.errors import ConvergenceError, NonFiniteError
-from etflayers.solvers import NewtonSchulz
+from etflayers.solvers import SVD, GramEigh, NewtonSchulz
 from etflayers.testing import means_with_condition, relative_error, svd_frame
 
 KAPPAS = (1.01, 3.0, 6.0, 10.0, 1e2, 1e3)

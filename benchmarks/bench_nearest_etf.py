@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.peers import five_products, tall_svd_frame
 from benchmarks.report import Check, Claim, Report, Table, milliseconds
 from benchmarks.timing import Samples, interleaved, median_ratio, medians
-from etflayers import SVD, nearest_etf
+from etflayers import nearest_etf
+from etflayers.solvers import SVD
 from etflayers.testing import means_with_condition, relative_error, svd_frame
 
 Shape = tuple[int, int]

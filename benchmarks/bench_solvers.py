@@ -18,13 +18,16 @@ from benchmarks.bench_nearest_etf import FrameAndGradient, forward_backward
 from benchmarks.peers import tall_svd_frame
 from benchmarks.report import Check, Report, Table, milliseconds
 from benchmarks.timing import interleaved, medians
-from etflayers import SVD, ByRegime, Detached, GramEigh, Implicit, Unrolled, nearest_etf
-from etflayers.adjoints import Adjoint
+from etflayers import nearest_etf
+from etflayers.adjoints import Adjoint, Detached, Implicit, Unrolled
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.solvers import (
     QRSVD,
+    SVD,
+    ByRegime,
     ConvexHull,
     FrameSolver,
+    GramEigh,
     Iterative,
     NewtonSchulz,
     RiemannianDescent,

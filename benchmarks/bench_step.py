@@ -24,7 +24,7 @@ NUM_CLASSES, QUICK_NUM_CLASSES = (10, 100), (4,)  # each class occurs in a batch
 BOUNDS = {10: 3.0, 100: 10.0}
 HEADS: dict[str, Callable[[int], nn.Module]] = {
     "nn.Linear": lambda k: nn.Linear(FEATURES, k),
-    "FixedETFHead": lambda k: FixedETFHead(FEATURES, k),
+    "FixedETFHead": lambda k: FixedETFHead(FEATURES, k, rotation="canonical"),
     "NearestETFHead": lambda k: NearestETFHead(FEATURES, k, generator=torch.Generator().manual_seed(0)),
 }
 

@@ -1,85 +1,82 @@
-"""Differentiable-optimization layers around the simplex equiangular tight frame, for PyTorch."""
+"""Differentiable-optimization layers around the simplex equiangular tight frame, for PyTorch.
 
-from etflayers.adjoints import Detached, Implicit, Unrolled
-from etflayers.functional import (
-    CriticalPoint,
-    NearestETFSolution,
-    huber_nearest_etf,
-    mahalanobis_nearest_etf,
-    nearest_etf,
-    solve_nearest_etf,
-    solve_stiefel,
-    stiefel_argmin,
-)
+Here is what a model is built of: heads, their losses, the average that feeds them, and what puts them into a
+model; the two functions behind them; and the types of their arguments, for annotations. Everything else is
+in the room that it belongs to, e.g. ``etflayers.solvers``.
+"""
+
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
+from etflayers.functional import Reduction, nearest_etf
 from etflayers.geometry import simplex_etf
+from etflayers.kernels import Impl
 from etflayers.nn import (
+    CodeHead,
     DotRegressionLoss,
     ETFCrossEntropy,
     ETFHead,
     FeatureMovingAverage,
     FixedETFHead,
-    HuberNearestETF,
     LearnedETFHead,
-    MahalanobisNearestETF,
+    Momentum,
     NearestETFHead,
-    StiefelNode,
     provide_targets,
     replace_classifier,
 )
-from etflayers.solvers import (
-    QRSVD,
-    SVD,
-    ByRegime,
-    ConvexHull,
-    GramEigh,
-    GramRoot,
-    Iterative,
-    NewtonSchulz,
-    RiemannianDescent,
-    RiemannianNewton,
-    TrustRegions,
-)
-from etflayers.status import SolveWarning, Status
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "QRSVD",
-    "SVD",
-    "ByRegime",
-    "ConvexHull",
-    "CriticalPoint",
-    "Detached",
+    "CodeHead",
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
     "FeatureMovingAverage",
     "FixedETFHead",
-    "GramEigh",
-    "GramRoot",
-    "HuberNearestETF",
-    "Implicit",
-    "Iterative",
+    "Impl",
     "LearnedETFHead",
-    "MahalanobisNearestETF",
+    "Momentum",
     "NearestETFHead",
-    "NearestETFSolution",
-    "NewtonSchulz",
-    "RiemannianDescent",
-    "RiemannianNewton",
-    "SolveWarning",
-    "Status",
-    "StiefelNode",
-    "TrustRegions",
-    "Unrolled",
+    "Reduction",
     "__version__",
-    "huber_nearest_etf",
-    "mahalanobis_nearest_etf",
     "nearest_etf",
     "provide_targets",
     "replace_classifier",
     "simplex_etf",
-    "solve_nearest_etf",
-    "solve_stiefel",
-    "stiefel_argmin",
 ]
+
+# What stood here in 0.1.0 or soon after.
+_MOVED = {
+    "adjoints": ("Detached", "Implicit", "Unrolled"),
+    "functional": (
+        "CriticalPoint",
+        "NearestETFSolution",
+        "huber_nearest_etf",
+        "mahalanobis_nearest_etf",
+        "solve_nearest_etf",
+        "solve_stiefel",
+        "stiefel_argmin",
+    ),
+    "nn": ("HuberNearestETF", "MahalanobisNearestETF", "StiefelNode"),
+    "solvers": (
+        "QRSVD",
+        "SVD",
+        "ByRegime",
+        "ConvexHull",
+        "GramEigh",
+        "GramRoot",
+        "Iterative",
+        "NewtonSchulz",
+        "RiemannianDescent",
+        "RiemannianNewton",
+        "TrustRegions",
+    ),
+    "status": ("SolveWarning", "Status"),
+}
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = names_on_demand(
+        __name__,
+        moved={name: f"{__name__}.{room}.{name}" for room, names in _MOVED.items() for name in names},
+    )

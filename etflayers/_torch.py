@@ -6,12 +6,70 @@ new version of PyTorch has one module to be checked against.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._compile import _disable_dynamo
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-__all__ = ["assert_async", "forward_mode", "inside_transform", "is_batched", "is_concrete"]
+# The only way to see every operator that runs; PyTorch documents it, in a module without a public name.
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+# What PyTorch itself walks through nested arguments with; torch.utils has no public name for it.
+from torch.utils._pytree import tree_iter
+
+from etflayers._imports import AfterImport
+
+__all__ = [
+    "TorchDispatchMode",
+    "allow_in_graph",
+    "assert_async",
+    "assume_constant_result",
+    "compile_graph",
+    "forward_mode",
+    "inside_backward",
+    "inside_transform",
+    "is_batched",
+    "is_concrete",
+    "is_operator",
+    "leave_to_eager",
+    "stamp",
+    "tree_iter",
+    "version",
+    "without_modes",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# The public decorators of torch.compiler import Dynamo, the tracer of torch.compile, and with it sympy: more
+# than a second for those who compile nothing. They are applied once somebody else imports it, as
+# torch.compile and torch.export do before they trace anything.
+_DYNAMO = AfterImport("torch._dynamo")
+
+
+def allow_in_graph(function: Function) -> Function:
+    """``torch.compiler.allow_in_graph``, applied when Dynamo is imported: see there what it does."""
+    _DYNAMO.run(lambda: torch.compiler.allow_in_graph(function))  # type: ignore[no-untyped-call]
+    return function
+
+
+def assume_constant_result(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, applied when Dynamo is imported: see there what it does."""
+    _DYNAMO.run(lambda: torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
+    return function
+
+
+def leave_to_eager(function: Function) -> Function:
+    """``torch.compiler.disable``, which wraps the function, applied when the function is first called.
+
+    This is what PyTorch decorates its own optimizers with, so that ``import torch`` does without Dynamo. The
+    public decorator cannot wait: it has to return what it wraps.
+    """
+    return cast(Function, _disable_dynamo(function))
 
 
 def is_concrete(tensor: Tensor) -> bool:
@@ -50,9 +108,48 @@ def forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def version(tensor: Tensor) -> int:
+    """How often the tensor has been changed in place; public is only the error that autograd makes of it."""
+    return tensor._version
+
+
+def stamp(tensor: Tensor) -> tuple[int, int]:
+    """Where the values are and how often they were written in place: not the same after a change.
+
+    A tensor made in inference mode has no counter. PyTorch's fused optimizers do not advance it.
+    """
+    return tensor.data_ptr(), 0 if tensor.is_inference() else version(tensor)
+
+
 def assert_async(condition: Tensor, message: str) -> None:
     """Have the device check ``condition`` when it gets there, which the host does not wait for.
 
     ``assert`` and ``torch.testing`` wait for the value.
     """
     torch._assert_async(condition, message)
+
+
+def inside_backward() -> bool:
+    """Whether this runs inside a backward pass, as the second forward pass of gradient checkpointing does.
+
+    ``torch.utils.checkpoint`` itself asks so; there is no public question for it.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Run operators as if no ``TorchDispatchMode`` were entered, which only who entered it can leave."""
+    return _disable_current_modes()
+
+
+def is_operator(target: object) -> bool:
+    """Whether the target of a node in a graph is an operator; the class of operators has no public name."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Have Inductor compile a graph of operators; ``torch.compile`` takes it only by way of Dynamo."""
+    from torch import _inductor  # not with the library: it takes a second
+
+    compiled: Callable[..., Sequence[Tensor]] = _inductor.compile(graph, list(examples))
+    return compiled

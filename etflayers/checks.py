@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import numbers
+import operator
 from types import ModuleType
 
 import torch
@@ -23,12 +25,16 @@ from etflayers.errors import (
 )
 
 __all__ = [
+    "describe_argument",
     "reads_values",
     "require",
     "require_concrete",
     "require_finite",
+    "require_flag",
     "require_floating",
     "require_module",
+    "require_number",
+    "require_size",
     "require_values",
 ]
 
@@ -37,6 +43,39 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`InvalidArgumentError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise InvalidArgumentError(message)
+
+
+def require_size(name: str, value: object, *, at_least: int | None = 1) -> None:
+    """Raise unless ``value`` is an integer (of Python or NumPy, no bool, no float) and large enough."""
+    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
+    require(
+        is_integer and not isinstance(value, Tensor),
+        f"{name} must be an integer, got {value!r} ({type(value).__name__})",
+    )
+    if at_least is not None:
+        require(operator.index(value) >= at_least, f"{name} must be at least {at_least}, got {value}")  # type: ignore[arg-type]
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False: a string such as "False" would count as true."""
+    require(isinstance(value, bool), f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+
+
+def require_number(name: str, value: object, *, positive: bool = False) -> None:
+    """Raise unless ``value`` is a finite real number, no bool and no tensor: >= 0, or > 0 if ``positive``."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    fits = math.isfinite(number) and (number > 0 if positive else number >= 0)
+    require(fits, f"{name} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
+
+
+def describe_argument(value: object) -> str:
+    """What a value is, for a message: a class by its name, so that it is not taken for an instance of it.
+
+    >>> describe_argument("svd"), describe_argument(dict)
+    ("'svd'", 'the class dict')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
 
 
 def require_floating(name: str, dtype: torch.dtype) -> None:

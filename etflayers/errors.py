@@ -14,6 +14,8 @@ __all__ = [
     "MissingDependencyError",
     "MissingTargetsError",
     "NonFiniteError",
+    "RanksDisagreeError",
+    "RecomputationError",
 ]
 
 
@@ -39,6 +41,14 @@ class ManifoldError(EtfLayersError, RuntimeError):
 
 class MissingTargetsError(EtfLayersError, RuntimeError):
     """A head that learns from class means was trained without targets."""
+
+
+class RecomputationError(EtfLayersError, RuntimeError):
+    """A pass that changes its own state was run again for its gradient."""
+
+
+class RanksDisagreeError(EtfLayersError, RuntimeError):
+    """Another rank of a distributed run refused its part of the work."""
 
 
 class MissingDependencyError(EtfLayersError, ImportError):

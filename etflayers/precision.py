@@ -1,4 +1,4 @@
-"""In which precision a factorization runs: never under autocast, never in half precision."""
+"""In which precision a factorization runs (no autocast, no half precision), and what that allows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "working_dtype"]
+__all__ = ["autocast_dtype", "default_tolerance", "full_precision", "smallest_divisor", "working_dtype"]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,7 +15,31 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast has products computed in on a device of this type, where it is on.
+
+    On a type without autocast, such as ``meta``, ``torch.is_autocast_enabled`` raises instead of answering.
+    """
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def smallest_divisor(dtype: torch.dtype) -> float:
+    """A number so small that a gradient divided by a smaller one overflows data of precision ``dtype``."""
+    return float(torch.finfo(dtype).tiny ** 0.75)
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """How small a gradient, or the residual of a linear system, rounding lets us ask for: eps^(3/4).
+
+    >>> f"{default_tolerance(torch.float64):.0e}, {default_tolerance(torch.float32):.0e}"
+    '2e-12, 6e-06'
+    """
+    return float(torch.finfo(dtype).eps ** 0.75)
+
+
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the device of ``tensor``, so that no product is rounded to half precision."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)

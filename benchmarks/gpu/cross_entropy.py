@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.timing import DEVICE, eager_seconds, medians, peak_bytes
 from benchmarks.report import Check, Claim, Report, Table, number
-from etflayers.functional import canonical_etf_logits, etf_cross_entropy, linear_cross_entropy
+from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
 from etflayers.testing import relative_error
 
 # B, d, K of the canonical frame, and of any other frame.
@@ -30,7 +30,7 @@ CANONICAL: dict[str, Loss] = {
     "F.cross_entropy of the features": lambda f, w, y, k: F.cross_entropy(f, y),
 }
 LINEAR: dict[str, Loss] = {
-    "linear_cross_entropy": lambda f, w, y, k: linear_cross_entropy(f, w, y),
+    "code_cross_entropy": lambda f, w, y, k: code_cross_entropy(f, w, y),
     "F.cross_entropy of F.linear": lambda f, w, y, k: F.cross_entropy(F.linear(f, w), y),
 }
 RIVAL = {"etf_cross_entropy": "F.cross_entropy of the head"}

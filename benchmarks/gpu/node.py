@@ -14,9 +14,9 @@ from benchmarks.gpu.ceilings import ceilings
 from benchmarks.gpu.timing import DEVICE, eager_seconds, graph_seconds, medians
 from benchmarks.peers import tall_svd_frame
 from benchmarks.report import Check, Claim, Report, Table, number
-from etflayers import SVD, GramEigh, nearest_etf
+from etflayers import nearest_etf
 from etflayers.kernels import describe
-from etflayers.solvers import GramRoot
+from etflayers.solvers import SVD, GramEigh, GramRoot
 from etflayers.testing import means_with_condition, relative_error, svd_frame
 
 Frame = Callable[[Tensor], Tensor]

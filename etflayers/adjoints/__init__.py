@@ -1,39 +1,22 @@
 """How a gradient flows through a minimizer. No solver code lives here."""
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
-
-from etflayers.adjoints.implicit import Implicit
-from etflayers.adjoints.stationary import LinearSolve, ParametricObjective
-from etflayers.adjoints.unrolled import Detached, Unrolled
-from etflayers.solvers import FrameSolver
+from etflayers.adjoints.adjoint import Adjoint, Detached, Implicit, Problem, Unrolled, as_adjoint
+from etflayers.adjoints.nearest_frame import FrameProblem
+from etflayers.adjoints.stationary import LinearSolve, ParametricObjective, StiefelProblem
 
 __all__ = [
     "Adjoint",
     "Detached",
+    "FrameProblem",
     "Implicit",
     "LinearSolve",
     "ParametricObjective",
+    "Problem",
     "StiefelAdjoint",
+    "StiefelProblem",
     "Unrolled",
+    "as_adjoint",
 ]
 
-
-class Adjoint(Protocol):
-    """A way to make the nearest frame a differentiable function of the linear form it maximizes."""
-
-    def __call__(self, linear: Tensor, solver: FrameSolver) -> Tensor:
-        """The frame that maximizes <W, linear>, for ``linear`` of shape ``(..., K, d)``."""
-        ...
-
-
-class StiefelAdjoint(Protocol):
-    """A way to make a minimizer on the Stiefel manifold a differentiable function of its inputs."""
-
-    def attach(
-        self, objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, LinearSolve | None]:
-        """The minimizer ``point`` (``(B, d, n)``) with its derivative, and a record of the backward pass."""
-        ...
+StiefelAdjoint = Adjoint
+"""The same for every problem; the name that it had while there were two kinds."""

@@ -20,26 +20,28 @@ manifold is left to think of. Differentiate A v = Z:
     A dv = dZ - dA v,   so for a cotangent Y of v, with A z = Y:   Z gets z,   (Q, x) get -d <z, A(Q, x) v>,
 
 which holds one such solve again, and so on to any order.
+
+Q <-> point, x <-> inputs, f <-> objective, G <-> euclidean, v <-> tangent or solution, Z <-> grad or rhs.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from etflayers.geometry import project_tangent, retract_stiefel
+from etflayers.linalg import ConjugateGradients, norm
 from etflayers.precision import full_precision
-from etflayers.solvers.conjugate_gradients import conjugate_gradients
-from etflayers.solvers.curvature import extreme_curvatures
-from etflayers.solvers.stiefel import default_tolerance, local_model, norm
+from etflayers.solvers import StiefelSolution, StiefelSolver, extreme_curvatures, local_model
 from etflayers.status import SolveWarning, Status
 
-__all__ = ["LinearSolve", "ParametricObjective", "implicit_point", "unrolled_point"]
+__all__ = ["LinearSolve", "ParametricObjective", "StiefelProblem"]
 
 ParametricObjective = Callable[..., Tensor]
 """Q, ``(B, d, n)``, and the tensors on which the objective depends, to ``(B,)``."""
@@ -66,8 +68,7 @@ class _System:
     """The objective and how to solve its linear systems: what all orders of differentiation share."""
 
     objective: ParametricObjective
-    tolerance: float | None
-    max_iterations: int
+    linear_solver: ConjugateGradients
     record: LinearSolve
 
     def solve(self, rhs: Tensor, point: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -75,11 +76,11 @@ class _System:
         model = local_model(lambda q: self.objective(q, *inputs), point)
         # Twice, because the rounding error of one projection would be a direction in which H vanishes.
         tangent = project_tangent(point, project_tangent(point, rhs))
-        tolerance = default_tolerance(point.dtype) if self.tolerance is None else self.tolerance
-        size = norm(tangent)
-        found = conjugate_gradients(
-            model.hessian, tangent, stop=tolerance * size, max_iterations=self.max_iterations
-        )
+        # Of a normal cotangent only rounding is left, in which a flat direction would be looked for in vain.
+        rounding = 16 * torch.finfo(point.dtype).eps * norm(rhs)
+        tangent = torch.where((norm(tangent) > rounding)[:, None, None], tangent, 0)
+        tolerance, size = self.linear_solver.accuracy(point.dtype), norm(tangent)
+        found = self.linear_solver.solve(model.hessian, tangent)
         residual = found.residual / torch.where(size > 0, size, 1)
         flat = torch.finfo(point.dtype).eps ** 0.5
         codes = torch.full_like(residual, Status.CONVERGED, dtype=torch.int64)
@@ -196,38 +197,66 @@ class _StationaryPoint(torch.autograd.Function):
         return None, None, *changes
 
 
-def implicit_point(
-    objective: ParametricObjective,
-    point: Tensor,
-    inputs: Sequence[Tensor],
-    *,
-    tolerance: float | None,
-    max_iterations: int,
-) -> tuple[Tensor, LinearSolve]:
-    """``point``, a minimizer, as a differentiable function of the inputs, and the record of its backward."""
-    record = LinearSolve()
-    system = _System(objective, tolerance, max_iterations, record)
-    found: Tensor = _StationaryPoint.apply(system, point, *inputs)  # type: ignore[no-untyped-call]
-    return found, record
+@dataclass
+class StiefelProblem:
+    r"""Find a local minimizer Q of f(Q, x) over d x n matrices with orthonormal columns.
 
-
-def unrolled_point(
-    objective: ParametricObjective, point: Tensor, inputs: Sequence[Tensor], *, steps: int
-) -> Tensor:
-    r"""``point`` followed by gradient steps, which are differentiated.
-
-    With steps of length t, the error of a derivative shrinks by \|I - t H\| each time. The longest safe
-    step is t = 1 / (largest eigenvalue of H).
+    Attributes:
+        objective: f, ``(Q, *inputs)`` to ``(B,)``.
+        inputs: x, the tensors on which Q depends.
+        start: where the solver starts, ``(B, d, n)`` with orthonormal columns.
+        solver: how Q is found.
+        linear_solver: how the linear system of the implicit derivative is solved.
+        unrolled_steps: gradient steps from the minimizer on, for the unrolled derivative. With steps of
+            length t its error shrinks by \|I - t H\| each time.
+        record: how the implicit derivative's systems were solved; ``None`` without one.
     """
-    if not torch.is_grad_enabled():
+
+    objective: ParametricObjective
+    inputs: Sequence[Tensor]
+    start: Tensor
+    solver: StiefelSolver
+    linear_solver: ConjugateGradients = field(default_factory=ConjugateGradients)
+    unrolled_steps: int = 100
+    record: LinearSolve | None = field(default=None, init=False)
+
+    @cached_property
+    def solution(self) -> StiefelSolution:
+        """What the solver found, constants."""
+        with torch.enable_grad():  # which a solver that calls autograd needs
+            solution = self.solver.minimize(self.at_constants(), self.start)
+        return solution._replace(point=solution.point.detach())
+
+    def at_constants(self) -> Callable[[Tensor], Tensor]:
+        """The objective as a function of Q alone."""
+        # An inference tensor cannot enter a graph, not even as a constant; a copy of it can.
+        constants = [x.clone() if x.is_inference() else x.detach() for x in self.inputs]
+        return lambda point: self.objective(point, *constants)
+
+    def implicit(self) -> Tensor:
+        """Q with the derivative (*)."""
+        self.record = LinearSolve()
+        system = _System(self.objective, self.linear_solver, self.record)
+        point: Tensor = _StationaryPoint.apply(system, self.solution.point, *self.inputs)  # type: ignore[no-untyped-call]
         return point
-    model = local_model(lambda q: objective(q, *inputs), point)
-    _, largest = extreme_curvatures(model.hessian, point)
-    length = 1 / largest[:, None, None]
-    point = point.detach().requires_grad_()
-    for _ in range(steps):
-        (euclidean,) = torch.autograd.grad(objective(point, *inputs).sum(), point, create_graph=True)
-        # Not the polar retraction: the derivative of an SVD does not exist where singular values coincide,
-        # and here all of them are 1.
-        point = retract_stiefel(point, -length * project_tangent(point, euclidean), method="qr")
-    return point
+
+    def unrolled(self) -> Tensor:
+        """Q followed by gradient steps, which are differentiated."""
+        point = self.solution.point
+        if not torch.is_grad_enabled():
+            return point
+        model = local_model(self.at_constants(), point)
+        _, largest = extreme_curvatures(model.hessian, point)
+        length = 1 / largest[:, None, None]  # the longest safe one
+        point = point.detach().requires_grad_()
+        for _ in range(self.unrolled_steps):
+            value = self.objective(point, *self.inputs).sum()
+            (euclidean,) = torch.autograd.grad(value, point, create_graph=True)
+            # Not the polar retraction: the derivative of an SVD does not exist where singular values
+            # coincide, and here all of them are 1.
+            point = retract_stiefel(point, -length * project_tangent(point, euclidean), method="qr")
+        return point
+
+    def detached(self) -> Tensor:
+        """Q, a constant."""
+        return self.solution.point

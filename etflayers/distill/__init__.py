@@ -1,5 +1,8 @@
 """Learned data: through unrolled training or in closed form."""
 
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
 from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
@@ -22,6 +25,17 @@ from etflayers.distill.optimizers import SGD, Adam, AdamW
 from etflayers.distill.ranks import average_gradients
 from etflayers.distill.representatives import kmeans_centers, partial_means, per_class, random_samples
 from etflayers.distill.windows import last_window, moving_window, random_window, truncation_cosine
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = names_on_demand(
+        __name__,
+        moved={
+            "FixedInitialisation": "etflayers.distill.FixedInitialization",
+            "RandomInitialisation": "etflayers.distill.RandomInitialization",
+            "centred_one_hot": "etflayers.distill.centered_one_hot",
+            "kmeans_centres": "etflayers.distill.kmeans_centers",
+        },
+    )
 
 __all__ = [
     "SGD",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -30,8 +30,10 @@ from etflayers.distill.problem import (
     Step,
     StepTaker,
     lacks_forward_mode,
+    lacks_second_derivative,
 )
-from etflayers.errors import EtfLayersError
+from etflayers.distill.settings import Settings
+from etflayers.errors import EtfLayersError, InvalidArgumentError
 
 __all__ = ["InnerAdjoint", "KeptGraph", "StepAdjoint", "Trained"]
 
@@ -143,7 +145,18 @@ class StepAdjoint:
         self, problem: InnerProblem, theta: Tensor, buffers: Buffers, controls: Controls, window: range
     ) -> Trained:
         """See :class:`InnerAdjoint`."""
-        theta, losses, *values = _Steps.apply(self, problem, window, buffers, theta, *controls)  # type: ignore[no-untyped-call]
+        captured: tuple[Tensor, ...] = ()
+        if window and torch.is_grad_enabled():
+            captured = problem.captures(problem.step(window.start, problem.start(theta), buffers, controls))
+        require(
+            not (captured and self.compile),
+            "compile=True: loss, model or optimizer read tensors that require a gradient and are not given "
+            f"to the loop (of shapes {[tuple(value.shape) for value in captured]}), to which compiled steps "
+            "send none: detach them, or use StepAdjoint(compile=False)",
+        )
+        theta, losses, *values = _Steps.apply(  # type: ignore[no-untyped-call]
+            self, problem, window, buffers, theta, *controls, *captured
+        )
         return Trained(theta, dict(zip(buffers, values, strict=True)), losses)
 
     def taker(self, problem: InnerProblem) -> StepTaker:
@@ -152,31 +165,47 @@ class StepAdjoint:
 
     def pull(self, taker: StepTaker, step: Step, cotangents: State, mode: Mode) -> tuple[Pulled, Mode]:
         """What :meth:`StepTaker.pull` returns, and the mode that worked."""
+        try:
+            return self._pull(taker, step, cotangents, mode)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, EtfLayersError) or not lacks_second_derivative(error):
+                raise
+            raise InvalidArgumentError(
+                "model or loss use an operator whose backward pass PyTorch cannot differentiate, and the "
+                f"hypergradient needs second derivatives: write it with other operators ({error})"
+            ) from error
+
+    def _pull(self, taker: StepTaker, step: Step, cotangents: State, mode: Mode) -> tuple[Pulled, Mode]:
         if mode == "forward":
             try:
                 return taker.pull(step, cotangents, "forward"), "forward"
             except EtfLayersError:
                 raise
             except (NotImplementedError, RuntimeError) as error:
-                if not lacks_forward_mode(error):
+                if not lacks_forward_mode(error) or lacks_second_derivative(error):
                     raise
                 warnings.warn(
                     "forward over reverse is not possible here, so the steps are re-derived in reverse "
                     f"(StepAdjoint(mode='reverse') is silent): {str(error).splitlines()[0]}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         return taker.pull(step, cotangents, "reverse"), "reverse"
 
 
+@dataclass
 class _Trajectory:
     """The states before the steps of a window: some of them kept, the others found again."""
 
-    def __init__(self, window: range, spacing: int) -> None:
-        self.window = window
-        self.kept = window[::spacing]
-        self.vectors: Tensor | None = None
-        self.buffers: list[Buffers] = []
+    window: range
+    spacing: int
+    vectors: Tensor | None = None
+    buffers: list[Buffers] = field(default_factory=list)
+
+    @property
+    def kept(self) -> range:
+        """The steps whose states are kept."""
+        return self.window[:: self.spacing]
 
     def record(self, t: int, state: State, buffers: Buffers) -> None:
         if t not in self.kept:
@@ -215,21 +244,25 @@ class _Steps(torch.autograd.Function):
         window: range,
         buffers: Buffers,
         theta: Tensor,
-        *controls: Tensor,
+        *given: Tensor,
     ) -> tuple[Tensor, ...]:
-        state, losses = problem.start(theta.detach()), []
-        ctx.save_for_backward(*controls)
-        controls = tuple(value.detach() for value in controls)
-        ctx.adjoint, ctx.problem, ctx.taker = adjoint, problem, adjoint.taker(problem)
-        ctx.trajectory = _Trajectory(window, adjoint.spacing(len(window)))
+        controls = tuple(value.detach() for value in given[: problem.num_controls])
+        state, losses, names = problem.start(theta.detach()), [], tuple(buffers)
+        ctx.adjoint, ctx.problem = adjoint, problem
+        taker = adjoint.taker(problem)
+        trajectory = _Trajectory(window, adjoint.spacing(len(window)))
         for t in range(window.stop):
             if any(ctx.needs_input_grad):
-                ctx.trajectory.record(t, state, buffers)
-            loss, state, buffers = ctx.taker.advance(problem.step(t, state, buffers, controls))
+                trajectory.record(t, state, buffers)
+            loss, state, buffers = taker.advance(problem.step(t, state, buffers, controls))
             losses.append(loss)
-        ctx.losses = _stacked(losses, theta)
+        recorded = _stacked(losses, theta)
+        # Saved and not just kept: autograd drops what is saved together with the graph.
+        values = [each[name] for each in trajectory.buffers for name in names]
+        ctx.save_for_backward(*given, recorded, trajectory.vectors, *values)
+        ctx.rest = len(given), window, trajectory.spacing, names, Settings.now()
         # Copies: a buffer or a parameter that no step has changed would be an input handed back.
-        outputs = (state[0].clone(), ctx.losses.clone(), *(value.clone() for value in buffers.values()))
+        outputs = (state[0].clone(), recorded.clone(), *(value.clone() for value in buffers.values()))
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return outputs
@@ -244,16 +277,24 @@ class _Steps(torch.autograd.Function):
         skipped, needed = (None,) * 4, ctx.needs_input_grad[5:]
         if cotangent is None:
             return (*skipped, None, *(None for _ in needed))
-        problem, taker = ctx.problem, ctx.taker
-        controls = tuple(value.detach() for value in ctx.saved_tensors)
-        totals = [torch.zeros_like(c) if n else None for c, n in zip(controls, needed, strict=True)]
+        count, window, spacing, names, settings = ctx.rest
+        saved = ctx.saved_tensors
+        given, (recorded, vectors, *values) = saved[:count], saved[count:]
+        trajectory = _Trajectory(window, spacing, vectors)
+        rest = iter(values)
+        trajectory.buffers = [{name: next(rest) for name in names} for _ in trajectory.kept]
+        problem = replace(ctx.problem, captured=given[ctx.problem.num_controls :])
+        taker = ctx.adjoint.taker(problem)
+        controls = tuple(value.detach() for value in given[: problem.num_controls])
+        totals = [torch.zeros_like(c) if n else None for c, n in zip(given, needed, strict=True)]
         cotangents = (cotangent, *(torch.zeros_like(cotangent) for _ in range(problem.optimizer.num_slots)))
         mode = ctx.adjoint.mode
-        for t, step in ctx.trajectory.backwards(problem, taker, controls, needed):
-            (loss, cotangents, parts), mode = ctx.adjoint.pull(taker, step, cotangents, mode)
-            _require_replayed(loss, ctx.losses[t], t, taker.tolerance(loss))
-            problem.accumulate(totals, parts, t)
-        begins = ctx.trajectory.window.start == 0
+        with settings.restored():
+            for t, step in trajectory.backwards(problem, taker, controls, needed[: problem.num_controls]):
+                (loss, cotangents, parts), mode = ctx.adjoint.pull(taker, step, cotangents, mode)
+                _require_replayed(loss, recorded[t], t, taker.tolerance(loss))
+                problem.accumulate(totals, parts, t)
+        begins = window.start == 0
         return (*skipped, cotangents[0] if begins and ctx.needs_input_grad[4] else None, *totals)
 
 

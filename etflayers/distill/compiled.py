@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from etflayers._torch import compile_graph, is_operator, without_modes
 from etflayers.checks import require, require_values
 from etflayers.distill.objective import InnerObjective
 from etflayers.distill.problem import InnerProblem, Mode, Pulled, State, Step, Taken, lacks_forward_mode
@@ -192,7 +192,7 @@ def _compile(
         present = tuple(value is not None for value in found)
         return [value for value in found if value is not None]
 
-    with _disable_current_modes():  # what counts or logs operators is not to see those of a trace
+    with without_modes():  # what counts or logs operators is not to see those of a trace
         graph = _traced(flat, inputs)
         constants = _lift_constants(graph)
         code = _inductor(graph, [*inputs, *(value.detach() for value in constants)])
@@ -213,7 +213,7 @@ def _traced(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> 
             f"tensors; {_INSTEAD}: {_first_line(error)}"
         ) from error
     graph.graph.eliminate_dead_code()
-    operators = {node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    operators = {node.target for node in graph.graph.nodes if is_operator(node.target)}
     random = sorted(str(o) for o in operators if torch.Tag.nondeterministic_seeded in o.tags)
     require(
         not random,
@@ -251,17 +251,14 @@ def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
 
 
 def _inductor(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    from torch import _inductor  # not with the library: it takes a second
-
     try:
         with torch.no_grad():
-            compiled: Callable[..., Sequence[Tensor]] = _inductor.compile(graph, list(examples))
+            return compile_graph(graph, examples)
     except Exception as error:
         raise InvalidArgumentError(
             "compile=True: the inner step was traced but could not be compiled (is there a C++ compiler, g++ "
             f"or the one that the variable CXX names?); {_INSTEAD}: {_first_line(error)}"
         ) from error
-    return compiled
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,9 @@ rate by a proportion: the same step suits rates of 1e-3 and of 1.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -17,13 +19,24 @@ from torch.utils.data import TensorDataset
 from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.distill.image_grid import image_grid
 from etflayers.distill.kernel_ridge import centered_one_hot
-from etflayers.distill.representatives import Representatives, per_class, random_samples
+from etflayers.distill.labels import class_indices
+from etflayers.distill.representatives import Representatives, random_samples
+from etflayers.distill.representatives import per_class as images_per_class
 from etflayers.distill.storage import read_tensors, write_tensors
-from etflayers.errors import InvalidArgumentError
+from etflayers.errors import InvalidArgumentError, NonFiniteError
 
 __all__ = ["DistilledSet", "LabelKind"]
 
 LabelKind = Literal["hard", "one-hot", "centered"]
+
+
+_NO_RATES = "this set was made without rates: give it rates= to learn them"
+# Class indices beyond 32 bits are a damaged number, and would be the size of a table somewhere.
+_MOST_CLASSES = 2**31 - 1
+
+
+class NoRatesError(InvalidArgumentError, AttributeError):
+    """The rates of a set that has none; to ``hasattr`` and ``getattr`` a missing attribute like any other."""
 
 
 class DistilledSet(nn.Module):
@@ -54,7 +67,8 @@ class DistilledSet(nn.Module):
         Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959; soft labels: Sucholutsky, Schonlau (2019), arXiv
         1910.02551.
 
-    >>> distilled = DistilledSet.from_noise((1, 8, 8), num_classes=10, count=2, rates=torch.full((5,), 0.02))
+    >>> rates = torch.full((5,), 0.02)
+    >>> distilled = DistilledSet.from_noise((1, 8, 8), num_classes=10, per_class=2, rates=rates)
     >>> distilled.inputs.shape, distilled.labels[:3], distilled.rates[0]
     (torch.Size([20, 1, 8, 8]), tensor([0, 1, 2]), tensor(0.0200, grad_fn=<SelectBackward0>))
     >>> len(distilled.dataset()), distilled.images().shape
@@ -77,6 +91,8 @@ class DistilledSet(nn.Module):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        for name, value in {"inputs": inputs, "labels": labels}.items():
+            require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
         require_floating("inputs", inputs.dtype)
         require(
             inputs.ndim >= 2 and inputs.numel() > 0,
@@ -93,6 +109,10 @@ class DistilledSet(nn.Module):
         self.register_buffer("mean", _channels("mean", mean, inputs))
         self.register_buffer("std", _channels("std", std, inputs))
         require_values((self.std > 0).all(), f"std must be positive, got {std}")
+        require(
+            metadata is None or isinstance(metadata, Mapping),
+            f"metadata must be a dictionary, got {type(metadata).__name__}",
+        )
         self.metadata = dict(metadata or {})
 
     @classmethod
@@ -101,7 +121,7 @@ class DistilledSet(nn.Module):
         shape: tuple[int, ...],
         num_classes: int,
         *,
-        count: int,
+        per_class: int | None = None,
         labels: LabelKind = "hard",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -113,7 +133,8 @@ class DistilledSet(nn.Module):
         Args:
             shape: of one input.
             num_classes: K.
-            count: inputs of each class, which follow each other in turn.
+            per_class: how many inputs of each class; the classes follow each other in turn. Its old name
+                ``count`` goes with the next version.
             labels: ``"hard"`` class indices, or vectors to be learned that start ``"one-hot"``, or
                 ``"centered"`` (one-hot minus 1/K, for regression).
             generator: of the noise.
@@ -122,16 +143,17 @@ class DistilledSet(nn.Module):
             options: the other arguments of :class:`DistilledSet`.
 
         Returns:
-            The set, with ``count * K`` inputs.
+            The set, with ``per_class * K`` inputs.
 
         Raises:
             InvalidArgumentError: arguments out of range.
 
-        >>> DistilledSet.from_noise((4,), 3, count=2, labels="one-hot").labels.shape
+        >>> DistilledSet.from_noise((4,), 3, per_class=2, labels="one-hot").labels.shape
         torch.Size([6, 3])
         """
-        require(count >= 1, f"count must be at least 1, got {count}")
-        require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
+        count = _per_class(per_class, options)
+        num_classes = _checked_classes(num_classes)
+        require(isinstance(shape, tuple | list), f"shape must be a tuple, such as (1, 28, 28), got {shape!r}")
         inputs = torch.randn(count * num_classes, *shape, generator=generator, device=device, dtype=dtype)
         classes = torch.arange(num_classes, device=device).repeat(count)
         return cls(inputs, _labels(classes, num_classes, labels, inputs), num_classes=num_classes, **options)
@@ -142,7 +164,7 @@ class DistilledSet(nn.Module):
         images: Tensor,
         targets: Tensor,
         *,
-        count: int,
+        per_class: int | None = None,
         representatives: Representatives = random_samples,
         labels: LabelKind = "hard",
         num_classes: int | None = None,
@@ -154,7 +176,8 @@ class DistilledSet(nn.Module):
         Args:
             images: ``(N, ...)``, real ones as the network sees them (normalized).
             targets: ``(N,)``, integers in [0, K).
-            count: inputs of each class, which follow each other in turn.
+            per_class: how many inputs of each class; the classes follow each other in turn. Its old name
+                ``count`` goes with the next version.
             representatives: :func:`random_samples`, :func:`partial_means` or :func:`kmeans_centers` of
                 ``etflayers.distill``, or any function like them.
             labels: as in :meth:`from_noise`.
@@ -163,18 +186,19 @@ class DistilledSet(nn.Module):
             options: the other arguments of :class:`DistilledSet`.
 
         Returns:
-            The set, with ``count * K`` inputs.
+            The set, with ``per_class * K`` inputs.
 
         Raises:
-            InvalidArgumentError: shapes, dtypes or values that do not fit, a class with less than ``count``
-                images.
+            InvalidArgumentError: shapes, dtypes or values that do not fit, a class with less than
+                ``per_class`` images.
             NonFiniteError: NaN or infinity in the images.
 
         >>> images, targets = torch.tensor([[5.0], [7.0], [6.0]]), torch.tensor([1, 0, 1])
-        >>> DistilledSet.from_data(images, targets, count=1).labels
+        >>> DistilledSet.from_data(images, targets, per_class=1).labels
         tensor([0, 1])
         """
-        inputs, classes = per_class(
+        count = _per_class(per_class, options)
+        inputs, classes = images_per_class(
             images,
             targets,
             count=count,
@@ -187,10 +211,15 @@ class DistilledSet(nn.Module):
 
     @property
     def rates(self) -> Tensor:
-        """The learning rates, positive and differentiable, ``(T,)`` or ``()``."""
+        """The learning rates, positive and differentiable, ``(T,)`` or ``()``. A set without has none."""
         if self.log_rates is None:
-            raise InvalidArgumentError("this set was made without rates: give it rates= to learn them")
+            raise NoRatesError(_NO_RATES)
         return self.log_rates.exp()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "rates":  # where Python goes on looking when the property has raised an AttributeError
+            raise NoRatesError(_NO_RATES)
+        return super().__getattr__(name)
 
     def batches(self, steps: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels split in order into equal batches, one for each step of an epoch.
@@ -206,7 +235,7 @@ class DistilledSet(nn.Module):
         Raises:
             InvalidArgumentError: the inputs cannot be split equally.
 
-        >>> inputs, labels = DistilledSet.from_noise((4,), 2, count=3).batches(3)
+        >>> inputs, labels = DistilledSet.from_noise((4,), 2, per_class=3).batches(3)
         >>> inputs.shape, labels.tolist()
         (torch.Size([3, 2, 4]), [[0, 1], [0, 1], [0, 1]])
         """
@@ -254,6 +283,7 @@ class DistilledSet(nn.Module):
         Raises:
             InvalidArgumentError: metadata that JSON cannot hold.
             MissingDependencyError: safetensors is not installed.
+            OSError: the file cannot be written, with its name.
         """
         write_tensors(path, self.state_dict(), {"num_classes": self.num_classes, "metadata": self.metadata})
 
@@ -270,14 +300,21 @@ class DistilledSet(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            InvalidArgumentError: the file holds something else, or is damaged.
+            InvalidArgumentError: the file holds something else, or is damaged, which a checksum tells.
+            NonFiniteError: it was saved with NaN or infinity in it.
             MissingDependencyError: safetensors is not installed.
         """
         tensors, record = read_tensors(path)
         try:
             logarithms = tensors.pop("log_rates", None)
-            loaded = cls(**tensors, num_classes=record["num_classes"], metadata=record["metadata"])
-        except (KeyError, TypeError) as error:
+            num_classes = _checked_classes(record["num_classes"])
+            loaded = cls(**tensors, num_classes=num_classes, metadata=record["metadata"])
+            if logarithms is not None:
+                require_floating("log_rates", logarithms.dtype)
+                _require_rates(logarithms.double().exp())
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path} holds a distilled set that is no good: {error}") from error
+        except (KeyError, TypeError, InvalidArgumentError) as error:
             raise InvalidArgumentError(f"{path} does not hold a distilled set: {error}") from error
         # Set as they are: through exp and log they would come back with another last digit.
         loaded.log_rates = None if logarithms is None else nn.Parameter(logarithms)
@@ -292,8 +329,32 @@ class DistilledSet(nn.Module):
         )
 
 
+def _per_class(per_class: int | None, options: dict[str, Any]) -> int:
+    """``per_class``, also under the name that it had before, which said nothing of classes."""
+    if "count" in options:
+        require(per_class is None, "count is the old name of per_class: give one of them")
+        per_class = options.pop("count")
+        warnings.warn(
+            "count is now per_class, of which it is the number; the old name goes with the next version",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    if not isinstance(per_class, Integral) or isinstance(per_class, bool) or per_class < 1:
+        raise InvalidArgumentError(
+            f"per_class, the number of inputs of each class, must be an integer >= 1, got {per_class!r}"
+        )
+    return int(per_class)
+
+
+def _checked_classes(num_classes: object) -> int:
+    count = int(num_classes) if isinstance(num_classes, Integral) and not isinstance(num_classes, bool) else 0
+    require(1 <= count <= _MOST_CLASSES, f"num_classes must be an integer in [1, 2**31), got {num_classes!r}")
+    return count
+
+
 def _checked_labels(labels: Tensor, count: int, num_classes: int | None) -> int:
     """The number of classes, after checking the labels against it."""
+    num_classes = None if num_classes is None else _checked_classes(num_classes)
     if labels.dtype.is_floating_point:
         require(
             labels.ndim == 2 and len(labels) == count and labels.shape[1] == (num_classes or labels.shape[1]),
@@ -302,8 +363,9 @@ def _checked_labels(labels: Tensor, count: int, num_classes: int | None) -> int:
         )
         require_finite(labels, "labels must be finite, got NaN or infinity")
         return labels.shape[1]
+    labels = class_indices("labels", labels)
     require(
-        labels.shape == (count,) and labels.dtype != torch.bool and not labels.dtype.is_complex,
+        labels.shape == (count,),
         f"labels must be {count} class indices or soft labels ({count}, K), "
         f"got {labels.dtype} of shape {tuple(labels.shape)}",
     )
@@ -329,11 +391,15 @@ def _labels(classes: Tensor, num_classes: int, kind: LabelKind, inputs: Tensor) 
 def _logarithms(rates: Tensor | float, inputs: Tensor) -> Tensor:
     values = torch.as_tensor(rates, device=inputs.device).detach()
     values = values if values.dtype.is_floating_point else values.to(inputs.dtype)
-    require(values.ndim <= 1, f"rates must be a number or have shape (T,), got {tuple(values.shape)}")
-    require_values(
-        ((values > 0) & values.isfinite()).all(), "rates must be finite numbers > 0, one for each step"
-    )
+    _require_rates(values)
     return values.log()
+
+
+def _require_rates(rates: Tensor) -> None:
+    require(rates.ndim <= 1, f"rates must be a number or have shape (T,), got {tuple(rates.shape)}")
+    require_values(
+        ((rates > 0) & rates.isfinite()).all(), "rates must be finite numbers > 0, one for each step"
+    )
 
 
 def _channels(name: str, value: Tensor | float, inputs: Tensor) -> Tensor:

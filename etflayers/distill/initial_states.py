@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
+from etflayers.distill.layout import trainable_parameters
 from etflayers.distill.objective import Buffers
 from etflayers.errors import InvalidArgumentError
 
@@ -32,6 +33,10 @@ __all__ = [
 class InitialState(NamedTuple):
     """Parameters and buffers by name, no part of a graph.
 
+    Attributes:
+        params: what is trained.
+        buffers: what is not: buffers, and parameters with ``requires_grad=False``.
+
     >>> state = InitialState.of(nn.Linear(2, 3))
     >>> {name: tuple(value.shape) for name, value in state.params.items()}
     {'weight': (3, 2), 'bias': (3,)}
@@ -43,7 +48,10 @@ class InitialState(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module) -> InitialState:
         """A copy of the state that a model has now."""
-        return cls(_copied(dict(model.named_parameters())), _copied(dict(model.named_buffers())))
+        require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got {type(model).__name__}")
+        params = trainable_parameters(model)
+        constants = {name: value for name, value in model.named_parameters() if name not in params}
+        return cls(_copied(params), _copied({**dict(model.named_buffers()), **constants}))
 
 
 class Initialization(Protocol):
@@ -94,6 +102,10 @@ class RandomInitialization:
     """
 
     def __init__(self, factory: Callable[[], nn.Module]) -> None:
+        require(
+            callable(factory) and not isinstance(factory, nn.Module),
+            f"factory must be a function that makes a network, such as lambda: Network(...), got {factory!r}",
+        )
         self.factory = factory
 
     def __call__(self, generator: torch.Generator | None = None) -> InitialState:
@@ -207,14 +219,23 @@ class OnlinePool:
         return {"states": [tuple(state) for state in self.states], "ages": list(self.ages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what :meth:`state_dict` returned."""
+        """Go on with what :meth:`state_dict` returned.
+
+        Raises:
+            InvalidArgumentError: another number of networks, networks of another kind, or ages that are none.
+        """
         require(
             len(state["states"]) == len(self.states),
             f"state_dict has {len(state['states'])} networks, this pool {len(self.states)}: make it with the "
             "same size",
         )
-        self.states = [InitialState(*each) for each in state["states"]]
-        self.ages, self.drawn = list(state["ages"]), None
+        states, ages = [InitialState(*each) for each in state["states"]], list(state["ages"])
+        _require_alike([self.states[0], *states])
+        require(
+            len(ages) == len(states) and all(isinstance(age, int) and age >= 0 for age in ages),
+            f"state_dict must have an age >= 0 for each of its {len(states)} networks, got {ages}",
+        )
+        self.states, self.ages, self.drawn = states, ages, None
 
 
 def stack_states(states: Sequence[InitialState]) -> InitialState:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etflayers._torch import inside_transform
-from etflayers.checks import require, require_floating
+from etflayers.checks import require, require_floating, require_values
 from etflayers.distill.adjoints import InnerAdjoint, StepAdjoint
-from etflayers.distill.layout import FlatLayout
+from etflayers.distill.layout import FlatLayout, trainable_parameters, under_first_names
 from etflayers.distill.objective import Buffers, InnerLoss, InnerObjective, cross_entropy
-from etflayers.distill.optimizers import SGD, InnerOptimizer, hyperparameters
+from etflayers.distill.optimizers import SGD, InnerOptimizer, hyperparameters, require_rule
 from etflayers.distill.problem import InnerProblem
 from etflayers.errors import NonFiniteError
 
@@ -70,17 +73,20 @@ def unrolled_inner_loop(
 
     Args:
         model: any module that keeps its state in parameters and buffers.
-        params: the initial value of each parameter to train, by name; the others are constants.
+        params: the initial value of each parameter to train, by name; the others are constants. A tied weight
+            may be given under one of its names or under all of them; it is trained as one.
         images: ``(S, B, ...)``, S batches.
         labels: ``(S, B)`` integers, or ``(S, B, ...)`` soft labels or whatever ``loss`` takes.
-        lr: a number, or a tensor ``()`` for all steps, ``(S,)`` for the steps of each epoch, or ``(T,)``.
+        lr: at least 0, a number, or a tensor ``()`` for all steps, ``(S,)`` for the steps of each epoch, or
+            ``(T,)``.
         epochs: how often to go through the batches.
         loss: ``(model, images, labels) -> scalar`` for one batch, where ``model`` is called like the module.
             Augmentation, subsampling and targets for a head belong here.
         optimizer: the update rule; default :class:`SGD`.
         adjoint: how the derivative flows; default :class:`StepAdjoint`.
         window: steps through which it flows, ``range(start, stop)``; training ends at ``stop``. Default all.
-        buffers: the initial buffers, by name; those not given are the model's.
+        buffers: the initial buffers, by name, and values for parameters that are not trained; what is not
+            given is the model's.
         generator: source of the random seeds of the steps; default the global one.
         initializations: n, to train from n initial states at once by ``torch.func.vmap``: ``params``, and
             ``buffers`` if they are given, are then stacked, ``(n, ...)`` each, as by
@@ -114,10 +120,13 @@ def unrolled_inner_loop(
         "torch.inference_mode() forbids the gradients that the inner loop takes: use torch.no_grad()",
     )
     optimizer = SGD() if optimizer is None else optimizer
+    adjoint = StepAdjoint() if adjoint is None else adjoint
+    _require_parts(model, loss, optimizer, adjoint)
     require(
         initializations is None or (isinstance(initializations, int) and initializations >= 1),
         f"initializations must be None or an integer >= 1, got {initializations!r}",
     )
+    params = under_first_names(params, model)
     layout = FlatLayout.of(params, model, initializations)
     theta = layout.flatten(params)
     steps = _checked_steps(images, labels, epochs)
@@ -132,10 +141,10 @@ def unrolled_inner_loop(
         names=tuple(values),
         seeds=_seeds(steps, generator),
     )
-    trained = (StepAdjoint() if adjoint is None else adjoint)(
+    trained = adjoint(
         problem,
         theta,
-        _initial_buffers(model, buffers, initializations),
+        _initial_buffers(model, buffers, initializations, layout),
         (images, labels, rates, *values.values()),
         window,
     )
@@ -147,8 +156,8 @@ def unrolled_inner_loop(
 class UnrolledInnerLoop(nn.Module):
     r"""Trains a model on the data it is given: ``theta_T(x, y, eta, theta_0)``, differentiable in each.
 
-    The module form of :func:`unrolled_inner_loop`. The model's own parameters are the default for theta_0;
-    the hypergradient reaches them too.
+    The module form of :func:`unrolled_inner_loop`. The model's own parameters, those that require a gradient,
+    are the default for theta_0; the hypergradient reaches them too.
 
     Args:
         model: see :func:`unrolled_inner_loop`.
@@ -158,7 +167,7 @@ class UnrolledInnerLoop(nn.Module):
         epochs: see :func:`unrolled_inner_loop`.
 
     Raises:
-        InvalidArgumentError: ``epochs`` < 1.
+        InvalidArgumentError: ``epochs`` < 1; a model, loss, optimizer or adjoint of another kind.
 
     Reference:
         Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959.
@@ -186,6 +195,7 @@ class UnrolledInnerLoop(nn.Module):
         self.loss = loss
         self.optimizer = SGD() if optimizer is None else optimizer
         self.adjoint = StepAdjoint() if adjoint is None else adjoint
+        _require_parts(model, loss, self.optimizer, self.adjoint)
         self.epochs = epochs
 
     def forward(
@@ -200,10 +210,10 @@ class UnrolledInnerLoop(nn.Module):
         generator: torch.Generator | None = None,
         initializations: int | None = None,
     ) -> InnerSolution:
-        """Train from ``params``, by default the model's own parameters: see :func:`unrolled_inner_loop`."""
+        """Train from ``params``, by default the model's trainable ones: see :func:`unrolled_inner_loop`."""
         return unrolled_inner_loop(
             self.model,
-            dict(self.model.named_parameters()) if params is None else params,
+            trainable_parameters(self.model) if params is None else params,
             images,
             labels,
             lr=lr,
@@ -223,10 +233,38 @@ class UnrolledInnerLoop(nn.Module):
 
 
 def _require_epochs(epochs: int) -> None:
-    require(isinstance(epochs, int) and epochs >= 1, f"epochs must be an integer >= 1, got {epochs!r}")
+    number = isinstance(epochs, int) and not isinstance(epochs, bool)
+    require(number and epochs >= 1, f"epochs must be an integer >= 1, got {epochs!r}")
+
+
+def _require_parts(model: object, loss: object, optimizer: object, adjoint: object) -> None:
+    require(isinstance(model, nn.Module), f"model must be a torch.nn.Module, got {type(model).__name__}")
+    require_rule(optimizer)
+    require(
+        callable(adjoint) and not isinstance(adjoint, type),
+        f"adjoint must be StepAdjoint(), KeptGraph() or another object like them, got {adjoint!r}",
+    )
+    require(
+        callable(loss) and _takes_a_model(loss),
+        "loss must be a function of (model, images, labels), such as lambda model, images, labels: "
+        f"torch.nn.functional.cross_entropy(model(images), labels), got {loss!r}",
+    )
+
+
+def _takes_a_model(loss: object) -> bool:
+    """Whether the loss takes three arguments, and is not one of PyTorch's, whose third is another."""
+    try:
+        inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).bind(None, None, None)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature to look at
+        return True
+    return getattr(loss, "__module__", None) != F.__name__
 
 
 def _checked_steps(images: Tensor, labels: Tensor, epochs: int) -> int:
+    for name, value in {"images": images, "labels": labels}.items():
+        require(isinstance(value, Tensor), f"{name} must be a tensor, got {type(value).__name__}")
     require(
         images.ndim >= 2 and len(images) > 0,
         f"images must have shape (S, B, ...), S >= 1 batches, got {tuple(images.shape)}: a single batch is "
@@ -243,12 +281,19 @@ def _checked_steps(images: Tensor, labels: Tensor, epochs: int) -> int:
 
 
 def _checked_rates(lr: float | Tensor, theta: Tensor, batches: int, steps: int) -> Tensor:
+    require(isinstance(lr, Tensor | Real), f"lr must be a number or a tensor, got {type(lr).__name__}")
     rates = lr if isinstance(lr, Tensor) else theta.detach().new_tensor(lr)
     require_floating("lr", rates.dtype)
     require(
         rates.shape in {(), (batches,), (steps,)},
         f"lr must be a number or a tensor of shape (), (S,) = ({batches},) or (T,) = ({steps},), got "
         f"{tuple(rates.shape)}",
+    )
+    values = rates.detach()
+    require_values(
+        ((values >= 0) & values.isfinite()).all(),
+        "lr must be finite and at least 0: rates that are learned stay positive if their logarithms are the "
+        "variables, as in DistilledSet",
     )
     return rates.reshape(-1)
 
@@ -263,14 +308,20 @@ def _checked_window(window: range | None, steps: int) -> range:
     return window
 
 
-def _initial_buffers(model: nn.Module, given: Mapping[str, Tensor] | None, copies: int | None) -> Buffers:
+def _initial_buffers(
+    model: nn.Module, given: Mapping[str, Tensor] | None, copies: int | None, layout: FlatLayout
+) -> Buffers:
     stack = () if copies is None else (copies,)
     buffers = {name: value.expand((*stack, *value.shape)) for name, value in model.named_buffers()}
+    constants = {name: value for name, value in model.named_parameters() if name not in layout.shapes}
+    shapes = {
+        name: (*stack, *value.shape) for name, value in {**dict(model.named_buffers()), **constants}.items()
+    }
     for name, value in (given or {}).items():
         require(
-            name in buffers and value.shape == buffers[name].shape,
-            f"buffers[{name!r}] is no buffer of the model, or not of its shape: they are named as in "
-            "model.named_buffers()",
+            name in shapes and value.shape == shapes[name],
+            f"buffers[{name!r}] is no buffer of the model and no parameter that is not trained, or not of "
+            "its shape: they are named as in model.named_buffers() and model.named_parameters()",
         )
         buffers[name] = value
     return {name: value.detach().clone() for name, value in buffers.items()}

@@ -17,12 +17,14 @@ not change with them to first order.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.distill.kernels import FeatureKernel, Kernel
+from etflayers.distill.labels import class_indices
 from etflayers.precision import full_precision
 
 __all__ = ["KernelRidgeInnerLoop", "centered_one_hot", "kernel_ridge", "solve_labels"]
@@ -136,10 +138,7 @@ def centered_one_hot(targets: Tensor, num_classes: int, *, dtype: torch.dtype | 
     tensor([[ 0.5000, -0.5000],
             [-0.5000,  0.5000]])
     """
-    require(
-        not targets.dtype.is_floating_point and targets.dtype != torch.bool,
-        f"targets must be integers, got {targets.dtype}: pass class indices",
-    )
+    targets = class_indices("targets", targets)
     require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
     classes = torch.arange(num_classes, device=targets.device)
     hot = targets.unsqueeze(-1) == classes
@@ -160,7 +159,7 @@ class KernelRidgeInnerLoop(nn.Module):
         dtype: to compute in, float32 or float64.
 
     Raises:
-        InvalidArgumentError: a negative ridge or another dtype.
+        InvalidArgumentError: a negative ridge, another dtype, or no kernel.
 
     Reference:
         Nguyen, Chen, Lee (2020), arXiv 2011.00050.
@@ -177,6 +176,10 @@ class KernelRidgeInnerLoop(nn.Module):
         super().__init__()
         _check_ridge(ridge)
         _check_dtype(dtype)
+        require(
+            callable(kernel) and not isinstance(kernel, type),
+            f"kernel must be a function of two sets of samples, such as NTKKernel(depth=1), got {kernel!r}",
+        )
         self.kernel = kernel
         # A module inside a dataclass is out of sight: registered, it moves, saves and switches mode with this
         # one.
@@ -250,7 +253,8 @@ def _check_labels(name: str, labels: Tensor, count: int, samples: str) -> None:
 
 
 def _check_ridge(ridge: float) -> None:
-    require(0 <= ridge < math.inf, f"ridge must be a finite number >= 0, got {ridge}")
+    number = isinstance(ridge, Real) and not isinstance(ridge, bool)
+    require(number and 0 <= ridge < math.inf, f"ridge must be a finite number >= 0, got {ridge!r}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

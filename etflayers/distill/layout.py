@@ -10,7 +10,27 @@ from torch import Tensor, nn
 
 from etflayers.checks import require, require_floating
 
-__all__ = ["FlatLayout"]
+__all__ = ["FlatLayout", "trainable_parameters", "under_first_names"]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model that require a gradient, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def under_first_names(params: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """``params`` with each tied weight once, under the name that ``model.named_parameters()`` gives it."""
+    first = {id(value): name for name, value in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    names = {name: first[id(value)] for name, value in every}
+    once: dict[str, Tensor] = {}
+    for name, value in params.items():
+        key = names.get(name, name)
+        require(
+            once.setdefault(key, value) is value,
+            f"params has two tensors for the tied parameter {key!r}, one of them as {name!r}: give it once",
+        )
+    return once
 
 
 @dataclass(frozen=True)
@@ -22,13 +42,22 @@ class FlatLayout:
     @classmethod
     def of(cls, params: Mapping[str, Tensor], model: nn.Module, copies: int | None = None) -> FlatLayout:
         """The layout of ``params``, checked against the parameters of ``model``, or of stacked copies."""
-        require(bool(params), "params is empty: there is nothing to train")
+        require(
+            bool(params),
+            "params is empty, or no parameter of the model requires a gradient: there is nothing to train",
+        )
         known = dict(model.named_parameters(remove_duplicate=False))
         unknown = [name for name in params if name not in known]
         require(
             not unknown,
             f"params has names that are no parameters of the model: {unknown}; they are named as in "
             "model.named_parameters()",
+        )
+        frozen = [name for name, value in params.items() if value is known[name] and not value.requires_grad]
+        require(
+            not frozen,
+            f"params holds parameters of the model that are frozen (requires_grad=False): {frozen}; leave "
+            "them out, or give copies of them (.detach()) to train them all the same",
         )
         stack = () if copies is None else (copies,)
         for name, value in params.items():

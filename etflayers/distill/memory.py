@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from etflayers._torch import TorchDispatchMode, tree_iter
 from etflayers.distill.adjoints import StepAdjoint
 from etflayers.distill.inner_loop import UnrolledInnerLoop
+from etflayers.distill.layout import trainable_parameters
 from etflayers.distill.optimizers import hyperparameters
 
 __all__ = ["PeakMemory", "memory_forecast"]
@@ -26,6 +26,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         peak: bytes, on all devices together; without what an allocator rounds up and a kernel uses inside.
+        alive: bytes at this moment.
 
     >>> with PeakMemory() as memory:
     ...     for _ in range(3):
@@ -37,8 +38,8 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._alive: dict[int, int] = {}
-        self._total = 0
+        self._sizes: dict[int, int] = {}
+        self.alive = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,15 +53,15 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
-                if id(storage) not in given and id(storage) not in self._alive:
-                    self._alive[id(storage)] = storage.nbytes()
-                    self._total += storage.nbytes()
+                if id(storage) not in given and id(storage) not in self._sizes:
+                    self._sizes[id(storage)] = storage.nbytes()
+                    self.alive += storage.nbytes()
                     weakref.finalize(storage, self._release, id(storage))
-        self.peak = max(self.peak, self._total)
+        self.peak = max(self.peak, self.alive)
         return result
 
     def _release(self, key: int) -> None:
-        self._total -= self._alive.pop(key)
+        self.alive -= self._sizes.pop(key)
 
 
 def memory_forecast(
@@ -127,7 +128,7 @@ def memory_forecast(
             torch.autograd.grad(loss, variables, allow_unused=True)
         return int(memory.peak)
 
-    start = dict(loop.model.named_parameters()) if params is None else params
+    start = trainable_parameters(loop.model) if params is None else params
     candidates = [images, labels, lr, *hyperparameters(loop.optimizer).values(), *start.values()]
     variables = [value for value in candidates if isinstance(value, Tensor) and value.requires_grad]
     if len(window) <= _START:

@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from etflayers._torch import version
 from etflayers.checks import require
+from etflayers.distill.labels import class_indices
 from etflayers.distill.layout import FlatLayout
 from etflayers.errors import InvalidArgumentError
+from etflayers.precision import autocast_dtype
 
 __all__ = ["Buffers", "InnerLoss", "InnerObjective", "cross_entropy"]
 
@@ -25,10 +29,20 @@ InnerLoss = Callable[[Callable[..., Tensor], Tensor, Tensor], Tensor]
 def cross_entropy(model: Callable[..., Tensor], images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of ``model(images)`` for hard labels ``(B,)`` or soft labels ``(B, K)``.
 
+    Hard labels may be of any integer dtype; soft ones have that of the logits.
+
     >>> cross_entropy(nn.Identity(), torch.zeros(2, 4), torch.tensor([0, 3])).exp()
     tensor(4.)
     """
-    return F.cross_entropy(model(images), labels)
+    logits = model(images)
+    if not labels.dtype.is_floating_point:
+        labels = class_indices("labels", labels)
+        require(
+            labels.ndim < logits.ndim,
+            f"labels of an integer dtype must be class indices, got shape {tuple(labels.shape)} for outputs "
+            f"{tuple(logits.shape)}: use .argmax(-1) for one-hot vectors, or their dtype",
+        )
+    return F.cross_entropy(logits, labels)
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,9 @@ class InnerObjective:
     walks back through the steps need not know.
 
     Buffers go in and come out: the model works on copies, and what comes out is no part of a graph, as in
-    training by hand. Autocast, and the training or eval mode of each module, are those of the place where the
-    objective was made, also when a step is re-derived later, from within a backward pass.
+    training by hand. Values of parameters that are not trained pass through with them. Autocast, and the
+    training or eval mode of each module, are those of the place where the objective was made, also when a
+    step is re-derived later, from within a backward pass.
     """
 
     model: nn.Module
@@ -63,7 +78,7 @@ class InnerObjective:
         copies: int | None = None,
     ) -> InnerObjective:
         """The objective under the autocast and in the modes that are in force now."""
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        autocast = autocast_dtype(device.type)
         modes = tuple(module.training for module in model.modules())
         return cls(model, loss, layout, device, autocast, modes, copies)
 
@@ -72,11 +87,13 @@ class InnerObjective:
     ) -> tuple[Tensor, Buffers]:
         """The loss, and the buffers after the model has run."""
         params = self.layout.unflatten(theta)
-        version = theta._version
+        before = version(theta)
         # Without a cache: what a cast remembers must not outlive the graph of its step.
         with (
             _in_modes(self.model, self.modes),
             _stateless(self.model),
+            # The fused kernels of attention have no second derivative.
+            sdpa_kernel(SDPBackend.MATH),
             torch.autocast(
                 self.device.type, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False
             ),
@@ -90,7 +107,7 @@ class InnerObjective:
                     loss = losses.sum()
             finally:  # also if autograd has noticed first, in words that name no parameter
                 require(
-                    theta._version == version,
+                    version(theta) == before,
                     "model changes its parameters in place while it runs, which cannot be differentiated: "
                     "compute the changed weights by torch.nn.utils.parametrize instead",
                 )
@@ -106,7 +123,7 @@ class InnerObjective:
     ) -> tuple[Tensor, Buffers]:
         """Loss and buffers of one network."""
         frozen = {name: value.detach() for name, value in self.model.named_parameters()}
-        after = {name: value.clone() for name, value in buffers.items()}
+        after = {n: value if n in frozen else value.clone() for n, value in buffers.items()}
         state = {**frozen, **params, **after}
 
         def model(*args: object, **kwargs: object) -> Tensor:
@@ -156,7 +173,7 @@ def _stateless(model: nn.Module) -> Iterator[None]:
 
 def _plain_tensors(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
-        f"{path}.{name}" if path else name: (id(value), value._version)
+        f"{path}.{name}" if path else name: (id(value), version(value))
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if isinstance(value, Tensor)

@@ -6,7 +6,7 @@ operations whatever the number of layers. Any field that is a tensor is a variab
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from etflayers.checks import require, require_values
 
-__all__ = ["SGD", "Adam", "AdamW", "InnerOptimizer", "hyperparameters"]
+__all__ = ["SGD", "Adam", "AdamW", "InnerOptimizer", "hyperparameters", "require_rule"]
 
 Scalar = float | Tensor
 
@@ -47,6 +47,17 @@ def hyperparameters(optimizer: InnerOptimizer) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
+def require_rule(optimizer: object) -> None:
+    """Raise unless ``optimizer`` is an update rule, as one of ``torch.optim`` or a class is not."""
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    require(
+        kind is not optimizer and is_dataclass(optimizer) and isinstance(optimizer, InnerOptimizer),
+        "optimizer must be an update rule, such as etflayers.distill.SGD(momentum=0.9), Adam() or AdamW(); "
+        "the learning rate goes to the loop as lr=. Got "
+        + (f"the class {kind.__name__}" if kind is optimizer else f"an object of {kind}"),
+    )
+
+
 def _require_scalar(name: str, value: Scalar, *, below_one: bool) -> None:
     interval = "[0, 1)" if below_one else "[0, inf)"
     message = f"{name} must be a number in {interval}, or a tensor of shape () that holds one"
@@ -55,7 +66,8 @@ def _require_scalar(name: str, value: Scalar, *, below_one: bool) -> None:
         require(value.shape == (), f"{message}: got a tensor of shape {tuple(value.shape)}")
         require_values((value.detach() >= 0) & (value.detach() < bound), message)
     else:
-        require(0 <= value < bound, f"{message}: got {value}")
+        number = isinstance(value, float | int) and not isinstance(value, bool)
+        require(number and 0 <= value < bound, f"{message}: got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ which is elementwise, and g sends v on through the second derivatives of the los
     theta gets  lambda_theta + H v,      x gets  d/dx <v, grad l>,      y gets  d/dy <v, grad l>.
 
 The three products with v are the derivative of <v, grad l> (reverse over reverse), or, because second
-derivatives are symmetric, that of (d/dtheta, d/dx, d/dy) l along theta' = v (forward over reverse).
+derivatives are symmetric, that of (d/dtheta, d/dx, d/dy) l along theta' = v (forward over reverse). A tensor
+that the loss closes over gets the same product as x and y.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
@@ -26,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from etflayers.checks import require
+from etflayers.distill.captures import captured_tensors, depends_on_others
 from etflayers.distill.objective import Buffers, InnerObjective
 from etflayers.distill.optimizers import InnerOptimizer
 
@@ -39,6 +43,7 @@ __all__ = [
     "StepTaker",
     "Taken",
     "lacks_forward_mode",
+    "lacks_second_derivative",
 ]
 
 Mode = Literal["reverse", "forward"]
@@ -46,6 +51,7 @@ Mode = Literal["reverse", "forward"]
 State = tuple[Tensor, ...]
 # Images, labels, learning rates, then the optimizer's tensor fields; for all steps or for one.
 Controls = tuple[Tensor, ...]
+_NO_DERIVATIVE = re.compile(r"derivative for .*backward.* is not implemented")
 _DATA, _PER_STEP = 2, 3  # the loss sees the first two; the first three differ from step to step
 
 
@@ -87,7 +93,10 @@ class Taken(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """The loss before a step that has been re-derived, and the cotangents of its state and controls."""
+    """The loss before a step that has been re-derived, and the cotangents of all that it starts from.
+
+    Those of the controls are followed by those of the captured tensors.
+    """
 
     loss: Tensor
     state: State
@@ -119,12 +128,19 @@ class InnerProblem:
         optimizer: the update rule, whose tensor fields are named in ``names``.
         names: of the tensors in the controls after the rates.
         seeds: one for each step.
+        captured: tensors that a step that is re-derived sends cotangents to although it is not given them.
     """
 
     objective: InnerObjective
     optimizer: InnerOptimizer
     names: tuple[str, ...]
     seeds: tuple[int, ...]
+    captured: tuple[Tensor, ...] = ()
+
+    @property
+    def num_controls(self) -> int:
+        """Length of the controls."""
+        return _PER_STEP + len(self.names)
 
     def start(self, theta: Tensor) -> State:
         """The state before the first step."""
@@ -177,6 +193,21 @@ class InnerProblem:
         with torch.set_grad_enabled(create_graph):
             return Taken(loss, self._update(step.t, step.state, gradient, step.controls), buffers)
 
+    def captures(self, step: Step) -> tuple[Tensor, ...]:
+        """What loss, model and rule read beside the step: see :func:`captured_tensors`."""
+
+        def run() -> tuple[list[Tensor], State]:
+            state = tuple(value.detach().requires_grad_() for value in step.state)
+            controls = tuple(value.detach() for value in step.controls)
+            with torch.enable_grad(), self.randomness(step.t):
+                loss, _ = self.objective(state[0], step.buffers, *controls[:_DATA])
+            # An elementwise rule reads the same tensors whatever the gradient is.
+            with torch.enable_grad():
+                after = self._update(step.t, state, torch.zeros_like(state[0]), controls)
+            return [loss, *after], state
+
+        return captured_tensors(run)
+
     def loss(self, step: Step) -> Tensor:
         """The loss before the step, alone."""
         with torch.no_grad(), self.randomness(step.t):
@@ -218,7 +249,8 @@ class InnerProblem:
         data = tuple(step.variables()[:_DATA])
         loss, gradient, _ = self._gradient(step, theta, data, create_graph=True)
         state_back, direction, controls_back = self._pull_update(step, gradient, cotangents)
-        inputs = [theta, *(value for value in data if value.requires_grad)]
+        inputs = self._inputs(theta, data)
+        self._require_no_others(gradient, inputs)
         products: list[Tensor | None] = [None] * len(inputs)
         if gradient.requires_grad:  # else the loss is linear in everything
             products = list(torch.autograd.grad(gradient, inputs, direction, allow_unused=True))
@@ -236,7 +268,8 @@ class InnerProblem:
             start = step.state[0].detach().clone().requires_grad_()
             theta = forward_ad.make_dual(start, direction)  # type: ignore[no-untyped-call]
             loss, _ = self.objective(theta, step.buffers, *data)
-            inputs = [theta, *(value for value in data if value.requires_grad)]
+            inputs = self._inputs(theta, data)
+            self._require_no_others(loss, [start, *inputs[1:]])
             first, *others = torch.autograd.grad(loss, inputs, allow_unused=True)
             gradient, curvature = _unpacked(first)
             products = [curvature, *(None if dual is None else _unpacked(dual)[1] for dual in others)]
@@ -244,26 +277,45 @@ class InnerProblem:
         state_back, _, controls_back = self._pull_update(step, gradient, cotangents)
         return _combined(step, loss, state_back, controls_back, products)
 
+    def _inputs(self, theta: Tensor, data: Sequence[Tensor]) -> list[Tensor]:
+        """What a product of second derivatives is taken for."""
+        return [theta, *(value for value in data if value.requires_grad), *self.captured]
+
+    def _require_no_others(self, end: Tensor, inputs: Sequence[Tensor]) -> None:
+        """The tensors that a step reads are looked for once, when the loop begins."""
+        require(
+            not depends_on_others([end], inputs),
+            "loss or model read a tensor that requires a gradient in some steps only, not in the first, and "
+            "StepAdjoint would lose it: multiply it by zero there, or use adjoint=KeptGraph(), which carries "
+            "every gradient",
+        )
+
     def _pull_update(
         self, step: Step, gradient: Tensor, cotangents: State
     ) -> tuple[State, Tensor, list[Tensor | None]]:
-        """Cotangents of the state, the gradient and the controls through the rule alone."""
+        """Cotangents of the state, the gradient, the controls and the captures through the rule alone."""
         with torch.enable_grad():
             state = tuple(value.detach().requires_grad_() for value in step.state)
             gradient = gradient.detach().requires_grad_()
             controls = tuple(step.variables())
             after = self._update(step.t, state, gradient, controls)
             wanted = [value for value in controls[_DATA:] if value.requires_grad]
-            inputs = [*state, gradient, *wanted]
+            inputs = [*state, gradient, *wanted, *self.captured]
             found = torch.autograd.grad(after, inputs, cotangents, allow_unused=True, materialize_grads=True)
         state_back, direction = found[: len(state)], found[len(state)]
         values = iter(found[len(state) + 1 :])
-        return state_back, direction, [next(values) if need else None for need in step.needed[_DATA:]]
+        controls_back = [next(values) if need else None for need in step.needed[_DATA:]]
+        return state_back, direction, [*controls_back, *values]
 
 
 def lacks_forward_mode(error: Exception) -> bool:
     """Whether an operator has complained that it has no forward mode."""
     return isinstance(error, NotImplementedError | RuntimeError) and "forward" in str(error).lower()
+
+
+def lacks_second_derivative(error: Exception) -> bool:
+    """Whether an operator has complained that its backward pass cannot be differentiated."""
+    return isinstance(error, NotImplementedError | RuntimeError) and bool(_NO_DERIVATIVE.search(str(error)))
 
 
 def _unpacked(dual: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -279,11 +331,17 @@ def _combined(
     controls_back: list[Tensor | None],
     products: list[Tensor | None],
 ) -> Pulled:
-    """The rule's cotangents with the products added: H v to the parameters, the others to the data."""
+    """The rule's cotangents with the products added: H v to the parameters, the others to their own."""
     curvature, *others = products
     theta_back, *slots_back = state_back
     if curvature is not None:
         theta_back = theta_back + curvature
     values = iter(others)
     data_back = [next(values) if need else None for need in step.needed[:_DATA]]
-    return Pulled(loss, (theta_back, *slots_back), [*data_back, *controls_back])
+    rest = len(step.needed) - _DATA
+    captured_back = [_sum(*pair) for pair in zip(controls_back[rest:], values, strict=True)]
+    return Pulled(loss, (theta_back, *slots_back), [*data_back, *controls_back[:rest], *captured_back])
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return first if second is None else second if first is None else first + second

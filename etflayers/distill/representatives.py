@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require, require_finite, require_floating, require_module
+from etflayers.distill.labels import class_indices
 
 __all__ = ["Representatives", "kmeans_centers", "partial_means", "per_class", "random_samples"]
 
@@ -121,13 +122,21 @@ def per_class(
             [5.5000]]), tensor([0, 1]))
     """
     require_floating("images", images.dtype)
+    targets = class_indices("targets", targets)
     require(
-        targets.shape == images.shape[:1] and not targets.dtype.is_floating_point,
-        f"targets must be {len(images)} class indices, one for each image, "
-        f"got {targets.dtype} of shape {tuple(targets.shape)}",
+        targets.shape == images.shape[:1],
+        f"targets must be {len(images)} class indices, one for each image, got shape {tuple(targets.shape)}",
+    )
+    require(
+        callable(representatives),
+        "representatives must be a function, such as etflayers.distill.kmeans_centers, got "
+        f"{representatives!r}",
     )
     require(len(images) > 0, f"images must not be empty, got shape {tuple(images.shape)}")
-    require(count >= 1, f"count must be at least 1, got {count}")
+    require(
+        isinstance(count, int) and count >= 1,
+        f"count, the number of images of each class, must be an integer >= 1, got {count!r}",
+    )
     require_finite(images, "images must be finite, got NaN or infinity: look at what was loaded")
     num_classes = int(targets.max()) + 1 if num_classes is None else num_classes
     require(
@@ -137,7 +146,7 @@ def per_class(
     sizes = torch.bincount(targets, minlength=num_classes)
     require(
         int(sizes.min()) >= count,
-        f"count={count} images of each class need as many real ones, class {int(sizes.argmin())} has "
+        f"{count} images of each class need as many real ones, class {int(sizes.argmin())} has "
         f"{int(sizes.min())}: take fewer, or noise",
     )
     chosen = [representatives(images[targets == k], count, generator) for k in range(num_classes)]

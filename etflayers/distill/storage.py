@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from etflayers.checks import require, require_module
@@ -15,14 +20,15 @@ from etflayers.errors import InvalidArgumentError
 
 __all__ = ["read_tensors", "write_tensors"]
 
-_KEY = "etflayers"  # in the header of the file, whose values are strings
-_FORMAT = 1
+# In the header of the file, whose values are strings: the record, and the checksum of all there is.
+_RECORD, _CHECKSUM = "etflayers", "sha256"
+_FORMAT, _WITHOUT_CHECKSUM = 2, 1
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], record: Mapping[str, Any]
 ) -> None:
-    """Write a file that holds ``tensors`` and, in its header, ``record`` as JSON.
+    """Write a file that holds ``tensors`` and, in its header, ``record`` as JSON and a checksum of both.
 
     Args:
         path: of the file; one that exists is replaced only when the new one is complete.
@@ -32,23 +38,16 @@ def write_tensors(
     Raises:
         InvalidArgumentError: a record that JSON cannot hold.
         MissingDependencyError: safetensors is not installed.
+        OSError: the file cannot be written, with its name.
     """
     safetensors = require_module("safetensors.torch", extra="distill")
     try:
-        header = json.dumps({"format": _FORMAT, **record}, allow_nan=False)
+        text = json.dumps({"format": _FORMAT, **record}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"metadata must be something that JSON can hold: {error}") from error
-    content = safetensors.save({name: t.contiguous() for name, t in tensors.items()}, {_KEY: header})
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name without its content
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    content = safetensors.save(values, {_RECORD: text, _CHECKSUM: _checksum(text, values)})
+    _write_whole(Path(path), content)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -61,20 +60,83 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         The tensors, on the CPU, and the record.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read, with its name; ``FileNotFoundError`` if there is none.
         InvalidArgumentError: the file was not written by this library, or by a later one, or is damaged.
         MissingDependencyError: safetensors is not installed.
     """
     safetensors = require_module("safetensors", extra="distill")
+    loader = require_module("safetensors.torch", extra="distill")
+    content = Path(
+        path
+    ).read_bytes()  # at once: safe_open opens a file twice, and it may be replaced in between
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except safetensors.SafetensorError as error:
+        tensors: dict[str, Tensor] = loader.load(content)
+        header = _metadata(content)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise InvalidArgumentError(f"{path} is no safetensors file, or a damaged one: {error}") from error
-    if header is None:
-        raise InvalidArgumentError(f"{path} was not written by etflayers: its header has no {_KEY!r}")
-    record: dict[str, Any] = json.loads(header)
-    found = record.pop("format")
+    require(_RECORD in header, f"{path} was not written by etflayers: its header has no {_RECORD!r}")
+    record = _parsed(header[_RECORD], path)
+    found = record.pop("format", None)
+    if found == _WITHOUT_CHECKSUM:
+        warnings.warn(
+            f"{path} has no checksum, because an earlier version of etflayers wrote it: whether it is "
+            "damaged cannot be told; save it again to have one",
+            UserWarning,
+            stacklevel=3,
+        )
+        return tensors, record
     require(found == _FORMAT, f"{path} has format {found}, this version reads {_FORMAT}: update etflayers")
+    require(
+        header.get(_CHECKSUM) == _checksum(header[_RECORD], tensors),
+        f"{path} is damaged: its content does not have the checksum that was written with it",
+    )
     return tensors, record
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The strings in the header of a safetensors file, which begins with its length."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]).get("__metadata__") or {}
+
+
+def _parsed(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidArgumentError(f"{path} is damaged: its record is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise InvalidArgumentError(f"{path} is damaged: its record is no JSON object, but {record!r}")
+    return record
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the record and, in the order of their names, of each tensor's description and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write_whole(target: Path, content: bytes) -> None:
+    """Write a file such that its readers, and a power cut, find the old content or the new one."""
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")  # others may be writing the same file
+    with _errors_name(target):
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave the new name without its content
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_name(target: Path) -> Iterator[None]:
+    """Have errors of the operating system name the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error

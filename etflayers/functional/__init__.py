@@ -1,26 +1,40 @@
 """Pure functions: nearest ETFs, minimizers on the Stiefel manifold, class means, logits and losses."""
 
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.functional.class_means import class_means, class_sums
-from etflayers.functional.cross_entropy import etf_cross_entropy, linear_cross_entropy
+from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
-from etflayers.functional.logits import canonical_etf_logits
+from etflayers.functional.logits import canonical_etf_logits, directions
 from etflayers.functional.losses import dot_regression_loss
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
+from etflayers.functional.reduction import Reduction
+from etflayers.functional.spread import unit_spread
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 
 __all__ = [
     "CriticalPoint",
     "NearestETFSolution",
+    "Reduction",
     "canonical_etf_logits",
     "class_means",
     "class_sums",
+    "code_cross_entropy",
+    "directions",
     "dot_regression_loss",
     "etf_cross_entropy",
     "huber_nearest_etf",
-    "linear_cross_entropy",
     "mahalanobis_nearest_etf",
     "nearest_etf",
     "solve_nearest_etf",
     "solve_stiefel",
     "stiefel_argmin",
+    "unit_spread",
 ]
+
+if not TYPE_CHECKING:
+    # PyTorch 2.13 has a function of the old name, with other arguments.
+    __getattr__, __dir__ = names_on_demand(
+        __name__, moved={"linear_cross_entropy": f"{__name__}.code_cross_entropy"}
+    )

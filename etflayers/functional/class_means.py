@@ -96,11 +96,12 @@ def class_means(
 
 
 def require_target_for_each(features: Tensor, targets: Tensor) -> None:
-    """Raise unless ``targets`` has shape ``(B,)`` for features of shape ``(B, d)``."""
+    """Raise unless ``targets`` is a tensor of shape ``(B,)`` for features of shape ``(B, d)``."""
+    _require_tensor(targets)
     if targets.shape != features.shape[:1]:
         raise InvalidArgumentError(
             f"targets must have shape (B,) = ({features.shape[0]},), one for each row of features, "
-            f"got {tuple(targets.shape)}"
+            f"got {tuple(targets.shape)}: convert one-hot targets with .argmax(-1)"
         )
 
 
@@ -113,12 +114,21 @@ def require_same_device(features: Tensor, targets: Tensor) -> None:
 
 
 def require_class_indices(targets: Tensor) -> None:
-    """Raise unless ``targets`` has an integer dtype."""
+    """Raise unless ``targets`` is a tensor with an integer dtype."""
+    _require_tensor(targets)
     dtype = targets.dtype
     require(
         not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
         f"targets must be integers (class indices), got {dtype}: convert them with .long(), "
         "one-hot targets with .argmax(-1)",
+    )
+
+
+def _require_tensor(targets: object) -> None:
+    require(
+        isinstance(targets, Tensor),
+        f"targets must be a tensor of integers (class indices), got {type(targets).__name__}: pass "
+        "torch.as_tensor(targets)",
     )
 
 

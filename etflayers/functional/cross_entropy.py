@@ -14,8 +14,6 @@ way back.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from etflayers.checks import require, require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
 from etflayers.functional.logits import linear_dtype
+from etflayers.functional.reduction import Reduction, reduced, require_reduction
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
 from etflayers.kernels import Impl
 from etflayers.kernels.cross_entropy import (
@@ -32,9 +31,7 @@ from etflayers.kernels.cross_entropy import (
 )
 from etflayers.precision import working_dtype
 
-__all__ = ["Reduction", "etf_cross_entropy", "linear_cross_entropy", "require_loss_options"]
-
-Reduction = Literal["mean", "sum", "none"]
+__all__ = ["code_cross_entropy", "etf_cross_entropy", "require_loss_options"]
 
 
 def etf_cross_entropy(
@@ -87,16 +84,18 @@ def etf_cross_entropy(
     triton = cross_entropy_uses_triton(rows, num_classes, impl)
     if triton:
         require_same_device(features, targets)
+        # In int64, because uint8 would take ignore_index = -100 for class 156.
+        ignored = labels.long() == ignore_index
     else:
-        ignored_targets(labels, num_classes, ignore_index)
+        ignored = ignored_targets(labels, num_classes, ignore_index)
     if rows.shape[-1] == num_classes - 1:
         reflected = rows.to(working_dtype(rows.dtype)).unsqueeze(-1)
         rows = centered_basis_adjoint(reflected).squeeze(-1)
     losses = softmax_losses(rows, labels, num_classes, factor, label_smoothing, ignore_index, triton)
-    return _reduced(losses, targets, ignore_index, reduction)
+    return reduced(losses, ignored, reduction).view(targets.shape if reduction == "none" else ())
 
 
-def linear_cross_entropy(
+def code_cross_entropy(
     features: Tensor,
     frame: Tensor,
     targets: Tensor,
@@ -114,6 +113,10 @@ def linear_cross_entropy(
     logits that are computed once more in the backward pass instead of kept. The products have the dtype that
     ``F.linear`` would use, losses are float32 or better. Differentiable to any order and in both modes;
     derivatives other than the first in reverse mode do make all logits.
+
+    PyTorch 2.13 has ``F.linear_cross_entropy`` for the same loss. Its chunked path computes both gradients in
+    the forward pass, and has neither second derivatives nor ``torch.func``. This one has them, and a scale, a
+    Triton kernel for the softmax, and older versions of PyTorch.
 
     Args:
         features: f, ``(..., d)``. NaN gives a NaN loss; in an ignored sample only a NaN gradient in the
@@ -135,7 +138,7 @@ def linear_cross_entropy(
         InvalidArgumentError: shapes, dtypes or options that do not fit, or targets out of range.
 
     >>> frame = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    >>> linear_cross_entropy(torch.tensor([[0.5, 9.0]]), frame, torch.tensor([0]))
+    >>> code_cross_entropy(torch.tensor([[0.5, 9.0]]), frame, torch.tensor([0]))
     tensor(0.3133)
     """
     require_floating("features", features.dtype)
@@ -150,9 +153,8 @@ def linear_cross_entropy(
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     dtype = torch.promote_types(features.dtype, frame.dtype)
-    if torch.is_autocast_enabled(features.device.type):
-        dtype = linear_dtype(features.to(dtype))
-    ignored_targets(labels, frame.shape[0], ignore_index)
+    dtype = linear_dtype(features.to(dtype))
+    ignored = ignored_targets(labels, frame.shape[0], ignore_index)
     losses = linear_softmax_losses(
         rows.to(dtype),
         frame.to(dtype),
@@ -163,7 +165,7 @@ def linear_cross_entropy(
         chunk_size,
         impl,
     )
-    return _reduced(losses, targets, ignore_index, reduction)
+    return reduced(losses, ignored, reduction).view(targets.shape if reduction == "none" else ())
 
 
 def require_loss_options(
@@ -172,10 +174,7 @@ def require_loss_options(
     """Raise unless the options of a cross-entropy are in their ranges."""
     require(0 < scale < float("inf"), f"scale must be positive and finite, got {scale}")
     require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    require(
-        reduction in ("mean", "sum", "none"),
-        f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}",
-    )
+    require_reduction(reduction)
     require(chunk_size is None or chunk_size >= 1, f"chunk_size must be at least 1 or None, got {chunk_size}")
 
 
@@ -186,12 +185,3 @@ def _require_target_for_each(features: Tensor, targets: Tensor) -> None:
             f"got {tuple(targets.shape)}"
         )
     require_class_indices(targets)
-
-
-def _reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return losses.view(targets.shape)
-    if reduction == "sum":
-        return losses.sum()
-    # In int64, because uint8 would take ignore_index = -100 for class 156.
-    return losses.sum() / (targets.long() != ignore_index).sum().clamp(min=1)

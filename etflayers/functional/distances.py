@@ -1,36 +1,47 @@
 r"""The simplex ETF nearest to class means in distances that have no closed form: Mahalanobis and Huber.
 
+Symbols: X <-> rows, L <-> factor, omega <-> weights, A <-> anchor, r <-> size, t <-> center, Q <-> rotation.
+
 Every simplex ETF is W = c E'Q' with Q in St(d, K-1) (see ``geometry.frames``), so both are minimizations over
 the Stiefel manifold. The plain nearest ETF is linear in Q: it does not care how long the means are, because
 WW' is the same for every frame. Here the lengths matter. The means are compared with frames of their own
 size r:
 
-    minimize  sum_k rho(x_k / r - w_k - t)   over simplex ETFs W and translations t in R^d.
+    minimize  sum_k omega_k rho(x_k / r - w_k - t) + delta |W - A|^2   over simplex ETFs W and t in R^d.
 
-**Mahalanobis**, rho(u) = |L'u|^2: the best t is the mean of what it is subtracted from, so that with EX in
-place of the means t disappears,
+A class of weight zero, which has not been seen, is ignored: only the anchor A says where its vertex goes.
 
-    f(Q) = |(EX / r - c Q') L|^2,       r = |EX| / sqrt(K),
+**Mahalanobis**, rho(u) = |L'u|^2: the best t is the weighted mean of what it is subtracted from, and
 
-r being the size that gives means and frame the same Frobenius norm. With L = I it is the plain problem.
+    r^2 = sum_k omega_k |x_k - x_omega|^2 / sum_k omega_k
 
-**Huber**, rho(u) = |u|^2 / 2 up to |u| = delta and delta |u| - delta^2 / 2 beyond: a class far from its
-vertex pulls with force delta, however far it is. The best t is a weighted mean of u_k = x_k / r - w_k with
-weights min(1, delta / |u_k - t|), which depend on t; it is found by repeating that. The means are first
-centered at their coordinatewise median, where the repetition starts, and r is the median distance from there:
-a few corrupted means move neither. The solver starts from the nearest ETF of means clipped to the length r.
+is the size that gives means and frame the same length. With L = I it is the plain problem.
+
+**Huber**, rho(u) = |u|^2 / 2 up to |u| = tau and tau |u| - tau^2 / 2 beyond (and delta / 2 instead of delta):
+a class far from its vertex pulls with force tau, however far it is. The best t is a weighted mean of
+u_k = x_k / r - w_k with weights omega_k min(1, tau / |u_k - t|), which depend on t; it is found by repeating
+that. The means are first centered at their coordinatewise median, where the repetition starts, and r is the
+median distance from there: a few corrupted means move neither. The solver starts from the nearest ETF of
+means clipped to the length r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from etflayers.adjoints import StiefelAdjoint
+from etflayers.adjoints import Adjoint
 from etflayers.checks import require, require_finite, require_floating, require_values
-from etflayers.functional.nearest import nearest_etf, require_means
+from etflayers.functional.nearest import (
+    check_anchor,
+    check_proximity,
+    check_weights,
+    nearest_etf,
+    require_means,
+)
 from etflayers.functional.stiefel import stiefel_argmin
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 from etflayers.precision import full_precision, working_dtype
@@ -46,17 +57,23 @@ def mahalanobis_nearest_etf(
     means: Tensor,
     factor: Tensor,
     *,
+    weights: Tensor | None = None,
+    anchor: Tensor | None = None,
+    proximity: float = 0.0,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Tensor:
-    r"""Minimize ``sum_k |L'(x_k / r - w_k - t)|^2`` over simplex ETFs W and translations t.
+    r"""Minimize ``sum_k omega_k |L'(x_k / r - w_k - t)|^2 + delta |W - A|^2`` over simplex ETFs W and t.
 
-    The metric on features is A = LL'. Differentiable, to any order in reverse mode, in ``means`` and
+    The metric on features is LL'. Differentiable, to any order in reverse mode, in ``means`` and
     ``factor``. The solver starts from the plain nearest ETF; a local minimum is what it finds.
 
     Args:
-        means: X, ``(..., K, d)`` with d >= K - 1, not all equal.
+        means: X, ``(..., K, d)`` with d >= K - 1; without an anchor not all equal.
         factor: L, ``(d, m)``. With rank below d, many frames may be equally near.
+        weights: omega >= 0, ``(..., K)``; default all ones. A class of weight zero is ignored.
+        anchor: A, ``(..., K, d)``; needed when ``proximity`` is not zero.
+        proximity: delta >= 0, beside means of the size of a frame.
         solver: see :func:`~etflayers.functional.stiefel_argmin`.
         adjoint: see :func:`~etflayers.functional.stiefel_argmin`.
 
@@ -64,7 +81,7 @@ def mahalanobis_nearest_etf(
         W, ``(..., K, d)``, unit rows.
 
     Raises:
-        InvalidArgumentError: shapes or dtypes that do not fit, or means that all coincide.
+        InvalidArgumentError: shapes or dtypes that do not fit, or means that all coincide without an anchor.
         NonFiniteError: NaN or infinity in an input.
 
     Reference:
@@ -84,25 +101,34 @@ def mahalanobis_nearest_etf(
         f"factor must have shape (in_features, m) = ({means.shape[-1]}, m), got {tuple(factor.shape)}",
     )
     require_finite(factor, "factor holds NaN or infinity: look for an overflow in what produced it")
-    coordinates = centered_basis_apply(rows)
-    size = torch.linalg.matrix_norm(coordinates, keepdim=True) / rows.shape[-2] ** 0.5
-    coordinates = coordinates / _positive(size)
-    return _nearest(_mahalanobis, rows, coordinates, factor, like=means, solver=solver, adjoint=adjoint)
+    pull = _Pull.checked(rows, means, weights, anchor, proximity)
+    rows = rows - pull.mean(rows)
+    square = (pull.weights * rows.square().sum(-1)).sum(-1) / pull.total
+    rows = rows / pull.usable(square)[:, None, None].sqrt()
+    return _nearest(_mahalanobis, rows, rows, factor, pull, like=means, solver=solver, adjoint=adjoint)
 
 
-def _mahalanobis(rotation: Tensor, coordinates: Tensor, factor: Tensor) -> Tensor:
-    gap = coordinates - etf_radius(coordinates.shape[-2] + 1) * rotation.mT
-    return (gap @ factor).square().sum((-2, -1))
+def _mahalanobis(rotation: Tensor, rows: Tensor, factor: Tensor, *pull: Tensor) -> Tensor:
+    weights, total, _, _ = pull
+    frame = _frame(rotation)
+    gap = rows - frame
+    gap = gap - _weighted_mean(gap, weights, total)
+    return (weights * (gap @ factor).square().sum(-1)).sum(-1) + _distance(frame, *pull)
 
 
 def huber_nearest_etf(
     means: Tensor,
     *,
     threshold: float | Tensor = 0.25,
+    weights: Tensor | None = None,
+    anchor: Tensor | None = None,
+    proximity: float = 0.0,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
 ) -> Tensor:
-    r"""Minimize the Huber loss ``sum_k rho(|x_k / r - w_k - t|)`` over simplex ETFs W and translations t.
+    r"""Minimize ``sum_k omega_k rho(|x_k / r - w_k - t|) + delta/2 |W - A|^2`` over simplex ETFs W and t.
+
+    rho is the Huber loss: half the square up to the threshold, linear beyond.
 
     Grossly corrupted class means pull with a bounded force; means swapped with each other do so in the plain
     distance already, and gain nothing. Differentiable, to any order in
@@ -110,8 +136,11 @@ def huber_nearest_etf(
     local minimum.
 
     Args:
-        means: X, ``(..., K, d)`` with d >= K - 1, not all equal.
-        threshold: delta > 0, a number or a scalar tensor, in units of the length of a frame vector.
+        means: X, ``(..., K, d)`` with d >= K - 1; without an anchor not all equal.
+        threshold: tau > 0, a number or a scalar tensor, in units of the length of a frame vector.
+        weights: omega >= 0, ``(..., K)``; default all ones. A class of weight zero is ignored.
+        anchor: A, ``(..., K, d)``; needed when ``proximity`` is not zero.
+        proximity: delta >= 0, beside means of the size of a frame.
         solver: see :func:`~etflayers.functional.stiefel_argmin`.
         adjoint: see :func:`~etflayers.functional.stiefel_argmin`.
 
@@ -120,7 +149,7 @@ def huber_nearest_etf(
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit, a threshold that is not positive, or means
-            of which half coincide.
+            of which half coincide without an anchor.
         NonFiniteError: NaN or infinity in an input.
 
     Reference:
@@ -133,26 +162,97 @@ def huber_nearest_etf(
     True
     """
     rows = _checked(means)
-    delta = torch.as_tensor(threshold, dtype=rows.dtype, device=rows.device)
-    require(delta.ndim == 0, f"threshold must be a number, got shape {tuple(delta.shape)}")
-    require_values((delta > 0) & torch.isfinite(delta), "threshold must be a finite number > 0")
-    median = rows.median(-2, keepdim=True).values
-    size = torch.linalg.vector_norm(rows - median, dim=-1).median(-1).values[..., None, None]
-    rows = (rows - median) / _positive(size)
+    tau = torch.as_tensor(threshold, dtype=rows.dtype, device=rows.device)
+    require(tau.ndim == 0, f"threshold must be a number, got shape {tuple(tau.shape)}")
+    require_values((tau > 0) & torch.isfinite(tau), "threshold must be a finite number > 0")
+    pull = _Pull.checked(rows, means, weights, anchor, proximity)
+    present = pull.weights > 0
+    median = torch.where(present[..., None], rows, torch.nan).nanmedian(-2, keepdim=True).values
+    rows = torch.where(present[..., None], rows - median, 0)
+    lengths = torch.linalg.vector_norm(rows, dim=-1)
+    rows = rows / pull.usable(torch.where(present, lengths, torch.nan).nanmedian(-1).values)[:, None, None]
     clipped = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(1)
-    return _nearest(_huber, clipped, rows, delta, like=means, solver=solver, adjoint=adjoint)
+    return _nearest(_huber, clipped, rows, tau, pull, like=means, solver=solver, adjoint=adjoint)
 
 
-def _huber(rotation: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
-    gap = rows - etf_radius(rows.shape[-2]) * centered_basis_adjoint(rotation.mT)
+def _huber(rotation: Tensor, rows: Tensor, tau: Tensor, *pull: Tensor) -> Tensor:
+    weights = pull[0]
+    frame = _frame(rotation)
+    gap = rows - frame
     center = torch.zeros_like(gap[..., :1, :])
     for _ in range(_REWEIGHTINGS):
-        # A weight is delta / max(delta, |u|), with a root only where it can be differentiated.
-        weights = delta * (gap - center).square().sum(-1, keepdim=True).clamp_min(delta.square()).rsqrt()
-        center = (weights * gap).sum(-2, keepdim=True) / weights.sum(-2, keepdim=True)
+        # tau / max(tau, |u|), with a root only where it can be differentiated.
+        shares = weights * tau * (gap - center).square().sum(-1).clamp_min(tau.square()).rsqrt()
+        share = shares.sum(-1)
+        center = _weighted_mean(gap, shares, torch.where(share > 0, share, 1))
     square = (gap - center).square().sum(-1)
-    beyond = delta * square.clamp_min(delta.square()).sqrt() - delta.square() / 2
-    return torch.where(square <= delta.square(), square / 2, beyond).sum(-1)
+    beyond = tau * square.clamp_min(tau.square()).sqrt() - tau.square() / 2
+    losses = torch.where(square <= tau.square(), square / 2, beyond)
+    return (weights * losses).sum(-1) + _distance(frame, *pull) / 2
+
+
+class _Pull(NamedTuple):
+    """How hard each class and the anchor pull at the frame, one entry for each member of the batch."""
+
+    weights: Tensor  # omega, (B, K)
+    total: Tensor  # their sum, 1 where it is zero, (B,)
+    anchor: Tensor  # A, (B, K, d), or zero
+    proximity: Tensor  # delta, a scalar
+
+    @classmethod
+    def checked(
+        cls, rows: Tensor, means: Tensor, weights: Tensor | None, anchor: Tensor | None, proximity: float
+    ) -> _Pull:
+        """The arguments of a call for means ``(..., K, d)``, as a batch beside ``rows`` ``(B, K, d)``."""
+        if weights is None:
+            spread = rows.new_ones(rows.shape[:-1])
+        else:
+            check_weights(weights, means)
+            spread = weights.to(rows.dtype).expand(means.shape[:-1]).reshape(rows.shape[:-1])
+        check_proximity(proximity)
+        if anchor is not None:
+            check_anchor(anchor, means)
+        require(
+            anchor is not None or proximity == 0,
+            f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
+        )
+        near = rows.new_zeros(()) if anchor is None else anchor.to(rows.dtype).expand_as(means)
+        total = spread.sum(-1)
+        return cls(
+            spread,
+            torch.where(total > 0, total, 1),
+            near.reshape(rows.shape) if anchor is not None else near.expand_as(rows),
+            rows.new_tensor(proximity),
+        )
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """The weighted mean of the rows, ``(B, 1, d)``."""
+        return _weighted_mean(rows, self.weights, self.total)
+
+    def usable(self, size: Tensor) -> Tensor:
+        """``size``, ``(B,)``, which has to be positive, or 1 where it is not and the anchor decides."""
+        if float(self.proximity) > 0:
+            return torch.where(size > 0, size, 1)
+        require_values(
+            (size > 0).all(),
+            "means must differ from each other, so that they have a size: leave out the classes that have "
+            "not been seen, or give anchor= and proximity= > 0",
+        )
+        return size
+
+
+def _weighted_mean(rows: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    return (weights[..., None] * rows).sum(-2, keepdim=True) / total[:, None, None]
+
+
+def _frame(rotation: Tensor) -> Tensor:
+    """W = c E'Q'."""
+    return etf_radius(rotation.shape[-1] + 1) * centered_basis_adjoint(rotation.mT)
+
+
+def _distance(frame: Tensor, weights: Tensor, total: Tensor, anchor: Tensor, proximity: Tensor) -> Tensor:
+    """delta |W - A|^2."""
+    return proximity * (frame - anchor).square().sum((-2, -1))
 
 
 def _nearest(
@@ -160,19 +260,21 @@ def _nearest(
     plain: Tensor,
     rows: Tensor,
     parameter: Tensor,
+    pull: _Pull,
     *,
     like: Tensor,
     solver: StiefelSolver | None,
-    adjoint: StiefelAdjoint | None,
+    adjoint: Adjoint | None,
 ) -> Tensor:
     """The frame of the minimizing rotation, which is looked for from the nearest ETF of ``plain``."""
     radius = etf_radius(like.shape[-2])
     with torch.no_grad(), full_precision(plain):
-        start = centered_basis_apply(nearest_etf(plain)).mT / radius
+        near = nearest_etf(plain, weights=pull.weights, anchor=pull.anchor, proximity=float(pull.proximity))
+        start = centered_basis_apply(near).mT / radius
     rotation = stiefel_argmin(
-        objective, rows, parameter.to(rows.dtype), start=start, solver=solver, adjoint=adjoint
+        objective, rows, parameter.to(rows.dtype), *pull, start=start, solver=solver, adjoint=adjoint
     )
-    return (radius * centered_basis_adjoint(rotation.mT)).reshape(like.shape).to(like.dtype)
+    return _frame(rotation).reshape(like.shape).to(like.dtype)
 
 
 def _checked(means: Tensor) -> Tensor:
@@ -180,12 +282,3 @@ def _checked(means: Tensor) -> Tensor:
     require_means(means)
     require_finite(means, "means hold NaN or infinity: look for an overflow in what produced them")
     return means.to(working_dtype(means.dtype)).reshape(-1, *means.shape[-2:])
-
-
-def _positive(size: Tensor) -> Tensor:
-    require_values(
-        (size > 0).all(),
-        "means must differ from each other, so that they have a size: leave out the classes that have not "
-        "been seen",
-    )
-    return size

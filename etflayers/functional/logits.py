@@ -8,9 +8,12 @@ from torch import Tensor
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
-from etflayers.precision import working_dtype
+from etflayers.precision import autocast_dtype, full_precision, working_dtype
 
-__all__ = ["canonical_etf_logits", "linear_dtype"]
+__all__ = ["canonical_etf_logits", "directions", "linear_dtype"]
+
+# As in F.normalize.
+_SHORTEST = 1e-12
 
 
 def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
@@ -46,10 +49,30 @@ def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
     return (etf_radius(num_classes) * centered).to(linear_dtype(features))
 
 
+def directions(features: Tensor) -> Tensor:
+    r"""Features divided by their lengths, ``f / |f|``, and zero, with a zero gradient, for ``|f| < 1e-12``.
+
+    A dead feature vector has no direction. ``F.normalize`` divides it by 1e-12, and its gradient with it.
+
+    Args:
+        features: f, ``(..., d)``.
+
+    Returns:
+        ``(..., d)``, computed and returned in float32 or better.
+
+    >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    with full_precision(features):
+        rows = features.to(working_dtype(features.dtype))
+        lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        alive = lengths >= _SHORTEST
+        return torch.where(alive, rows / torch.where(alive, lengths, 1), 0)
+
+
 def linear_dtype(features: Tensor) -> torch.dtype:
     """The dtype that ``F.linear`` returns for ``features``: autocast's, where that is on, or their own."""
-    device = features.device.type
+    dtype = autocast_dtype(features.device.type)
     # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return features.dtype
+    return features.dtype if dtype is None or features.dtype == torch.float64 else dtype

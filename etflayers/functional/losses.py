@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from etflayers.checks import require, require_floating, require_values
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
+from etflayers.functional.reduction import Reduction, reduced, require_reduction
 from etflayers.precision import working_dtype
 
 __all__ = ["dot_regression_loss"]
@@ -21,7 +20,7 @@ def dot_regression_loss(
     *,
     lengths: float | Tensor = 1.0,
     ignore_index: int = -100,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Regress the inner product with the own class vertex: ``(<w_y, h> - l_y)^2 / (2 l_y)``, averaged.
 
@@ -54,10 +53,7 @@ def dot_regression_loss(
     tensor([0.1250, 0.5000])
     """
     require_floating("logits", logits.dtype)
-    require(
-        reduction in ("mean", "sum", "none"),
-        f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}",
-    )
+    require_reduction(reduction)
     if logits.ndim == 0:
         raise InvalidArgumentError("logits must have shape (..., num_classes), got a scalar")
     if targets.shape != logits.shape[:-1]:
@@ -82,11 +78,7 @@ def dot_regression_loss(
     # NaN.
     error = torch.where(ignored, 0, product - length)
     losses = error.square() / (2 * length)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / (~ignored).sum().clamp(min=1)
+    return reduced(losses, ignored, reduction)
 
 
 def positive_lengths(lengths: float | Tensor) -> float | Tensor:

@@ -12,6 +12,8 @@ the same for every ETF, so what remains is: maximize <W, M> with
 **Closed form.** Every ETF is W = c E'R with R of orthonormal rows (see ``geometry.frames``), and <W, M> = c
 <R, EM> is largest at the polar factor R of EM. Markou et al. (2024, arXiv 2411.01248) solve the same problem
 by Riemannian trust regions; that method is the oracle of our tests.
+
+X <-> means, omega <-> weights, A <-> anchor, delta <-> proximity, M <-> linear, W <-> frame, R <-> factor.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.adjoints import Adjoint, Implicit
+from etflayers.adjoints import Adjoint, FrameProblem, as_adjoint
 from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.geometry import centered_basis_apply, etf_radius, require_etf_dims
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, rank_cutoff
 from etflayers.status import Status
 
-__all__ = ["NearestETFSolution", "nearest_etf", "solve_nearest_etf"]
+__all__ = ["NearestETFSolution", "frame_of", "linear_form", "nearest_etf", "solve_nearest_etf"]
+
+_DEFAULT_SOLVER = ByRegime()
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,16 @@ def nearest_etf(
         anchor: A, ``(..., K, d)``; needed when ``proximity`` is not zero.
         proximity: delta >= 0, a number or a tensor ``(...)``, in units of the (weighted) means.
         solver: how the polar factor is found; default :class:`~etflayers.solvers.ByRegime`. One for any
-            objective on the Stiefel manifold serves as well, in :class:`~etflayers.solvers.Iterative`.
+            objective on the Stiefel manifold (with a method ``minimize``) serves as well, in
+            :class:`~etflayers.solvers.Iterative`.
         adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
 
     Returns:
         W, ``(..., K, d)``, unit rows, in the dtype of ``means`` (half precision is computed in float32).
 
     Raises:
-        InvalidArgumentError: shapes or dtypes that do not fit, negative weights or proximity.
+        InvalidArgumentError: shapes or dtypes that do not fit, negative weights or proximity, a ``solver`` or
+            an ``adjoint`` that is none.
         NonFiniteError: NaN or infinity in an input.
 
     Reference:
@@ -101,10 +107,42 @@ def nearest_etf(
             [-0.5000,  1.0000, -0.5000],
             [-0.5000, -0.5000,  1.0000]])
     """
-    linear = _linear_form(means, weights, anchor, proximity)
+    linear = checked_linear_form(means, weights, anchor, proximity)
     require_finite(linear, f"means: {Status.NON_FINITE.message}")
-    frame = (adjoint or Implicit())(linear, as_frame_solver(solver or ByRegime()))
-    return frame.to(means.dtype)
+    return frame_of(linear, solver=solver, adjoint=adjoint).to(means.dtype)
+
+
+def frame_of(
+    linear: Tensor,
+    *,
+    solver: FrameSolver | StiefelSolver | None = None,
+    adjoint: Adjoint | None = None,
+    precision: torch.dtype | None = None,
+) -> Tensor:
+    """Maximize <W, M> over simplex ETFs W, by a differentiable function of M; no value is checked.
+
+    Who has formed M himself calls this. A sum in which an anchor is much shorter than the means loses the
+    anchor's digits to the means' rounding, and the condition number of M is then 1 / proximity: form it in
+    float64 and say by ``precision`` what the data were, so that their rounding is told from their rank.
+
+    Args:
+        linear: M, ``(..., K, d)``, d >= K - 1, finite, float32 or float64.
+        solver: as in :func:`nearest_etf`.
+        adjoint: as in :func:`nearest_etf`.
+        precision: of the data from which M was computed; ``None``: that of M.
+
+    Returns:
+        W, ``(..., K, d)``, in the dtype of M.
+
+    Raises:
+        InvalidArgumentError: a ``solver`` or an ``adjoint`` that is none.
+
+    >>> frame_of(torch.tensor([[3.0, 4.0], [0.0, 0.0]]).double(), precision=torch.float32)
+    tensor([[ 0.6000,  0.8000],
+            [-0.6000, -0.8000]], dtype=torch.float64)
+    """
+    problem = FrameProblem(linear, as_frame_solver(solver, _DEFAULT_SOLVER), precision)
+    return as_adjoint(adjoint).attach(problem)
 
 
 def solve_nearest_etf(
@@ -130,7 +168,8 @@ def solve_nearest_etf(
         The solution record; its ``frame`` is differentiable, its diagnostics are not.
 
     Raises:
-        InvalidArgumentError: shapes or dtypes that do not fit, negative weights or proximity.
+        InvalidArgumentError: shapes or dtypes that do not fit, negative weights or proximity, a ``solver`` or
+            an ``adjoint`` that is none.
 
     Reference:
         Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
@@ -140,10 +179,10 @@ def solve_nearest_etf(
     >>> solve_nearest_etf(torch.zeros(3, 3)).status
     <Status.RANK_DEFICIENT: 1>
     """
-    linear = _linear_form(means, weights, anchor, proximity)
+    linear = checked_linear_form(means, weights, anchor, proximity)
     finite = torch.isfinite(linear).all(-1).all(-1)
     linear = torch.where(finite[..., None, None], linear, 0)
-    frame = (adjoint or Implicit())(linear, as_frame_solver(solver or ByRegime()))
+    frame = frame_of(linear, solver=solver, adjoint=adjoint)
 
     # The diagnostics do not trust the solver: they are computed anew, in float64.
     with torch.no_grad(), full_precision(linear):
@@ -174,27 +213,50 @@ def _residual(frame: Tensor, linear: Tensor) -> Tensor:
     return torch.maximum(feasibility, symmetry)
 
 
-def _linear_form(
+def linear_form(
+    means: Tensor,
+    weights: Tensor | None = None,
+    anchor: Tensor | None = None,
+    proximity: float | Tensor = 0.0,
+) -> Tensor:
+    """M of the derivation at the head of this module, for :func:`frame_of`; no argument is checked.
+
+    Args:
+        means: X, ``(..., K, d)``.
+        weights: omega, ``(..., K)``; default all ones.
+        anchor: A, ``(..., K, d)``; default none.
+        proximity: delta, a number or a tensor ``(...)``.
+
+    Returns:
+        M, ``(..., K, d)``, in the dtype of the means.
+
+    >>> linear_form(torch.eye(2), torch.ones(2), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), 0.5)
+    tensor([[ 1., -1.],
+            [-1.,  1.]])
+    """
+    linear = means if weights is None else _weighted(means, weights.to(means.dtype))
+    if anchor is None:
+        return linear
+    pull = proximity[..., None, None].to(means.dtype) if isinstance(proximity, Tensor) else proximity
+    return linear + pull * anchor.to(means.dtype)
+
+
+def checked_linear_form(
     means: Tensor, weights: Tensor | None, anchor: Tensor | None, proximity: float | Tensor
 ) -> Tensor:
-    """M of the module's derivation, in the working precision, after checking every argument."""
+    """M in the working precision, after checking every argument."""
     require_means(means)
-    dtype = working_dtype(means.dtype)
-    linear = means.to(dtype)
     if weights is not None:
-        _check_weights(weights, means)
-        linear = _weighted(linear, weights.to(dtype))
+        check_weights(weights, means)
     if anchor is not None:
-        _check_anchor(anchor, means)
-        _check_proximity(proximity)
-        pull = proximity[..., None, None].to(dtype) if isinstance(proximity, Tensor) else proximity
-        linear = linear + pull * anchor.to(dtype)
+        check_anchor(anchor, means)
+        check_proximity(proximity)
     else:
         require(
             not isinstance(proximity, Tensor) and proximity == 0,
             f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
         )
-    return linear
+    return linear_form(means.to(working_dtype(means.dtype)), weights, anchor, proximity)
 
 
 def require_means(means: Tensor) -> None:
@@ -217,7 +279,8 @@ def _weighted(means: Tensor, weights: Tensor) -> Tensor:
     return column * (rows - (column * rows).sum(-2, keepdim=True) / total)
 
 
-def _check_weights(weights: Tensor, means: Tensor) -> None:
+def check_weights(weights: Tensor, means: Tensor) -> None:
+    """Raise unless ``weights`` are ``(..., K)`` and not negative."""
     require_floating("weights", weights.dtype)
     require(
         weights.ndim >= 1 and weights.shape[-1] == means.shape[-2],
@@ -228,7 +291,8 @@ def _check_weights(weights: Tensor, means: Tensor) -> None:
     )
 
 
-def _check_anchor(anchor: Tensor, means: Tensor) -> None:
+def check_anchor(anchor: Tensor, means: Tensor) -> None:
+    """Raise unless ``anchor`` has the shape of ``means``, ``(..., K, d)``."""
     require_floating("anchor", anchor.dtype)
     require(
         anchor.shape[-2:] == means.shape[-2:],
@@ -237,7 +301,8 @@ def _check_anchor(anchor: Tensor, means: Tensor) -> None:
     )
 
 
-def _check_proximity(proximity: float | Tensor) -> None:
+def check_proximity(proximity: float | Tensor) -> None:
+    """Raise unless ``proximity`` is finite and not negative."""
     if isinstance(proximity, Tensor):
         require_floating("proximity", proximity.dtype)
         require_values((proximity.detach() >= 0).all(), "proximity must not be negative or NaN")

@@ -20,14 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from etflayers._torch import inside_transform
-from etflayers.adjoints import Implicit, LinearSolve, StiefelAdjoint
+from etflayers._torch import inside_transform, leave_to_eager
+from etflayers.adjoints import Adjoint, LinearSolve, StiefelProblem, as_adjoint
 from etflayers.checks import require, require_floating
 from etflayers.errors import NonFiniteError
 from etflayers.geometry import is_stiefel, project_stiefel
+from etflayers.linalg import ConjugateGradients
 from etflayers.precision import full_precision, working_dtype
-from etflayers.solvers import RiemannianNewton, StiefelSolution, StiefelSolver, extreme_curvatures
-from etflayers.solvers.stiefel import local_model
+from etflayers.solvers import (
+    StiefelSolution,
+    StiefelSolver,
+    as_stiefel_solver,
+    extreme_curvatures,
+    local_model,
+)
 from etflayers.status import SolveWarning, Status
 
 __all__ = ["CriticalPoint", "solve_stiefel", "stiefel_argmin"]
@@ -69,13 +75,15 @@ class CriticalPoint:
 
 
 # Iterations that depend on values are nothing to compile: the graph breaks here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@leave_to_eager
 def stiefel_argmin(
     objective: Callable[..., Tensor],
     *inputs: Tensor,
     start: Tensor,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
+    linear_solver: ConjugateGradients | None = None,
+    unrolled_steps: int = 100,
 ) -> Tensor:
     r"""Minimize ``f(Q, x)`` over Q with orthonormal columns, by a differentiable function of x.
 
@@ -90,6 +98,9 @@ def stiefel_argmin(
         start: where the solver starts, ``(B, d, n)`` with orthonormal columns.
         solver: how the minimizer is found; default :class:`~etflayers.solvers.RiemannianNewton`.
         adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
+        linear_solver: how the linear system of :class:`~etflayers.adjoints.Implicit` is solved on the way
+            back; default :class:`~etflayers.linalg.ConjugateGradients`.
+        unrolled_steps: gradient steps that :class:`~etflayers.adjoints.Unrolled` differentiates.
 
     Returns:
         Q, ``(B, d, n)``, in the widest dtype of inputs and parameters (half precision is computed in
@@ -114,7 +125,8 @@ def stiefel_argmin(
     >>> torch.allclose(q[0], torch.eye(3, 1), atol=1e-4)
     True
     """
-    point, solution, _ = _solve(_Problem(objective, inputs), start, solver, adjoint)
+    problem, result_dtype = _problem(objective, inputs, start, solver, linear_solver, unrolled_steps)
+    point, solution = _attached(problem, adjoint), problem.solution
     status = Status(int(solution.codes.max()))
     if status is Status.NON_FINITE:
         raise NonFiniteError(f"objective: {status.message}")
@@ -125,16 +137,18 @@ def stiefel_argmin(
             SolveWarning,
             stacklevel=2,
         )
-    return point
+    return point.to(result_dtype)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@leave_to_eager
 def solve_stiefel(
     objective: Callable[..., Tensor],
     *inputs: Tensor,
     start: Tensor,
     solver: StiefelSolver | None = None,
-    adjoint: StiefelAdjoint | None = None,
+    adjoint: Adjoint | None = None,
+    linear_solver: ConjugateGradients | None = None,
+    unrolled_steps: int = 100,
 ) -> CriticalPoint:
     """The minimizer of :func:`stiefel_argmin` with a status instead of an exception, judged to second order.
 
@@ -144,6 +158,8 @@ def solve_stiefel(
         start: as in :func:`stiefel_argmin`.
         solver: as in :func:`stiefel_argmin`.
         adjoint: as in :func:`stiefel_argmin`.
+        linear_solver: as in :func:`stiefel_argmin`.
+        unrolled_steps: as in :func:`stiefel_argmin`.
 
     Returns:
         The solution record; its ``point`` is differentiable, its diagnostics are not.
@@ -161,10 +177,10 @@ def solve_stiefel(
     >>> solve_stiefel(height, start=torch.tensor([[[0.0], [0.0], [1.0]]])).status  # the north pole
     <Status.SADDLE: 3>
     """
-    problem = _Problem(objective, inputs)
-    point, solution, linear_solve = _solve(problem, start, solver, adjoint)
+    problem, result_dtype = _problem(objective, inputs, start, solver, linear_solver, unrolled_steps)
+    point, solution = _attached(problem, adjoint).to(result_dtype), problem.solution
     with full_precision(point), torch.inference_mode(False):
-        model = local_model(problem.frozen(), solution.point)
+        model = local_model(problem.at_constants(), solution.point)
         smallest, largest = extreme_curvatures(model.hessian, solution.point)
     finite = solution.codes != Status.NON_FINITE
     return CriticalPoint(
@@ -175,7 +191,7 @@ def solve_stiefel(
         largest_curvature=largest,
         codes=_second_order_codes(solution, smallest, largest),
         iterations=solution.iterations,
-        linear_solve=linear_solve,
+        linear_solve=problem.record,
     )
 
 
@@ -189,7 +205,7 @@ def _second_order_codes(solution: StiefelSolution, smallest: Tensor, largest: Te
     return torch.maximum(solution.codes, codes)
 
 
-class _Problem:
+class _Objective:
     """The objective as a function of Q and of everything that it reads, in one precision."""
 
     def __init__(self, objective: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
@@ -224,36 +240,50 @@ class _Problem:
             return tensor
         return tensor.to(working_dtype(self.dtype))
 
-    def frozen(self) -> Callable[[Tensor], Tensor]:
-        """The objective as a function of Q alone."""
-        # An inference tensor cannot enter a graph, not even as a constant; a copy of it can.
-        constants = [t.clone() if t.is_inference() else t.detach() for t in self.tensors]
-        return lambda point: self(point, *constants)
 
-
-def _solve(
-    problem: _Problem, start: Tensor, solver: StiefelSolver | None, adjoint: StiefelAdjoint | None
-) -> tuple[Tensor, StiefelSolution, LinearSolve | None]:
-    """The differentiable point, in the dtype of the result, and the records of solver and adjoint."""
+def _problem(
+    objective: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    start: Tensor,
+    solver: StiefelSolver | None,
+    linear_solver: ConjugateGradients | None,
+    unrolled_steps: int,
+) -> tuple[StiefelProblem, torch.dtype]:
+    """The problem, solved, after checking every argument; and the dtype of the result."""
     require(
         not inside_transform(),
         "the Stiefel node cannot run inside torch.func transforms (vmap, grad, jvp): use its batch dimension "
         "and torch.autograd.grad",
     )
+    require(unrolled_steps >= 0, f"unrolled_steps must not be negative, got {unrolled_steps}")
+    solver = as_stiefel_solver(solver)
+    explicit = _Objective(objective, inputs)
     _check_start(start)
-    result_dtype = start.dtype if problem.dtype is None else problem.dtype
+    result_dtype = start.dtype if explicit.dtype is None else explicit.dtype
     dtype = working_dtype(result_dtype)
     with full_precision(start), torch.inference_mode(False):
         begin = start.clone() if start.is_inference() else start.detach()
         begin = begin if begin.dtype == dtype else project_stiefel(begin.to(dtype))
-        objective = problem.frozen()
-        _check_objective(objective, begin)
-        solution = (solver or RiemannianNewton())(objective, begin)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in problem.tensors)):
-        return solution.point.to(result_dtype), solution, None
-    with full_precision(start):
-        point, record = (adjoint or Implicit()).attach(problem, solution.point, problem.tensors)
-    return point.to(result_dtype), solution, record
+        problem = StiefelProblem(
+            explicit,
+            explicit.tensors,
+            begin,
+            solver,
+            linear_solver or ConjugateGradients(),
+            unrolled_steps,
+        )
+        _check_objective(problem.at_constants(), begin)
+        problem.solution  # noqa: B018
+    return problem, result_dtype
+
+
+def _attached(problem: StiefelProblem, adjoint: Adjoint | None) -> Tensor:
+    """The minimizer, differentiable if any input asks for it."""
+    adjoint = as_adjoint(adjoint)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in problem.inputs)):
+        return problem.solution.point
+    with full_precision(problem.start):
+        return adjoint.attach(problem)
 
 
 def _check_start(start: Tensor) -> None:

@@ -1,9 +1,13 @@
 """Simplex equiangular tight frames and the Stiefel manifold: constructions and predicates, no solver."""
 
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.geometry.frames import (
     centered,
     centered_basis_adjoint,
     centered_basis_apply,
+    centered_rows,
     etf_radius,
     is_simplex_etf,
     require_etf_dims,
@@ -19,11 +23,22 @@ from etflayers.geometry.stiefel import (
 )
 from etflayers.geometry.tolerance import Check
 
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = names_on_demand(
+        __name__,
+        moved={
+            "centred": "etflayers.geometry.centered",
+            "centred_basis_adjoint": "etflayers.geometry.centered_basis_adjoint",
+            "centred_basis_apply": "etflayers.geometry.centered_basis_apply",
+        },
+    )
+
 __all__ = [
     "Check",
     "centered",
     "centered_basis_adjoint",
     "centered_basis_apply",
+    "centered_rows",
     "etf_radius",
     "is_simplex_etf",
     "is_stiefel",

@@ -13,6 +13,9 @@ which is what keeps float32 accurate when a large mean is common to all classes:
     E'R = [-w ; R - w / (sqrt K + 1)],    w = (sum of the rows of R) / sqrt K.
 
 Both cost O(Kd).
+
+K <-> num_classes, d <-> in_features, c <-> etf_radius, W <-> frame, Q <-> rotation, X <-> rows,
+EX or R <-> coordinates, C = I - 11'/K <-> centered.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ __all__ = [
     "centered",
     "centered_basis_adjoint",
     "centered_basis_apply",
+    "centered_rows",
     "etf_radius",
     "is_simplex_etf",
     "require_etf_dims",
@@ -85,6 +89,39 @@ def centered(rows: Tensor) -> Tensor:
         ``(..., K, d)``, columns that sum to zero.
     """
     return torch.sub(rows, rows.sum(-2, keepdim=True), alpha=1 / rows.shape[-2])
+
+
+def centered_rows(
+    rows: Tensor, dtype: torch.dtype, *, precision: torch.dtype | None = None, exact_zeros: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """CX in ``dtype``, divided by a scale so that its Gram matrix is finite and accurate.
+
+    Args:
+        rows: X, ``(..., K, d)``.
+        dtype: to compute in.
+        precision: of the data, where X has been computed from them in a wider dtype; ``None``: that of X.
+        exact_zeros: whether rows that coincide have to give zeros instead of rounding.
+
+    Returns:
+        The rows ``(..., K, d)``, and the scale ``(..., 1, 1)``, or ``None`` for 1.
+    """
+    precision = rows.dtype if precision is None else precision
+    to_spare = dtype.itemsize > precision.itemsize
+    wide = rows.to(torch.promote_types(rows.dtype, dtype))
+    if exact_zeros or not to_spare:
+        # No digits to spare: a large mean common to all rows must go before it is averaged.
+        wide = wide - wide[..., :1, :]
+    elif wide.dtype == rows.dtype:
+        wide = wide.clone()
+    # In place, on a tensor of our own by now: to touch fresh memory costs as much as the arithmetic.
+    found = wide if wide.dtype == dtype else wide.to(dtype)
+    found -= found.mean(-2, keepdim=True)
+    if to_spare:
+        return found, None
+    # No range to spare either: the Gram matrix of 1e20 overflows float32.
+    scale = found.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    found /= scale
+    return found, scale
 
 
 def centered_basis_apply(rows: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The Stiefel manifold St(d, n): d x n matrices with orthonormal columns, n <= d."""
+"""The Stiefel manifold St(d, n): d x n matrices with orthonormal columns, n <= d.
+
+d <-> dim, n <-> num_frames, Q <-> point, xi <-> tangent, Z <-> vector.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU kernels, each beside an eager reference, and the choice between the two."""
+"""One folder an operation: what a GPU launch computes, the eager reference beside it, and the choice."""
 
 from etflayers.kernels import class_sums, cross_entropy, polar
 from etflayers.kernels.dispatch import Call, Choice, Impl, describe, register, use_triton

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from etflayers._torch import inside_transform
+from etflayers._torch import assume_constant_result, inside_transform
 from etflayers.checks import require
 from etflayers.errors import InvalidArgumentError
 
@@ -116,6 +116,7 @@ def use_triton(
     num_classes: int,
     in_features: int | None = None,
     batch: int | None = None,
+    dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> bool:
     """Whether a call of ``op`` with ``tensor``, which has its device and dtype, takes the Triton kernel.
@@ -123,6 +124,7 @@ def use_triton(
     Args:
         op: as in :func:`describe`.
         tensor: whose device and dtype decide.
+        dtype: of the data, where ``tensor`` has been computed from them in a wider one.
         num_classes: as in :func:`describe`.
         in_features: as in :func:`describe`.
         batch: as in :func:`describe`.
@@ -144,7 +146,7 @@ def use_triton(
     choice = describe(
         op,
         device=tensor.device,
-        dtype=tensor.dtype,
+        dtype=tensor.dtype if dtype is None else dtype,
         num_classes=num_classes,
         in_features=in_features,
         batch=batch,
@@ -171,6 +173,6 @@ def _missing(call: Call, *, forced: bool) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

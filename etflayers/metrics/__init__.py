@@ -1,16 +1,19 @@
 """Neural-collapse metrics: pure functions of streaming class statistics, and torchmetrics shells around them.
 
 The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``NeuralCollapseProbe`` and
-``NeuralCollapseCallback`` need torchmetrics (``pip install 'etflayers[metrics]'``) when they are made.
+``NeuralCollapseCallback`` need torchmetrics (``pip install 'etflayers[metrics]'``) when they are made. They
+load it, and the callback Lightning, when they are first named: that takes as long as to import PyTorch.
 """
 
-from etflayers.metrics.callback import NeuralCollapseCallback
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.metrics.classifier import Classifier, read_classifier
-from etflayers.metrics.collapse import NeuralCollapse
-from etflayers.metrics.curve import CosineMargins
-from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
+from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
+from etflayers.metrics.mse import MSEDecomposition, mse_decomposition
 from etflayers.metrics.nc1 import (
     class_distance_normalized_variance,
     covariance_trace_ratio,
@@ -32,11 +35,33 @@ from etflayers.metrics.nc3 import (
     duality_cosine,
     duality_distance,
     duality_row_distance,
+    equinorm_difference,
 )
-from etflayers.metrics.nc4 import bias_collapse, center_disagreement, nearest_center
-from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
+from etflayers.metrics.nc4 import bias_collapse, center_agreement, center_disagreement, nearest_center
+from etflayers.metrics.nc5 import orthogonality_deviation
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
+
+if TYPE_CHECKING:
+    from etflayers.metrics.callback import NeuralCollapseCallback
+    from etflayers.metrics.collapse import NeuralCollapse
+    from etflayers.metrics.curve import CosineMargins
+    from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
+else:
+    __getattr__, __dir__ = names_on_demand(
+        __name__,
+        lazy={
+            "CosineMargins": "etflayers.metrics.curve",
+            "NeuralCollapse": "etflayers.metrics.collapse",
+            "NeuralCollapseCallback": "etflayers.metrics.callback",
+            "NeuralCollapseProbe": "etflayers.metrics.probe",
+            "spatial_mean": "etflayers.metrics.probe",
+        },
+        moved={
+            "centre_disagreement": "etflayers.metrics.center_disagreement",
+            "nearest_centre": "etflayers.metrics.nearest_center",
+        },
+    )
 
 __all__ = [
     "ClassMoments",
@@ -44,12 +69,15 @@ __all__ = [
     "Classifier",
     "CosineMargins",
     "Equiangularity",
+    "HypersphericalEnergy",
+    "MSEDecomposition",
     "NeuralCollapse",
     "NeuralCollapseCallback",
     "NeuralCollapseProbe",
     "Whitening",
     "between_whitening",
     "bias_collapse",
+    "center_agreement",
     "center_disagreement",
     "class_distance_normalized_variance",
     "class_statistics",
@@ -62,13 +90,18 @@ __all__ = [
     "duality_row_distance",
     "equiangularity",
     "equinorm",
+    "equinorm_difference",
     "etf_distance",
     "finish_moments",
     "frame_distance",
     "gram_distance",
+    "hyperspherical_energy",
     "merge_moments",
+    "mse_decomposition",
     "nearest_center",
     "numerical_rank",
+    "orthogonality_deviation",
+    "own_cosines",
     "read_classifier",
     "simplex_coherence_error",
     "spatial_mean",

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
+from etflayers.metrics.margins import row_cosines
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["Classifier", "read_classifier"]
+__all__ = ["Classifier", "answers", "classifier_inputs", "read_classifier"]
 
 
 class Classifier(NamedTuple):
@@ -41,10 +42,10 @@ def read_classifier(module: nn.Module) -> Classifier:
     Args:
         module: with a ``weight`` ``(K, d)`` and maybe a ``bias``; a head is read through ``to_linear``, so
             that its scale and center count. A head with ``normalize=True`` is linear in normalized features:
-            those are the features to measure it with.
+            those are the features to measure it with, and :class:`~etflayers.metrics.NeuralCollapse` does.
 
     Returns:
-        Detached tensors.
+        Copies, which do not follow further training.
 
     Raises:
         InvalidArgumentError: a module without a two-dimensional weight.
@@ -52,13 +53,49 @@ def read_classifier(module: nn.Module) -> Classifier:
     >>> read_classifier(nn.Linear(4, 3, bias=False)).weight.shape
     torch.Size([3, 4])
     """
+    layer: Any = module
     if hasattr(module, "to_linear"):
-        head: Any = module
-        module = head.to_linear(normalized_inputs=True)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        layer = layer.to_linear(normalized_inputs=True)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise InvalidArgumentError(
             f"classifier must have a weight of shape (K, d), like nn.Linear; {type(module).__name__} has not"
         )
     require_floating("classifier.weight", weight.dtype)
-    return Classifier(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None)
+    return Classifier(weight.detach().clone(), bias.detach().clone() if isinstance(bias, Tensor) else None)
+
+
+def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
+    """What the weight of a classifier meets: the features or, in a head with ``normalize=True``, directions.
+
+    Args:
+        module: a linear layer, or a head with a method ``inputs``, as those of this library.
+        features: ``(B, d)``.
+
+    Returns:
+        ``(B, d)``.
+    """
+    head: Any = module
+    is_head = hasattr(module, "to_linear") and hasattr(module, "inputs")
+    return head.inputs(features) if is_head else features
+
+
+@torch.no_grad()
+def answers(module: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and ``cos(h, w_k)`` of the classifier, both ``(B, K)``.
+
+    A canonical frame W has unit rows and products without a matrix, so its cosines are ``<h, s w_k> / s|h|``.
+
+    Args:
+        module: as in :func:`read_classifier`.
+        features: h, ``(B, d)``, finite, as :func:`classifier_inputs` returns them.
+    """
+    features = features.detach().to(working_dtype(features.dtype))
+    if not getattr(module, "canonical", False):
+        classifier = read_classifier(module)
+        return classifier.logits(features), row_cosines(features, classifier.weight)
+    head: Any = module
+    with full_precision(features):
+        logits = head.forward(features)
+    lengths = head.scale * torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return logits, logits / torch.where(lengths > 0, lengths, 1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_module
+from etflayers.checks import require, require_finite, require_module
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.functional.class_means import ignored_targets
-from etflayers.metrics.classifier import Classifier, read_classifier
-from etflayers.metrics.margins import cosine_margins
+from etflayers.metrics.classifier import Classifier, answers, classifier_inputs, read_classifier
+from etflayers.metrics.margins import margins_of
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import (
     ClassMoments,
@@ -24,15 +25,16 @@ from etflayers.metrics.moments import (
     unpack_moments,
     update_moments,
 )
-from etflayers.metrics.nc4 import nearest_center
-from etflayers.metrics.optional import Metric
+from etflayers.metrics.nc4 import decisions_of, nearest_center
+from etflayers.metrics.pictures import plot_measures
+from etflayers.metrics.shell import ExactMetric, Shared
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean, Unseen, finish_moments
 from etflayers.metrics.whitening import between_whitening
 
 __all__ = ["NeuralCollapse"]
 
 
-class NeuralCollapse(Metric):
+class NeuralCollapse(ExactMetric):
     """All neural-collapse metrics of a feature layer, and of the classifier on top of it, as a dictionary.
 
     One pass gives NC1, NC2, NC3, bias collapse, accuracy, calibration error and the mean cosine margin. The
@@ -45,8 +47,8 @@ class NeuralCollapse(Metric):
     Args:
         num_classes: K.
         in_features: d.
-        classifier: a linear layer or head, read at each update and compute; it is not part of the metric's
-            parameters, ``state_dict`` or pickles (see :meth:`measure_classifier`).
+        classifier: a linear layer or head, read at each update and compute. It is not part of the metric's
+            parameters or ``state_dict``; copies of the metric read the same one, pickles carry it.
         centers: statistics of a first pass, ``first.statistics()``; adds NC1 about
             these centers, without a d x d matrix, and NC4; needs a classifier.
         global_mean: ``"classes"`` (mean of the class means) or ``"samples"``; they differ under imbalance.
@@ -137,8 +139,7 @@ class NeuralCollapse(Metric):
 
     def measure_classifier(self, classifier: nn.Module | None) -> None:
         """Read the weight of another classifier from now on, or of none."""
-        # In a tuple, or nn.Module would make it a submodule and its weights part of this state.
-        self._classifier = (classifier,)
+        self._classifier = Shared(classifier)
         self._read()
 
     @property
@@ -150,32 +151,36 @@ class NeuralCollapse(Metric):
         """Add a batch.
 
         Args:
-            features: ``(B, d)``, as the classifier receives them.
+            features: ``(B, d)``, as the classifier receives them. Of a head with ``normalize=True`` their
+                directions are measured, which are what it is linear in.
             targets: ``(B,)``, integers in [0, K) or ``ignore_index``.
             logits: ``(B, K)``, what the classifier answered; default: what its weight and bias give. Not
                 used without a classifier.
 
         Raises:
             InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
-            NonFiniteError: NaN or infinity in the features.
+            NonFiniteError: NaN or infinity in the features, NaN or plus infinity in the logits.
         """
-        classifier = self._read()
+        module = self._classifier.value
+        require_features(features, targets, self.in_features)
         if logits is not None and logits.shape != (len(features), self.num_classes):
             raise InvalidArgumentError(
                 f"logits must have shape (B, K) = ({len(features)}, {self.num_classes}), "
                 f"got {tuple(logits.shape)}"
             )
-        if classifier is None:
+        if module is None:
             update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
             return
         # What may be refused is computed before anything is changed.
-        require_features(features, targets, self.in_features)
+        features = classifier_inputs(module, features)
         valid = ~ignored_targets(targets, self.num_classes, self.ignore_index)
-        rows, classes = features[valid], targets[valid].long()
-        logits = classifier.logits(rows) if logits is None else logits[valid].detach()
-        decisions = logits.argmax(-1)
+        rows, classes = features[valid], targets.long()[valid]
+        own_logits, cosines = answers(module, rows)
+        require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
+        margins = margins_of(cosines, classes)
+        logits = own_logits if logits is None else logits[valid].detach()
+        decisions = decisions_of(logits)
         correct = decisions == classes
-        margins = cosine_margins(rows, classes, classifier.weight.to(rows.device))
         if self.centers is not None and self._whitening is not None:
             deviations = self._whitening.squared_deviations(rows, classes).sum()
             seen, centers = self.centers.classes.to(rows.device), self.centers.means.to(rows.device)
@@ -212,6 +217,23 @@ class NeuralCollapse(Metric):
             result["nc4_disagreement"] = self.disagreements / samples
         return result
 
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any = None
+    ) -> Any:
+        """Draw the measures by name, or how each develops.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, or several in order; default: that of now.
+            ax: axes of matplotlib to draw into; default: a new figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        return plot_measures(self.compute() if val is None else val, ax)
+
     def statistics(self) -> ClassStatistics:
         """Counts, means and covariances of the samples of all ranks: the ``centers`` of a second pass."""
         with self.sync_context(
@@ -236,7 +258,7 @@ class NeuralCollapse(Metric):
         return error
 
     def _read(self) -> Classifier | None:
-        (module,) = self._classifier
+        module = self._classifier.value
         if module is None:
             return None
         classifier = read_classifier(module)
@@ -247,7 +269,3 @@ class NeuralCollapse(Metric):
             f"got {tuple(classifier.weight.shape)}",
         )
         return classifier
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        return {**state, "_classifier": (None,)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from etflayers.checks import require
 from etflayers.errors import InvalidArgumentError
 from etflayers.metrics.margins import cosine_margins
-from etflayers.metrics.optional import Metric
+from etflayers.metrics.pictures import plot_margins
+from etflayers.metrics.shell import ExactMetric
 
 __all__ = ["CosineMargins"]
 
 
-class CosineMargins(Metric):
+class CosineMargins(ExactMetric):
     """The curve P_CM: ``cos(h, w_y) - max_{j != y} cos(h, w_j)`` of every sample, in ascending order.
 
     One float32 number is kept for each sample.
@@ -48,14 +50,15 @@ class CosineMargins(Metric):
         super().__init__(**kwargs)
         if center is not None and center.ndim != 1:
             raise InvalidArgumentError(f"center must have shape (d,), got {tuple(center.shape)}")
-        self.center = center
+        self.center = None if center is None else center.detach().clone()  # it may be a running mean
         self.ignore_index = ignore_index
         self.add_state("margins", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, targets: Tensor, weight: Tensor) -> None:
         """Add a batch: features ``(B, d)``, targets ``(B,)`` and the weight of the classifier ``(K, d)``."""
-        center = None if self.center is None else self.center.to(features.device)
-        margins = cosine_margins(features, targets, weight, center=center, ignore_index=self.ignore_index)
+        margins = cosine_margins(
+            features, targets, weight, center=self.center, ignore_index=self.ignore_index
+        )
         # float32 is also the dtype in which torchmetrics sends the empty list of a rank without samples.
         self.margins.append(margins.float())
 
@@ -68,3 +71,18 @@ class CosineMargins(Metric):
         )
         require(margins.numel() > 0, "no sample has been seen: call update first")
         return margins.sort().values
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """Draw the curve, or several.
+
+        Args:
+            val: a result of ``compute`` or ``forward``, or several; default: that of now.
+            ax: axes of matplotlib to draw into; default: a new figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+        """
+        return plot_margins(self.compute() if val is None else val, ax)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers.checks import require
+from etflayers.checks import require_finite
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
 from etflayers.metrics.moments import require_features
-from etflayers.metrics.nc2 import float64_rows
+from etflayers.metrics.nc2 import require_rows
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["cosine_margins"]
+__all__ = ["cosine_margins", "own_cosines"]
 
 
 @torch.no_grad()
@@ -40,6 +41,7 @@ def cosine_margins(
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+        NonFiniteError: NaN or infinity in the weight, or in a sample that is not ignored.
 
     Reference:
         Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
@@ -49,22 +51,75 @@ def cosine_margins(
     >>> cosine_margins(5 * frame, torch.arange(3), frame)
     tensor([1.5000, 1.5000, 1.5000])
     """
-    rows = float64_rows("weight", weight)
-    require_features(features, targets, rows.shape[1])
-    valid = ~ignored_targets(targets, len(rows), ignore_index)
+    cosines, targets = _cosines(features, targets, weight, center, ignore_index)
+    return margins_of(cosines, targets)
+
+
+@torch.no_grad()
+def own_cosines(
+    features: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    *,
+    center: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""``cos(h, w_y)`` for each sample, whose mean is 1 at collapse: the first part of the margin.
+
+    Args:
+        features: as in :func:`cosine_margins`.
+        targets: as in :func:`cosine_margins`.
+        weight: as in :func:`cosine_margins`.
+        center: as in :func:`cosine_margins`.
+        ignore_index: as in :func:`cosine_margins`.
+
+    Returns:
+        One cosine for each sample that is not ignored, float32 or better, in the order of the samples.
+
+    Raises:
+        InvalidArgumentError: as in :func:`cosine_margins`.
+        NonFiniteError: as in :func:`cosine_margins`.
+
+    >>> own_cosines(torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0]), torch.eye(2))
+    tensor([1.0000, 0.7071])
+    """
+    cosines, targets = _cosines(features, targets, weight, center, ignore_index)
+    return cosines.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _cosines(
+    features: Tensor, targets: Tensor, weight: Tensor, center: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``cos(h, w_k)``, ``(B', K)``, and the targets of the samples that are not ignored."""
+    require_rows("weight", weight)
+    require_features(features, targets, weight.shape[1])
+    valid = ~ignored_targets(targets, len(weight), ignore_index)
     dtype = working_dtype(features.dtype)
-    features, targets = features.detach().to(dtype)[valid], targets[valid].long().unsqueeze(-1)
+    rows, features, targets = weight.detach(), features.detach()[valid], targets.long()[valid]
     if center is not None:
         if center.shape != rows.shape[1:]:
             raise InvalidArgumentError(
                 f"center must have shape (d,) = ({rows.shape[1]},), got {tuple(center.shape)}"
             )
-        features = features - center.to(dtype)
-        rows = rows - rows.mean(0)
-    require(len(rows) >= 2, "weight must have at least two rows: a margin needs another class")
+        # In float64: a large mean need not be a number of the features' dtype, and would take their digits.
+        features = features.double() - center.detach().to(features.device, torch.float64)
+        rows = rows.double() - rows.double().mean(0)
+    cosines = row_cosines(features.to(dtype), rows)
+    require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
+    return cosines, targets
+
+
+def row_cosines(features: Tensor, rows: Tensor) -> Tensor:
+    """``cos(h, w_k)``, ``(B, K)``, and zero for zero vectors; rows in any dtype, not centered."""
     with full_precision(features):
-        unit = torch.nn.functional.normalize
-        cosines = unit(features, dim=-1) @ unit(rows, dim=-1).to(dtype).mT
-    own = cosines.gather(-1, targets)
-    others = cosines.scatter(-1, targets, -torch.inf)
+        products = F.normalize(features, dim=-1) @ rows.to(features.device, features.dtype).mT
+    # Lengths divide products instead of the rows: K numbers and not another K x d.
+    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(products)
+    return products / torch.where(lengths > 0, lengths, 1)
+
+
+def margins_of(cosines: Tensor, targets: Tensor) -> Tensor:
+    """What the cosine with the own class is ahead of the largest other, ``(B,)``."""
+    own = cosines.gather(-1, targets.unsqueeze(-1))
+    others = cosines.scatter(-1, targets.unsqueeze(-1), -torch.inf)
     return (own - others.amax(-1, keepdim=True)).squeeze(-1)

@@ -158,11 +158,15 @@ def update_moments(
     index = torch.where(ignored, 0, targets.long())
     added = torch.zeros_like(moments.counts).index_add_(0, index, (~ignored).double())
 
-    shift = moments.shift
-    new = (moments.counts == 0) & (added > 0)
+    # Of a large K a batch holds few classes: nothing below then makes K x d numbers, which takes seconds.
+    many = num_classes > len(rows)
+    shift = (moments.shift if many else moments.shift.to(rows.dtype)).index_select(0, index)
+    new = ((moments.counts == 0) & (added > 0)).index_select(0, index)
+    started = None
     if not reads_values(new) or bool(new.any()):
         shift = torch.where(new.unsqueeze(-1), _batch_means(rows, index, ignored, added), shift)
-    residuals = _residuals(rows, shift, index, ignored)
+        started = shift.to(torch.float64, copy=True)
+    residuals = _residuals(rows, shift.to(rows.dtype), ignored)
     squares = torch.linalg.vector_norm(residuals, dim=1).double().square_()
     # One number for each row tells whether its d numbers are finite.
     require_finite(
@@ -172,12 +176,15 @@ def update_moments(
     )
 
     # Nothing has been changed up to here.
-    if shift is not moments.shift:
-        moments.shift.copy_(shift)
+    if started is not None:
+        moments.shift.index_copy_(0, index, started)  # the same for all samples of a class
     moments.counts.add_(added)
     moments.squares.index_add_(0, index, squares)
     # In the order of the samples on a CPU; on CUDA under torch.use_deterministic_algorithms(True) too.
-    moments.sums.add_(rows.new_zeros(num_classes, in_features).index_add_(0, index, residuals))
+    if many:
+        moments.sums.index_add_(0, index, residuals.double())
+    else:
+        moments.sums.add_(rows.new_zeros(num_classes, in_features).index_add_(0, index, residuals))
     with full_precision(residuals):
         if moments.scatter.ndim == 2:
             _add_gram(moments.scatter, residuals)
@@ -261,27 +268,27 @@ def require_features(features: Tensor, targets: Tensor, in_features: int) -> Non
     require_target_for_each(features, targets)
 
 
-def _residuals(rows: Tensor, shift: Tensor, index: Tensor, ignored: Tensor) -> Tensor:
-    """``h - c_y``, and zero for ignored rows, which may hold anything, NaN too."""
-    residuals = shift.to(rows.dtype).index_select(0, index)
-    torch.sub(rows, residuals, out=residuals)
+def _residuals(rows: Tensor, shift: Tensor, ignored: Tensor) -> Tensor:
+    """``h - c_y``, in the place of c_y; zero for ignored rows, which may hold anything, NaN too."""
+    residuals = torch.sub(rows, shift, out=shift)
     if not reads_values(ignored) or bool(ignored.any()):
         residuals.masked_fill_(ignored.unsqueeze(-1), 0)
     return residuals
 
 
 def _batch_means(rows: Tensor, index: Tensor, ignored: Tensor, counts: Tensor) -> Tensor:
-    """The mean of each class in the batch as float32 numbers, anything for classes without a sample.
+    """For each row the mean of its class in the batch as float32 numbers; anything for a class without rows.
 
     Taken about the first sample of the class: of identical samples it is then that sample, exactly.
     """
-    batch, num_classes = len(rows), len(counts)
-    position = torch.where(ignored, batch, torch.arange(batch, device=rows.device))
-    first = index.new_full((num_classes,), batch).scatter_reduce_(0, index, position, "amin")
-    shift = rows.index_select(0, first.clamp(max=batch - 1)).float().double()
-    residuals = _residuals(rows, shift, index, ignored)
-    sums = torch.zeros_like(shift).index_add_(0, index, residuals.double())
-    return (shift + sums / counts.clamp(min=1).unsqueeze(-1)).float().double()
+    position = torch.where(ignored, len(rows), torch.arange(len(rows), device=rows.device))
+    first = index.new_full((len(counts),), len(rows)).scatter_reduce_(0, index, position, "amin")
+    first = first.index_select(0, index).clamp(max=len(rows) - 1)
+    shift = rows.index_select(0, first).float()
+    residuals = _residuals(rows, shift.to(rows.dtype, copy=True), ignored).double()
+    sums = torch.zeros_like(residuals).index_add_(0, first, residuals)
+    members = counts.index_select(0, index).clamp(min=1).unsqueeze(-1)
+    return (shift + sums.index_select(0, first) / members).float().to(rows.dtype)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:

@@ -76,14 +76,18 @@ def within_between_quotient(statistics: ClassStatistics, *, global_mean: GlobalM
     return _ratio(statistics.within_trace, between)
 
 
-def class_distance_normalized_variance(statistics: ClassStatistics) -> Tensor:
-    r"""CDNV: ``(Var_i + Var_j) / (2 |m_i - m_j|^2)``, averaged over all pairs of classes.
+def class_distance_normalized_variance(statistics: ClassStatistics, *, exponent: float = 1.0) -> Tensor:
+    r"""CDNV: ``(Var_i + Var_j) / (2 |m_i - m_j|^{2e})``, averaged over all pairs of classes.
 
     Args:
         statistics: of any kind.
+        exponent: e > 0; with e > 1 pairs that are far apart count less, but the scale of the features counts.
 
     Returns:
         A float64 scalar >= 0; infinity where two class means coincide.
+
+    Raises:
+        InvalidArgumentError: e <= 0.
 
     Reference:
         Galanti, György, Hutter (2021), arXiv 2112.15121.
@@ -93,10 +97,13 @@ def class_distance_normalized_variance(statistics: ClassStatistics) -> Tensor:
     >>> class_distance_normalized_variance(class_statistics(features, torch.tensor([0, 0, 1, 1]), 2))
     tensor(0.0625, dtype=torch.float64)
     """
+    require(0 < exponent < float("inf"), f"exponent must be positive and finite, got {exponent}")
     distances = torch.pdist(statistics.means)
     num_classes = len(statistics.means)
     i, j = torch.triu_indices(num_classes, num_classes, offset=1, device=distances.device)
-    return _ratio((statistics.variances[i] + statistics.variances[j]) / 2, distances.square()).mean()
+    return _ratio(
+        (statistics.variances[i] + statistics.variances[j]) / 2, distances.square().pow(exponent)
+    ).mean()
 
 
 def variability_collapse_index(statistics: ClassStatistics, *, global_mean: GlobalMean = "classes") -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etflayers.checks import require, require_floating, require_values
+from etflayers.checks import require, require_finite, require_floating, require_values
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.geometry import centered
@@ -184,11 +184,17 @@ def frobenius(matrix: Tensor) -> Tensor:
 
 
 def float64_rows(name: str, rows: Tensor) -> Tensor:
-    """The rows in float64 and without a graph, after checking that there are at least two."""
+    """The rows in float64 and without a graph, after checking that there are at least two, all finite."""
+    require_rows(name, rows)
+    return rows.detach().double()
+
+
+def require_rows(name: str, rows: Tensor) -> None:
+    """Raise unless ``rows`` holds at least two rows of finite floating-point numbers."""
     require_floating(name, rows.dtype)
     if rows.ndim != 2 or len(rows) < 2:
         raise InvalidArgumentError(f"{name} must have shape (K, d) with K >= 2, got {tuple(rows.shape)}")
-    return rows.detach().double()
+    require_finite(rows, f"{name} must be finite: look for what has overflowed in it")
 
 
 def unit_rows(name: str, rows: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from etflayers.checks import require_values
 from etflayers.metrics.nc2 import (
+    equinorm,
     float64_rows,
     frobenius,
     require_same_shape,
@@ -14,7 +15,13 @@ from etflayers.metrics.nc2 import (
     unit_rows,
 )
 
-__all__ = ["duality_coherence_error", "duality_cosine", "duality_distance", "duality_row_distance"]
+__all__ = [
+    "duality_coherence_error",
+    "duality_cosine",
+    "duality_distance",
+    "duality_row_distance",
+    "equinorm_difference",
+]
 
 
 def duality_distance(weight: Tensor, means: Tensor) -> Tensor:
@@ -85,24 +92,52 @@ def duality_cosine(weight: Tensor, means: Tensor) -> Tensor:
     return (unit_rows("weight", weight) * unit_rows("means", means)).sum(-1).mean()
 
 
-def duality_row_distance(weight: Tensor, means: Tensor) -> Tensor:
+def duality_row_distance(weight: Tensor, means: Tensor, *, normalize: bool = True) -> Tensor:
     r"""``1/K sum_k | w_k/|w_k| - m_k/|m_k| |``, row by row.
 
     Args:
         weight: W, ``(K, d)``.
         means: M, ``(K, d)``, less the global mean.
+        normalize: False for ``1/K sum_k |w_k - m_k|``, in which lengths count.
 
     Returns:
-        A float64 scalar in [0, 2].
+        A float64 scalar >= 0, at most 2 if normalized.
 
     Raises:
-        InvalidArgumentError: shapes that differ, or a zero row.
+        InvalidArgumentError: shapes that differ, or a zero row to normalize.
 
     Reference:
         Wu, Papyan (2024), arXiv 2405.17767.
     """
     weight, means = _pair(weight, means)
-    return row_lengths(unit_rows("weight", weight) - unit_rows("means", means)).mean()
+    if normalize:
+        weight, means = unit_rows("weight", weight), unit_rows("means", means)
+    return row_lengths(weight - means).mean()
+
+
+def equinorm_difference(weight: Tensor, means: Tensor, *, correction: int = 1) -> Tensor:
+    r"""``| std(|w_k|)/mean(|w_k|) - std(|m_k|)/mean(|m_k|) |``: whether both are as far from equal lengths.
+
+    Args:
+        weight: W, ``(K, d)``.
+        means: M, ``(K, d)``, less the global mean.
+        correction: as in :func:`~etflayers.metrics.equinorm`.
+
+    Returns:
+        A float64 scalar >= 0.
+
+    Raises:
+        InvalidArgumentError: shapes that differ, or a zero matrix.
+
+    Reference:
+        Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
+
+    >>> import torch
+    >>> equinorm_difference(torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 1.0]]), correction=0)
+    tensor(0.5000, dtype=torch.float64)
+    """
+    weight, means = _pair(weight, means)
+    return (equinorm(weight, correction=correction) - equinorm(means, correction=correction)).abs()
 
 
 def _pair(weight: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:

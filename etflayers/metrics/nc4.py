@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from etflayers.checks import require, require_floating
+from etflayers.checks import require, require_finite, require_floating
 from etflayers.errors import InvalidArgumentError
+from etflayers.functional.class_means import ignored_targets, require_target_for_each
 from etflayers.metrics.nc2 import float64_rows, row_lengths
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["bias_collapse", "center_disagreement", "nearest_center"]
+__all__ = ["bias_collapse", "center_agreement", "center_disagreement", "nearest_center"]
 
 
 @torch.no_grad()
@@ -32,6 +33,7 @@ def nearest_center(features: Tensor, centers: Tensor) -> Tensor:
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit.
+        NonFiniteError: NaN or infinity, which is near to nothing.
 
     Reference:
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
@@ -50,6 +52,7 @@ def nearest_center(features: Tensor, centers: Tensor) -> Tensor:
     around = (centers.detach().double() - middle.double()).to(dtype)
     with full_precision(features):
         scores = torch.addmm(around.square().sum(-1) / -2, features.detach().to(dtype) - middle, around.mT)
+    require_finite(scores, "features must be finite: nothing is nearest to NaN or infinity")
     return scores.argmax(-1)
 
 
@@ -66,15 +69,70 @@ def center_disagreement(features: Tensor, logits: Tensor, centers: Tensor) -> Te
 
     Raises:
         InvalidArgumentError: shapes or dtypes that do not fit.
+        NonFiniteError: NaN in features, centers or logits.
 
     Reference:
         Papyan, Han, Donoho (2020), arXiv 2008.08186.
     """
+    return 1 - _agrees(features, logits, centers).mean()
+
+
+def center_agreement(
+    features: Tensor, logits: Tensor, centers: Tensor, targets: Tensor, *, ignore_index: int = -100
+) -> Tensor:
+    r"""For each class the share of its samples for which ``argmax_k logits_k`` is the nearest class center.
+
+    Args:
+        features: h, ``(B, d)``.
+        logits: ``(B, K)``, with the bias of the classifier.
+        centers: m, ``(K, d)``.
+        targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``.
+        ignore_index: target of the samples to leave out.
+
+    Returns:
+        ``(K,)`` float64; NaN for a class without samples.
+
+    Raises:
+        InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+        NonFiniteError: NaN in features, centers or logits.
+
+    Reference:
+        Papyan, Han, Donoho (2020), arXiv 2008.08186.
+
+    >>> features = torch.tensor([[0.9, 0.0], [0.0, 2.0], [0.1, 0.3]])
+    >>> center_agreement(features, features @ torch.ones(2, 2), torch.eye(2), torch.tensor([0, 1, 0]))
+    tensor([0.5000, 0.0000], dtype=torch.float64)
+    """
+    require_target_for_each(features, targets)
+    valid = ~ignored_targets(targets, len(centers), ignore_index)
+    classes, agrees = targets.long()[valid], _agrees(features, logits, centers)[valid]
+    sums, counts = agrees.new_zeros(2, len(centers))
+    sums.index_add_(0, classes, agrees)
+    counts.index_add_(0, classes, torch.ones_like(agrees))
+    share: Tensor = sums / counts
+    return share
+
+
+def _agrees(features: Tensor, logits: Tensor, centers: Tensor) -> Tensor:
+    """1 where the decision is the nearest center and else 0, ``(B,)`` float64."""
     require(
         logits.shape == (len(features), len(centers)),
         f"logits must have shape (B, K) = ({len(features)}, {len(centers)}), got {tuple(logits.shape)}",
     )
-    return (logits.argmax(-1) != nearest_center(features, centers)).double().mean()
+    return (decisions_of(logits) == nearest_center(features, centers)).double()
+
+
+def decisions_of(logits: Tensor) -> Tensor:
+    """``argmax_k logits_k``, ``(B,)``; a class may be excluded by minus infinity.
+
+    Raises:
+        InvalidArgumentError: logits that are not floating-point numbers.
+        NonFiniteError: NaN, which ``argmax`` takes for the largest number, or plus infinity.
+    """
+    require_floating("logits", logits.dtype)
+    largest, decisions = logits.max(-1)
+    require_finite(largest, "logits must not hold NaN or plus infinity: look at what produced them")
+    return decisions
 
 
 def bias_collapse(weight: Tensor, global_mean: Tensor, bias: Tensor | None = None) -> Tensor:

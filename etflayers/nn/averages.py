@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_floating
-from etflayers.errors import InvalidArgumentError, MissingTargetsError
+from etflayers._torch import inside_backward, is_concrete, stamp
+from etflayers.checks import require_flag, require_floating, require_size, require_values
+from etflayers.errors import (
+    EtfLayersError,
+    InvalidArgumentError,
+    MissingTargetsError,
+    RanksDisagreeError,
+    RecomputationError,
+)
 from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
-from etflayers.kernels.class_sums import averages_use_triton, class_averages
+from etflayers.kernels.class_sums import (
+    Momentum,
+    averages_use_triton,
+    class_averages,
+    momentum_steps,
+    require_momentum,
+)
 from etflayers.nn.distributed import all_reduce_sum, world_size
 from etflayers.precision import working_dtype
 
-__all__ = ["ClassStatistics", "FeatureMovingAverage", "Momentum", "keep_precision"]
-
-Momentum = float | Literal["2/(t+1)"] | None
-
-# Below this step the published schedule would stop following the features.
-_SMALLEST_STEP = 1e-4
+__all__ = ["AverageState", "FeatureMovingAverage", "Momentum", "keep_precision"]
 
 
 def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -37,8 +45,8 @@ def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return converted
 
 
-class ClassStatistics(NamedTuple):
-    """What is known of each class: its mean ``(K, d)``, and how many samples and batches it had ``(K,)``."""
+class AverageState(NamedTuple):
+    """What the average knows of each class: its mean ``(K, d)``, samples and batches so far ``(K,)``."""
 
     means: Tensor
     counts: Tensor
@@ -52,11 +60,13 @@ class FeatureMovingAverage(nn.Module):
     none of its samples, and otherwise given by ``momentum``. In training the returned means carry a gradient
     to the batch, ``a_k / n_k`` for each of the n_k samples; the stored means are constants. In eval mode the
     stored means are returned and nothing changes. A training pass under ``torch.no_grad`` still updates, as
-    in BatchNorm; so does the second forward pass of gradient checkpointing: keep this layer outside the
-    checkpoint.
+    in BatchNorm. Gradient checkpointing, which would run the pass twice, is refused: keep this layer outside
+    the checkpoint.
 
     Under ``torch.distributed`` the sums and counts are added over the ranks, so that every rank holds the
-    average that one process would have computed on the whole batch.
+    average that one process would have computed on the whole batch. Where a rank refuses its batch, all
+    raise. As with ``SyncBatchNorm``, every rank needs a batch in every step: ``DistributedDataParallel.join``
+    cannot stand in for one that has none.
 
     Args:
         in_features: d.
@@ -110,14 +120,11 @@ class FeatureMovingAverage(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require(in_features >= 1, f"in_features must be at least 1, got {in_features}")
-        require(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
-        require(
-            momentum is None
-            or momentum == "2/(t+1)"
-            or (isinstance(momentum, (int, float)) and 0 < momentum <= 1),
-            f"momentum must be a number in (0, 1], None (cumulative) or '2/(t+1)', got {momentum!r}",
-        )
+        require_size("in_features", in_features)
+        require_size("num_classes", num_classes)
+        require_size("ignore_index", ignore_index, at_least=None)
+        require_flag("synchronize", synchronize)
+        require_momentum(momentum)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         require_floating("dtype", dtype)
         self.in_features = in_features
@@ -130,6 +137,7 @@ class FeatureMovingAverage(nn.Module):
         self.register_buffer("means", means)
         self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
         self.register_buffer("updates", torch.zeros(num_classes, device=device, dtype=torch.int64))
+        self._committed: tuple[int, int] | None = None
 
     @property
     def seen(self) -> Tensor:
@@ -158,12 +166,38 @@ class FeatureMovingAverage(nn.Module):
                 "FeatureMovingAverage needs targets in training: call average(features, targets), "
                 "or average.eval() to read the stored means"
             )
-        statistics = self.propose(features, targets)
-        self.commit(statistics)
-        return statistics.means
+        state = self.propose(features, targets)
+        self.commit(state)
+        return state.means
 
-    def propose(self, features: Tensor, targets: Tensor) -> ClassStatistics:
-        """The statistics after one more batch, differentiable in ``features``, without storing them."""
+    def refuse(self, error: EtfLayersError) -> NoReturn:
+        """Raise ``error``, after telling the other ranks, which would wait for this one's sums."""
+        if self._distributed:
+            self._summed_over_ranks(None, None)
+        raise error
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget everything: no class has been seen."""
+        self.means.zero_()
+        self.counts.zero_()
+        self.updates.zero_()
+
+    def propose(self, features: Tensor, targets: Tensor) -> AverageState:
+        """The state after one more batch, differentiable in ``features``, without storing it.
+
+        Raises:
+            RecomputationError: this is the second forward pass of gradient checkpointing.
+        """
+        self._require_first_pass()
+        try:
+            return self._proposed(features, targets)
+        except RanksDisagreeError:
+            raise
+        except EtfLayersError as error:
+            self.refuse(error)
+
+    def _proposed(self, features: Tensor, targets: Tensor) -> AverageState:
         if features.shape[-1:] != (self.in_features,):
             raise InvalidArgumentError(
                 f"features must have shape (..., in_features) = (..., {self.in_features}), "
@@ -175,12 +209,11 @@ class FeatureMovingAverage(nn.Module):
                 f"got {tuple(targets.shape)}"
             )
         features, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
-        distributed = self.synchronize and world_size(self.process_group) > 1
-        if not distributed and averages_use_triton(features, self.means):
+        if not self._distributed and averages_use_triton(features, self.means):
             # Sums, counts, all checks and the update in one launch.
             require_class_indices(targets)
             require_same_device(features, targets)
-            return ClassStatistics(
+            return AverageState(
                 *class_averages(
                     features,
                     targets,
@@ -192,43 +225,70 @@ class FeatureMovingAverage(nn.Module):
                 )
             )
         sums, counts = class_sums(features, targets, self.num_classes, ignore_index=self.ignore_index)
-        if distributed:
-            # One collective: counts below 2^24 are exact in float32.
-            packed = torch.cat((sums, counts.unsqueeze(-1).to(sums.dtype)), dim=-1)
-            packed = all_reduce_sum(packed, self.process_group)
-            sums, counts = packed[:, :-1], packed[:, -1].detach().to(torch.int64)
+        if self._distributed:
+            sums, counts = self._summed_over_ranks(sums, counts)
         batch_means = sums / counts.clamp(min=1).unsqueeze(-1)
-        step = self._step(counts, batch_means.dtype).unsqueeze(-1)
-        return ClassStatistics(
+        steps = momentum_steps(self.momentum, counts, self.counts, self.updates, batch_means.dtype)
+        step = steps.unsqueeze(-1)
+        return AverageState(
             means=self.means + step * (batch_means - self.means),
             counts=self.counts + counts,
             updates=self.updates + (counts > 0),
         )
 
-    def commit(self, statistics: ClassStatistics) -> None:
-        """Store statistics; the buffers themselves are never part of a graph."""
+    def commit(self, state: AverageState) -> None:
+        """Store state; the buffers themselves are never part of a graph."""
         with torch.no_grad():
-            self.means.copy_(statistics.means)
-            self.counts.copy_(statistics.counts)
-            self.updates.copy_(statistics.updates)
+            self.means.copy_(state.means)
+            self.counts.copy_(state.counts)
+            self.updates.copy_(state.updates)
+        if is_concrete(self.means) and not self.means.is_meta:
+            self._committed = stamp(self.means)
 
-    def _step(self, counts: Tensor, dtype: torch.dtype) -> Tensor:
-        """a_k for a batch with ``counts`` samples of each class; absent classes get 0, new ones 1."""
-        present = counts > 0
-        if self.momentum is None:
-            return counts.to(dtype) / (self.counts + counts).clamp(min=1)
-        if isinstance(self.momentum, str):
-            step = (2 / (self.updates.to(dtype) + 2)).clamp(min=_SMALLEST_STEP)  # t = updates + 1
-        else:
-            step = torch.where(self.seen, torch.full_like(self.counts, self.momentum, dtype=dtype), 1)
-        return step * present
+    def _require_first_pass(self) -> None:
+        # Another run of the same pass would start from the averages after it, and update them once more.
+        # Where a caller hands in the averages of before (functional_call), these are other tensors.
+        again = (
+            is_concrete(self.means)
+            and not self.means.is_meta
+            and inside_backward()
+            and stamp(self.means) == self._committed
+        )
+        if again:
+            raise RecomputationError(
+                "a training pass of NearestETFHead or FeatureMovingAverage runs a second time, inside a "
+                "backward pass, as gradient checkpointing does: its gradient would be that of other class "
+                "means. Keep it outside of torch.utils.checkpoint; the body of the model may stay inside"
+            )
+
+    @property
+    def _distributed(self) -> bool:
+        return self.synchronize and world_size(self.process_group) > 1
+
+    def _summed_over_ranks(self, sums: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sums and counts of all ranks in one collective; ``None`` says that this rank has failed."""
+        like = self.means
+        failed = sums is None or counts is None
+        if sums is None or counts is None:
+            sums, counts = torch.zeros_like(like), self.counts
+        # Counts below 2^24 are exact in float32. The same dtype on every rank, whatever its features have.
+        packed = torch.cat((sums.to(like.dtype), counts.unsqueeze(-1).to(like.dtype)), dim=-1)
+        flag = packed.new_full((1, packed.shape[-1]), float(failed))
+        packed = all_reduce_sum(torch.cat((packed, flag)), self.process_group)
+        if not failed:
+            require_values(
+                packed[-1, 0].detach() == 0,
+                "another rank refused its batch, and says why; this rank could not go on alone",
+                RanksDisagreeError,
+            )
+        return packed[:-1, :-1], packed[:-1, -1].detach().to(torch.int64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMovingAverage:
         super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "process_group": None}
+        return {**self.__dict__, "process_group": None, "_committed": None}
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -1,4 +1,4 @@
-"""A sum over the ranks of a process group that gradients flow through."""
+"""What the ranks of a process group share: sums that gradients flow through, and first values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_sum", "world_size"]
+__all__ = ["all_reduce_sum", "gathered", "overwrite", "world_size"]
 
 
 def world_size(process_group: dist.ProcessGroup | None = None) -> int:
@@ -47,3 +47,28 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce_sum(grad, ctx.process_group), None
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Write ``value``, a full tensor, into a parameter or buffer; where ranks hold it, that of the first.
+
+    With ``torch.distributed`` initialized every rank has to take part, as in the random operations of
+    ``DTensor``: ranks that draw from generators of their own would otherwise hold different frames. A
+    parameter that is sharded over ranks gets its shard.
+    """
+    if hasattr(tensor, "device_mesh"):  # a DTensor, without the import
+        from torch.distributed.tensor import distribute_tensor
+
+        # Takes the value of the first rank for all.
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    elif world_size() > 1 and tensor.device.type != "meta":
+        value = value.contiguous()
+        dist.broadcast(value, src=0)
+    tensor.copy_(value)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The full tensor of one that may be sharded over ranks."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full

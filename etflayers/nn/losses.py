@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
 from etflayers.functional.cross_entropy import (
+    code_cross_entropy,
     etf_cross_entropy,
-    linear_cross_entropy,
     require_loss_options,
 )
 from etflayers.functional.losses import dot_regression_loss, positive_lengths
+from etflayers.functional.reduction import Reduction, require_reduction
 from etflayers.kernels import Impl
-from etflayers.nn.heads import ETFHead, FixedETFHead
+from etflayers.nn.base import CodeHead
+from etflayers.nn.fixed import FixedETFHead
+from etflayers.precision import working_dtype
 
 __all__ = ["DotRegressionLoss", "ETFCrossEntropy"]
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 class DotRegressionLoss(nn.Module):
@@ -48,10 +47,7 @@ class DotRegressionLoss(nn.Module):
         self, lengths: float | Tensor = 1.0, *, ignore_index: int = -100, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
-        require(
-            reduction in ("mean", "sum", "none"),
-            f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}",
-        )
+        require_reduction(reduction)
         self.lengths: float | Tensor
         if isinstance(lengths, Tensor):
             require(
@@ -77,19 +73,19 @@ class DotRegressionLoss(nn.Module):
 
 
 class ETFCrossEntropy(nn.Module):
-    r"""Cross-entropy of an ETF head, from features: ``F.cross_entropy(head(f, y), y)`` with less memory.
+    r"""Cross-entropy of a head, from features: ``F.cross_entropy(head(f, y), y)`` with less memory.
 
     Logits and probabilities ``(B, K)`` never exist as a whole, forward or backward. The canonical frame of
     :class:`~etflayers.nn.FixedETFHead` takes one pass over the features
     (:func:`~etflayers.functional.etf_cross_entropy`), any other frame a few rows of logits at a time
-    (:func:`~etflayers.functional.linear_cross_entropy`). It pays where B K is large.
+    (:func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large.
 
     In training the loss takes the place of the head, whose state it updates; where logits are wanted, call
     the head. The head is shared, not copied: a model that contains it already holds its parameters. Hooks
     of the head do not run.
 
     Args:
-        head: any ETF head.
+        head: any :class:`~etflayers.nn.CodeHead`, yours too.
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         ignore_index: target of the samples to leave out of the loss; give the head the same.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
@@ -97,16 +93,16 @@ class ETFCrossEntropy(nn.Module):
         impl: which path to take: see :func:`etflayers.kernels.describe`.
 
     Raises:
-        InvalidArgumentError: a head that is not an ETF head, or an option out of its range.
+        InvalidArgumentError: a head that is no ``CodeHead``, or an option out of its range.
 
-    >>> loss = ETFCrossEntropy(FixedETFHead(in_features=4, num_classes=3))
+    >>> loss = ETFCrossEntropy(FixedETFHead(in_features=4, num_classes=3, rotation="canonical"))
     >>> loss(torch.tensor([[3.0, 0.0, 0.0, 7.0]]), torch.tensor([0]))
     tensor(0.0495)
     """
 
     def __init__(
         self,
-        head: ETFHead,
+        head: CodeHead,
         *,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
@@ -115,8 +111,8 @@ class ETFCrossEntropy(nn.Module):
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        require(isinstance(head, ETFHead), f"head must be an ETF head, got {type(head).__name__}")
-        require_loss_options(head.scale, label_smoothing, reduction, chunk_size)
+        require(isinstance(head, CodeHead), f"head must be a CodeHead, got {type(head).__name__}")
+        require_loss_options(1.0, label_smoothing, reduction, chunk_size)
         self.head = head
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -127,24 +123,26 @@ class ETFCrossEntropy(nn.Module):
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
         """The loss of features ``(..., d)`` for ``targets`` ``(...)``; in training the head learns."""
         head = self.head
-        if isinstance(head, FixedETFHead) and head.frame is None:
+        if isinstance(head, FixedETFHead) and head.canonical:
+            inputs, scale = _scaled(head.inputs(features), head.scale)
             return etf_cross_entropy(
-                head._inputs(features),
+                inputs,
                 targets,
                 head.num_classes,
-                scale=head.scale,
+                scale=scale,
                 label_smoothing=self.label_smoothing,
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
                 impl=self.impl,
             )
-        inputs, frame, center = head._linear_form(features, targets)
+        inputs, frame, center = head.logit_terms(features, targets)
         # Before the product, as in the head.
-        return linear_cross_entropy(
-            inputs if center is None else inputs - center,
+        inputs, scale = _scaled(inputs if center is None else inputs - center, head.scale)
+        return code_cross_entropy(
+            inputs,
             frame,
             targets,
-            scale=head.scale,
+            scale=scale,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
@@ -158,3 +156,10 @@ class ETFCrossEntropy(nn.Module):
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
             f"reduction={self.reduction!r}"
         )
+
+
+def _scaled(inputs: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:
+    """Inputs and a number with the same product; a scale that is a tensor gets its gradient by the inputs."""
+    if not isinstance(scale, Tensor):
+        return inputs, scale
+    return inputs.to(working_dtype(inputs.dtype)) * scale, 1.0

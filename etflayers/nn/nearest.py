@@ -1,21 +1,27 @@
-"""The head whose frame is the simplex ETF nearest to the class means of the features."""
+r"""The head whose frame is the simplex ETF nearest to the class means of the features.
+
+Symbols: X <-> averages.means, omega <-> weights, W <-> vertices, A <-> anchor, m <-> global_mean,
+delta <-> proximity.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from etflayers.adjoints import Adjoint
-from etflayers.checks import require, require_floating
-from etflayers.errors import MissingTargetsError
-from etflayers.functional.nearest import nearest_etf
+from etflayers.checks import reads_values, require, require_flag, require_floating, require_number
+from etflayers.errors import EtfLayersError
 from etflayers.geometry import is_simplex_etf, simplex_etf
-from etflayers.nn.averages import ClassStatistics, FeatureMovingAverage, Momentum, keep_precision
-from etflayers.nn.heads import ETFHead
+from etflayers.nn.averages import FeatureMovingAverage, Momentum, keep_precision
+from etflayers.nn.base import LogitTerms
+from etflayers.nn.distributed import overwrite
+from etflayers.nn.etf import ETFHead
+from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import FrameSolver, StiefelSolver
 
@@ -28,22 +34,26 @@ class NearestETFHead(ETFHead):
     A training pass, with features and targets,
 
     1. updates the running class means X (:class:`~etflayers.nn.FeatureMovingAverage` of the inputs z),
-    2. finds the frame nearest to them, with weights ``omega_k`` = class weight, 0 for classes never seen,
-       ``W = argmin sum_k omega_k |x_k / r - w_k - t|^2 + delta |W - A|^2``,
+    2. finds the frame nearest to them by its ``rule``, with weights ``omega_k`` = class weight, 0 for classes
+       never seen; plainly ``W = argmin sum_k omega_k |x_k / r - w_k - t|^2 + delta |W - A|^2``,
     3. takes as center m the mean of the running means over the classes seen (each class counts the same, and
        no eval batch has a say in it).
 
-    The length r makes delta, the ``proximity``, a pure number: with ``Y = diag(omega)(X - weighted mean)`` it
-    is the root of the mean squared length of the rows of Y of the classes with positive weight (not less than
-    ``eps sqrt(d) max|X|``, below which there is only rounding); 1 if delta = 0, where it has no effect. The
-    anchor A makes W unique, and its gradient bounded, where means coincide or classes have not been seen.
+    The length r (see :func:`~etflayers.functional.unit_spread`) makes delta, the ``proximity``, a pure
+    number. The anchor A makes W unique, and its gradient bounded, where means coincide or classes have not
+    been seen; with ``proximity=0`` the frame depends there on the order of the classes and of the batch.
 
     The loss reaches the features along two paths: through z, and through W and m. ``detach=True`` cuts the
     second.
 
     In eval mode, and for what a checkpoint needs, everything is in buffers: no targets, a batch of one is
     fine, and a resumed run continues with the same numbers. A training pass changes them, under
-    ``torch.no_grad`` too, as in BatchNorm. Gradient checkpointing would run it twice: keep the head outside.
+    ``torch.no_grad`` too, as in BatchNorm. Gradient checkpointing, which would run it
+    twice, is refused: keep the head outside.
+
+    Averages of models (EMA or SWA with their buffers) average frames, and an average of ETFs is none. The
+    head makes it one again before it uses it: the nearest ETF to the average (eagerly; a compiled eval pass
+    takes the frame as it is).
 
     The defaults come from a sweep on images and on free features (``docs/study.md``). ``normalize=True`` with
     ``scale=5`` collapses further at the same accuracy, and later; the other options matter less.
@@ -51,11 +61,15 @@ class NearestETFHead(ETFHead):
     Args:
         in_features: d >= K - 1.
         num_classes: K >= 2.
-        scale: s > 0, multiplies the logits (inverse temperature).
+        scale: s > 0, multiplies the logits (inverse temperature); an ``nn.Parameter`` learns.
         normalize: whether to divide each feature vector by its length.
         momentum: of the class means: see :class:`~etflayers.nn.FeatureMovingAverage`.
         center: whether to subtract m.
         proximity: delta >= 0, relative as described above.
+        rule: how W comes from the means: :class:`~etflayers.nn.NearestETF` (the default),
+            :class:`~etflayers.nn.MahalanobisNearestETF`, :class:`~etflayers.nn.HuberNearestETF`, or any
+            module or function with the signature of :class:`~etflayers.nn.FrameRule` that returns a simplex
+            ETF.
         anchor: A: ``"previous"``, the frame of the step before; ``"initial"``, the frame at the start; or a
             simplex ETF ``(K, d)``, which is then also the frame at the start.
         detach: whether to treat W and m as constants in the backward pass.
@@ -63,8 +77,8 @@ class NearestETFHead(ETFHead):
         ignore_index: target of the samples that do not enter the means (they still get logits).
         synchronize: whether to form the means over all ranks when ``torch.distributed`` is initialized.
         process_group: the ranks; default all. Copies and pickles start with the default group.
-        solver: see :func:`~etflayers.functional.nearest_etf`.
-        adjoint: see :func:`~etflayers.functional.nearest_etf`.
+        solver: of the default rule: see :func:`~etflayers.functional.nearest_etf`.
+        adjoint: of the default rule: see :func:`~etflayers.functional.nearest_etf`.
         generator: random numbers of the frame at the start, which is Haar distributed.
         device: of the buffers.
         dtype: of the buffers: float32 (also where a half precision is asked for) or float64. ``half()`` and
@@ -72,9 +86,10 @@ class NearestETFHead(ETFHead):
 
     Attributes:
         averages: the :class:`~etflayers.nn.FeatureMovingAverage`.
-        frame: W, ``(K, d)``.
-        center: m, ``(d,)``; ``None`` with ``center=False``.
-        anchor: A, ``(K, d)``; ``None`` with ``anchor="previous"``, where it is ``frame``.
+        vertices: W after the latest training pass, ``(K, d)``.
+        global_mean: m, ``(d,)``; ``None`` with ``center=False``.
+        anchor: A, ``(K, d)``; ``None`` with ``anchor="previous"``, where it is ``vertices``.
+        rule: the frame rule; its parameters, if it has any, are those of the head.
         class_weights: ``(K,)`` or ``None``.
 
     Raises:
@@ -92,9 +107,12 @@ class NearestETFHead(ETFHead):
     tensor([0])
     """
 
+    accepts_targets = True
+    renamed_state: ClassVar = {"frame": "vertices", "centre": "global_mean"}
+
     averages: FeatureMovingAverage
-    frame: Tensor
-    center: Tensor | None
+    vertices: Tensor
+    global_mean: Tensor | None
     anchor: Tensor | None
     class_weights: Tensor | None
 
@@ -103,11 +121,12 @@ class NearestETFHead(ETFHead):
         in_features: int,
         num_classes: int,
         *,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         normalize: bool = False,
         momentum: Momentum = 0.1,
         center: bool = True,
         proximity: float = 1e-3,
+        rule: FrameRule | None = None,
         anchor: Literal["previous", "initial"] | Tensor = "previous",
         detach: bool = False,
         class_weights: Tensor | None = None,
@@ -121,14 +140,21 @@ class NearestETFHead(ETFHead):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, scale=scale, normalize=normalize)
-        require(0 <= proximity < float("inf"), f"proximity must be a finite number >= 0, got {proximity}")
+        require_number("proximity", proximity)
+        require_flag("center", center)
+        require_flag("detach", detach)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         require_floating("dtype", dtype)
         dtype = working_dtype(dtype)
+        require(
+            rule is None or (solver is None and adjoint is None),
+            "solver and adjoint belong to the default rule: give them to the rule that you pass, or leave "
+            "rule out",
+        )
+        require(rule is None or callable(rule), f"rule must be callable, got {rule!r}")
         self.proximity = proximity
         self.detach = detach
-        self.solver = solver
-        self.adjoint = adjoint
+        self.rule: FrameRule = NearestETF(solver=solver, adjoint=adjoint) if rule is None else rule
         self.averages = FeatureMovingAverage(
             in_features,
             num_classes,
@@ -150,91 +176,129 @@ class NearestETFHead(ETFHead):
                 num_classes, in_features, rotation="haar", generator=generator, device=device, dtype=dtype
             )
         follows = isinstance(anchor, str) and anchor == "previous"
-        self.register_buffer("frame", frame)
+        self.register_buffer("vertices", frame)
         self.register_buffer("anchor", None if follows else frame.clone())
-        self.register_buffer("center", frame.new_zeros(in_features) if center else None)
+        self.register_buffer("global_mean", frame.new_zeros(in_features) if center else None)
         if class_weights is not None:
             class_weights = _checked_class_weights(class_weights, num_classes).to(device, dtype, copy=True)
         self.register_buffer("class_weights", class_weights)
-        # Set by provide_targets for the forward passes inside it.
-        self._provided_targets: Tensor | None = None
+        self.trust(frame)
+        # What `to_empty` takes from the buffers and no random number can give back.
+        self._given_anchor = frame.clone() if isinstance(anchor, Tensor) else None
+        self._given_weights = None if class_weights is None else class_weights.clone()
 
     @property
-    def weight(self) -> Tensor:
-        """The frame W after the latest training pass, ``(K, d)``, unit rows."""
-        return self.frame
+    def frame(self) -> Tensor:
+        """W after the latest training pass, ``(K, d)``, unit rows."""
+        return self.trusted(self.vertices)
 
-    def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits of a batch; in training the frame follows the batch first.
+    @property
+    def center(self) -> Tensor | None:
+        """m after the latest training pass, ``(d,)``; ``None`` with ``center=False``."""
+        return self.global_mean
+
+    def logit_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
+        """z, W and m of the logits ``s (z - m) W'``; in training W and m follow the batch first.
 
         Args:
             features: ``(..., d)``; finite in training.
             targets: ``(...)``, integers in [0, K) or ``ignore_index``; in training needed, here or from
                 :func:`~etflayers.nn.provide_targets` (these win); not used in eval mode.
 
-        Returns:
-            ``(..., K)``.
-
         Raises:
             MissingTargetsError: training without targets.
-            InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+            InvalidArgumentError: shapes or dtypes that do not fit, targets out of range, or a rule whose
+                frame is not a simplex ETF.
             NonFiniteError: NaN or infinity in the features.
+            RecomputationError: this is the second forward pass of gradient checkpointing.
+            RanksDisagreeError: another rank has refused its batch.
         """
-        return super().forward(features, targets)
-
-    def _linear_form(self, features: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        inputs = self._inputs(features)
         if not self.training:
-            # A graph keeps the frame for its backward pass, and the next training pass overwrites the buffer.
-            keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
-            return inputs, self.frame.clone() if keeps_graph else self.frame, self.center
-        targets = self._provided_targets if targets is None else targets
-        if targets is None:
-            raise MissingTargetsError(
-                "NearestETFHead needs targets in training: call head(features, targets), wrap the forward "
-                "pass of the model in `with etflayers.provide_targets(model, targets):`, or call .eval()"
-            )
+            inputs = self.inputs(features)
+            return LogitTerms(inputs, self._frame_beside(inputs), self.global_mean)
+        try:
+            inputs, targets = self.inputs(features), self.require_targets(targets)
+        except EtfLayersError as error:
+            self.averages.refuse(error)
+        frame = self._frame_beside(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach), full_precision(inputs):
-            statistics = self.averages.propose(inputs, targets)
-            seen = statistics.counts > 0
-            frame = self._nearest(statistics.means, seen)
-            center = None if self.center is None else _mean_over(statistics.means, seen)
+            state = self.averages.propose(inputs, targets)
+            seen = state.counts > 0
+            weights = seen.to(state.means.dtype)
+            if self.class_weights is not None:
+                weights = weights * self.class_weights
+            frame = self.rule(
+                state.means,
+                weights=weights,
+                anchor=frame if self.anchor is None else self.anchor,
+                proximity=self.proximity,
+            )
+            self._check(frame)
+            center = None if self.global_mean is None else _mean_over(state.means, seen)
         # Nothing is stored before everything has been checked and computed.
-        self._commit(statistics, frame, center)
-        return inputs, frame, center
+        self.averages.commit(state)
+        self._commit(frame, center)
+        return LogitTerms(inputs, frame, center)
 
-    def _nearest(self, means: Tensor, seen: Tensor) -> Tensor:
-        weights = seen.to(means.dtype)
-        if self.class_weights is not None:
-            weights = weights * self.class_weights
-        if self.proximity == 0:
-            return nearest_etf(means, weights=weights, solver=self.solver, adjoint=self.adjoint)
-        return nearest_etf(
-            _to_unit_spread(means, weights),
-            weights=weights,
-            anchor=self.frame if self.anchor is None else self.anchor,
-            proximity=self.proximity,
-            solver=self.solver,
-            adjoint=self.adjoint,
+    def _frame_beside(self, inputs: Tensor) -> Tensor:
+        """W, in a copy where a graph will keep it: a training pass overwrites the buffer."""
+        keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
+        return self.frame.clone() if keeps_graph else self.frame
+
+    def _check(self, frame: Tensor) -> None:
+        """Raise unless the frame of a rule that is not ours is a simplex ETF."""
+        if isinstance(self.rule, (NearestETF, MahalanobisNearestETF, HuberNearestETF)):
+            return
+        require(
+            isinstance(frame, Tensor) and frame.shape == self.vertices.shape,
+            f"rule must return a frame of shape (num_classes, in_features) = {tuple(self.vertices.shape)}, "
+            f"got {tuple(frame.shape) if isinstance(frame, Tensor) else type(frame).__name__}",
         )
+        if reads_values(frame):
+            is_etf = is_simplex_etf(frame)
+            require(
+                is_etf.ok,
+                f"rule must return a simplex ETF, but {is_etf.reason}: apply etflayers.nearest_etf to it",
+            )
 
     @torch.no_grad()
-    def _commit(self, statistics: ClassStatistics, frame: Tensor, center: Tensor | None) -> None:
-        self.averages.commit(statistics)
-        self.frame.copy_(frame)
-        if self.center is not None and center is not None:
-            self.center.copy_(center)
+    def _commit(self, frame: Tensor, center: Tensor | None) -> None:
+        self.vertices.copy_(frame)
+        self.trust(self.vertices)
+        if self.global_mean is not None and center is not None:
+            self.global_mean.copy_(center)
 
-    @property
-    def _center(self) -> Tensor | None:
-        return self.center
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all class means; the frame is the anchor that was given, or is drawn anew.
+
+        Under ``torch.distributed`` all ranks call it, and get the frame that the first one draws.
+        """
+        frame = self._given_anchor
+        if frame is None:
+            frame = simplex_etf(
+                self.num_classes,
+                self.in_features,
+                rotation="haar",
+                device=self.vertices.device,
+                dtype=self.vertices.dtype,
+            )
+        self.averages.reset_parameters()
+        overwrite(self.vertices, frame.to(self.vertices.device))
+        self.trust(self.vertices)
+        if self.class_weights is not None and self._given_weights is not None:
+            self.class_weights.copy_(self._given_weights)
+        if self.anchor is not None:
+            self.anchor.copy_(self.vertices)
+        if self.global_mean is not None:
+            self.global_mean.zero_()
+        for module in self.rule.modules() if isinstance(self.rule, nn.Module) else ():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NearestETFHead:
         super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_provided_targets": None}
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -244,20 +308,6 @@ class NearestETFHead(ETFHead):
 def _mean_over(means: Tensor, seen: Tensor) -> Tensor:
     """Mean of the rows that have been seen; 0 if there are none."""
     return (means * seen.unsqueeze(-1)).sum(0) / seen.sum().clamp(min=1)
-
-
-def _to_unit_spread(means: Tensor, weights: Tensor) -> Tensor:
-    """The centered means divided by r, the root-mean-square length of their weighted rows."""
-    info = torch.finfo(means.dtype)
-    column = weights.unsqueeze(-1)
-    # In units of the largest entry no square overflows or vanishes. The unit is a constant: r takes it back.
-    unit = means.detach().abs().amax().clamp(min=info.tiny)
-    rows = means / unit
-    rows = rows - (column * rows).sum(0) / weights.sum().clamp(min=info.tiny)
-    present = (weights > 0).sum().clamp(min=1).to(rows.dtype)
-    spread = torch.linalg.vector_norm(column * rows) / present.sqrt()
-    scaled: Tensor = rows / spread.clamp(min=info.eps * means.shape[-1] ** 0.5)
-    return scaled
 
 
 def _checked_anchor(anchor: Tensor, num_classes: int, in_features: int) -> Tensor:
@@ -279,6 +329,7 @@ def _checked_class_weights(class_weights: Tensor, num_classes: int) -> Tensor:
         class_weights.shape == (num_classes,),
         f"class_weights must have shape (num_classes,) = ({num_classes},), got {tuple(class_weights.shape)}",
     )
+    require_floating("class_weights", class_weights.dtype)
     values = class_weights.detach().double()
     require(
         bool((values >= 0).all() & torch.isfinite(values).all() & (values > 0).any()),

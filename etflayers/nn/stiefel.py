@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.adjoints import StiefelAdjoint
+from etflayers.adjoints import Adjoint
 from etflayers.checks import require, require_floating
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 from etflayers.geometry import project_stiefel, random_stiefel
+from etflayers.linalg import ConjugateGradients
 from etflayers.nn.averages import keep_precision
+from etflayers.nn.distributed import overwrite
 from etflayers.precision import working_dtype
 from etflayers.solvers import StiefelSolver
 
@@ -42,6 +44,8 @@ class StiefelNode(nn.Module):
         num_frames: n <= d.
         solver: how the minimizer is found; default :class:`~etflayers.solvers.RiemannianNewton`.
         adjoint: how the gradient flows; default :class:`~etflayers.adjoints.Implicit`.
+        linear_solver: see :func:`~etflayers.functional.stiefel_argmin`.
+        unrolled_steps: see :func:`~etflayers.functional.stiefel_argmin`.
         generator: random numbers of the first start, which is Haar distributed.
         device: of the buffer.
         dtype: of the buffer: float32 (also where a half precision is asked for) or float64. ``half()`` and
@@ -75,7 +79,9 @@ class StiefelNode(nn.Module):
         num_frames: int,
         *,
         solver: StiefelSolver | None = None,
-        adjoint: StiefelAdjoint | None = None,
+        adjoint: Adjoint | None = None,
+        linear_solver: ConjugateGradients | None = None,
+        unrolled_steps: int = 100,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -86,6 +92,8 @@ class StiefelNode(nn.Module):
         self.objective = objective
         self.solver = solver
         self.adjoint = adjoint
+        self.linear_solver = linear_solver
+        self.unrolled_steps = unrolled_steps
         start = random_stiefel(
             dim, num_frames, batch=(1,), generator=generator, device=device, dtype=working_dtype(dtype)
         )
@@ -108,9 +116,7 @@ class StiefelNode(nn.Module):
         Warns:
             SolveWarning: the solver or, in the backward pass, the linear solve did not converge.
         """
-        point: Tensor = stiefel_argmin(
-            self.objective, *inputs, start=self._start(inputs), solver=self.solver, adjoint=self.adjoint
-        )
+        point: Tensor = stiefel_argmin(self.objective, *inputs, start=self._start(inputs), **self._options())
         self._remember(point)
         return point
 
@@ -127,10 +133,19 @@ class StiefelNode(nn.Module):
             InvalidArgumentError: see :func:`~etflayers.functional.stiefel_argmin`.
         """
         found: CriticalPoint = solve_stiefel(
-            self.objective, *inputs, start=self._start(inputs), solver=self.solver, adjoint=self.adjoint
+            self.objective, *inputs, start=self._start(inputs), **self._options()
         )
         self._remember(found.point)
         return found
+
+    def _options(self) -> dict[str, Any]:
+        """How to solve and to differentiate, as arguments."""
+        return {
+            "solver": self.solver,
+            "adjoint": self.adjoint,
+            "linear_solver": self.linear_solver,
+            "unrolled_steps": self.unrolled_steps,
+        }
 
     def _start(self, inputs: tuple[Tensor, ...]) -> Tensor:
         require(
@@ -140,6 +155,14 @@ class StiefelNode(nn.Module):
         )
         batch = len(inputs[0]) if inputs else 1
         return self.start if batch == len(self.start) else self.start[:1].expand(batch, -1, -1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a start anew from PyTorch's global generator, for a batch of one."""
+        _, dim, num_frames = self.start.shape
+        start = random_stiefel(dim, num_frames, batch=(1,), device=self.start.device, dtype=self.start.dtype)
+        self.start = torch.empty_like(start)
+        overwrite(self.start, start)
 
     @torch.no_grad()
     def _remember(self, point: Tensor) -> None:

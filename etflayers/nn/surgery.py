@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from etflayers.checks import require
-from etflayers.nn.nearest import NearestETFHead
+from etflayers.nn.base import CodeHead
 
 __all__ = ["provide_targets", "replace_classifier"]
 
@@ -40,7 +40,7 @@ def replace_classifier(
     >>> from etflayers.nn import FixedETFHead
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> replace_classifier(model, FixedETFHead)[-1]
-    FixedETFHead(in_features=64, num_classes=10, scale=1.0, normalize=False)
+    FixedETFHead(in_features=64, num_classes=10, scale=1.0, normalize=False, rotation='haar')
     """
     places, linear = _find_linear(model, name)
     if not isinstance(head, nn.Module):
@@ -85,38 +85,42 @@ def _find_linear(model: nn.Module, name: str | None) -> tuple[list[str], nn.Line
 
 @contextmanager
 def provide_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
-    """Give targets to every :class:`NearestETFHead` in a model whose forward pass hands on features only.
+    """Give targets to every head that needs them, in a model whose forward pass hands on features only.
 
-    The targets hold for the forward passes inside the ``with`` block, also if it is left by an exception.
-    Targets given to a head directly win. They are no part of state_dict, copies or pickles.
+    These are the heads whose ``accepts_targets`` is true: :class:`NearestETFHead`, and any
+    :class:`~etflayers.nn.CodeHead` of your own that says so. The targets hold for the forward passes inside
+    the ``with`` block, also if it is left by an exception. Targets given to a head directly win. They are no
+    part of state_dict, copies or pickles.
 
     Args:
-        model: contains at least one ``NearestETFHead``, or is one; also inside ``DistributedDataParallel`` or
+        model: contains at least one such head, or is one; also inside ``DistributedDataParallel`` or
             ``torch.compile``.
         targets: for the features that the head receives, ``(...)``: see :meth:`NearestETFHead.forward`.
 
     Raises:
-        InvalidArgumentError: the model has no ``NearestETFHead``, or targets is no tensor.
+        InvalidArgumentError: the model has no such head, or targets is no tensor.
 
     >>> import torch
+    >>> from etflayers.nn import NearestETFHead
     >>> model = nn.Sequential(nn.Flatten(), NearestETFHead(4, 3))
     >>> with provide_targets(model, torch.arange(3)):
     ...     logits = model(torch.eye(3, 4))
     """
-    heads = [module for module in model.modules() if isinstance(module, NearestETFHead)]
+    heads = [m for m in model.modules() if isinstance(m, CodeHead) and m.accepts_targets]
     require(
         bool(heads),
-        "model has no NearestETFHead to give targets to: put one in with replace_classifier(model, head)",
+        "model has no head that accepts targets, such as NearestETFHead: put one in with "
+        "replace_classifier(model, head)",
     )
     require(
         isinstance(targets, Tensor),
         f"targets must be a tensor of class indices, got {type(targets).__name__}",
     )
-    before = [head._provided_targets for head in heads]
+    before = [head.provided_targets for head in heads]
     for head in heads:
-        head._provided_targets = targets
+        head.provided_targets = targets
     try:
         yield
     finally:
         for head, previous in zip(heads, before, strict=True):
-            head._provided_targets = previous
+            head.provided_targets = previous

@@ -1,24 +1,19 @@
 """How a minimizer is found. No gradient code lives here."""
 
+from etflayers.kernels.polar import FrameState, RootState
+from etflayers.linalg import ConjugateGradients, conjugate_gradients
 from etflayers.solvers.by_regime import ByRegime
-from etflayers.solvers.conjugate_gradients import conjugate_gradients
 from etflayers.solvers.convex_hull import ConvexHull
 from etflayers.solvers.curvature import extreme_curvatures
+from etflayers.solvers.frame_solver import FrameOnlySolver, FrameSolver
 from etflayers.solvers.gram import GramEigh
 from etflayers.solvers.gram_root import GramRoot
-from etflayers.solvers.iterative import Iterative, as_frame_solver
+from etflayers.solvers.iterative import Iterative, as_frame_solver, as_stiefel_solver
 from etflayers.solvers.newton import RiemannianNewton
 from etflayers.solvers.newton_schulz import NewtonSchulz
-from etflayers.solvers.polar import (
-    FrameFactors,
-    FrameOnlySolver,
-    FrameSolver,
-    RootFactors,
-    factors_of,
-    rank_cutoff,
-)
 from etflayers.solvers.riemannian import RiemannianDescent
-from etflayers.solvers.stiefel import Objective, StiefelSolution, StiefelSolver
+from etflayers.solvers.state import FoundState, SpectralState, rank_cutoff, spectral_state, state_of
+from etflayers.solvers.stiefel import Objective, StiefelSolution, StiefelSolver, assess, local_model
 from etflayers.solvers.svd import QRSVD, SVD
 from etflayers.solvers.trust_regions import TrustRegions
 
@@ -26,10 +21,12 @@ __all__ = [
     "QRSVD",
     "SVD",
     "ByRegime",
+    "ConjugateGradients",
     "ConvexHull",
-    "FrameFactors",
+    "FoundState",
     "FrameOnlySolver",
     "FrameSolver",
+    "FrameState",
     "GramEigh",
     "GramRoot",
     "Iterative",
@@ -37,13 +34,18 @@ __all__ = [
     "Objective",
     "RiemannianDescent",
     "RiemannianNewton",
-    "RootFactors",
+    "RootState",
+    "SpectralState",
     "StiefelSolution",
     "StiefelSolver",
     "TrustRegions",
     "as_frame_solver",
+    "as_stiefel_solver",
+    "assess",
     "conjugate_gradients",
     "extreme_curvatures",
-    "factors_of",
+    "local_model",
     "rank_cutoff",
+    "spectral_state",
+    "state_of",
 ]

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import reads_values
+from etflayers.kernels.polar import FrameState
+from etflayers.solvers.frame_solver import FrameSolver
 from etflayers.solvers.gram import GramEigh
 from etflayers.solvers.gram_root import GramRoot
-from etflayers.solvers.polar import FrameFactors, FrameSolver, RootFactors
 from etflayers.solvers.svd import QRSVD, SVD
 
 __all__ = ["ByRegime"]
 
 # Below this many classes a product costs less than its launch: float32 gains nothing over float64.
 _SMALL = 32
+# In float32, from this many classes or this kappa on, the rounding of the eigenvectors has to be mended.
+_LARGE = 128
+_ROUNDED_KAPPA = 2.0
 
 
 @dataclass(frozen=True)
@@ -32,29 +36,32 @@ class ByRegime(FrameSolver):
     The numbers come from ``benchmarks/bench_accuracy.py``: up to 500 classes the gradient of float32 data is
     then within 2e-6 of the exact one; beyond within 3e-6, which buys half of the time.
 
-    >>> ByRegime()(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
+    >>> ByRegime().solve(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
     tensor([[ 0.6000,  0.8000],
             [-0.6000, -0.8000]], dtype=torch.float64)
     """
 
-    def __call__(self, linear: Tensor) -> FrameFactors | RootFactors:
-        """The frames for ``linear`` (``(..., K, d)``), in the precision of the regime."""
-        if reads_values(linear) and linear.numel() > 0:
-            for dtype, largest_kappa in _ladder(linear):
-                spectrum = GramEigh(dtype).spectrum(linear)
-                margin = float(spectrum.margin(linear.dtype).detach().amin())
-                if margin * largest_kappa > 1:  # not so for NaN
-                    return spectrum.factors()
-        if linear.device.type == "cuda" and linear.dtype == torch.float32 and linear.numel() > 0:
-            return GramRoot()(linear)
+    def solve(self, linear: Tensor, precision: torch.dtype | None = None) -> FrameState:
+        """The frames for ``linear`` (``(..., K, d)``), in the dtype of the regime."""
+        precision = precision or linear.dtype
         num_classes, in_features = linear.shape[-2:]
-        return (QRSVD() if in_features >= 4 * num_classes else SVD())(linear)
+        if reads_values(linear) and linear.numel() > 0:
+            for dtype, largest_kappa in _ladder(num_classes, precision):
+                spectrum = GramEigh(dtype).spectrum(linear, precision)
+                margin = float(spectrum.margin(precision).detach().amin())
+                if margin * largest_kappa > 1:  # not so for NaN
+                    polished = dtype == torch.float32 and not (
+                        num_classes < _LARGE and margin * _ROUNDED_KAPPA > 1
+                    )
+                    return spectrum.state(polished=polished)
+        if linear.device.type == "cuda" and precision == torch.float32 and linear.numel() > 0:
+            return GramRoot().solve(linear, precision)
+        return (QRSVD() if in_features >= 4 * num_classes else SVD()).solve(linear, precision)
 
 
-def _ladder(linear: Tensor) -> list[tuple[torch.dtype, float]]:
-    """Precisions of the Gram matrix to try in turn, each with the kappa from which on it does not serve."""
-    num_classes = linear.shape[-2]
-    if linear.dtype == torch.float64:
+def _ladder(num_classes: int, precision: torch.dtype) -> list[tuple[torch.dtype, float]]:
+    """Dtypes of the Gram matrix to try in turn, each with the kappa from which on it does not serve."""
+    if precision == torch.float64:
         return [(torch.float64, 8.0)]
     wider = [(torch.float64, 1e5)]
     if num_classes < _SMALL:

@@ -6,6 +6,8 @@ of the spectral norm are the matrices with orthonormal columns, so the ball is t
     maximize <A, X>  subject to  |X|_2 <= 1
 
 has the polar factor of A as its solution, the only one if A has full rank.
+
+A = EM <-> coordinates, X <-> factor.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from etflayers.checks import require_concrete, require_module
 from etflayers.errors import ConvergenceError
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
-from etflayers.solvers.polar import FrameOnlySolver
+from etflayers.solvers.frame_solver import FrameOnlySolver
 
 __all__ = ["ConvexHull"]
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.checks import require
 from etflayers.kernels.dispatch import Impl
-from etflayers.kernels.polar import polar
-from etflayers.solvers.polar import FrameSolver, RootFactors
+from etflayers.kernels.polar import RootState, polar
+from etflayers.solvers.frame_solver import FrameSolver
 
 __all__ = ["GramRoot"]
 
@@ -38,21 +37,13 @@ class GramRoot(FrameSolver):
             :func:`~etflayers.kernels.describe` says why.
         ConvergenceError: the means are not finite.
 
-    >>> GramRoot()(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
+    >>> GramRoot().solve(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
     tensor([[ 0.6000,  0.8000],
             [-0.6000, -0.8000]], dtype=torch.float64)
     """
 
     impl: Impl = "auto"
 
-    def __call__(self, linear: Tensor) -> RootFactors:
+    def solve(self, linear: Tensor, precision: torch.dtype | None = None) -> RootState:
         """The frames for ``linear`` (``(..., K, d)``): float64, or in its own dtype from the kernel."""
-        return RootFactors(*polar(linear, impl=self.impl))
-
-    def frame(self, linear: Tensor) -> Tensor:
-        """The frames alone; they carry no gradient."""
-        require(
-            torch.autograd.forward_ad.unpack_dual(linear).tangent is None,  # type: ignore[no-untyped-call]
-            "GramRoot records no operations to differentiate: use adjoint=Implicit()",
-        )
-        return self(linear).frame
+        return polar(linear, precision=precision, impl=self.impl)

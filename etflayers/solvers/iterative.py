@@ -4,6 +4,8 @@ In the coordinates R = EM the frame W = c E'Q' maximizes <W, M> where Q in St(d,
 f(Q) = -<Q, R'>. Its maxima and saddles are critical points as well; the only local minimum is the polar
 factor, on the component of the manifold where the iteration runs. (For d = K - 1 there are two, rotations and
 reflections.)
+
+M <-> linear, R' <-> coordinates (scaled: target), Q <-> point, c <-> etf_radius.
 """
 
 from __future__ import annotations
@@ -13,17 +15,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from etflayers.checks import require_concrete
-from etflayers.errors import ConvergenceError
+from etflayers.checks import describe_argument, require_concrete
+from etflayers.errors import ConvergenceError, InvalidArgumentError
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
+from etflayers.solvers.frame_solver import FrameOnlySolver, FrameSolver
 from etflayers.solvers.newton import RiemannianNewton
-from etflayers.solvers.polar import FrameOnlySolver, FrameSolver
-from etflayers.solvers.riemannian import RiemannianDescent
 from etflayers.solvers.stiefel import StiefelSolver
-from etflayers.solvers.trust_regions import TrustRegions
 from etflayers.status import Status
 
-__all__ = ["Iterative", "as_frame_solver"]
+__all__ = ["Iterative", "as_frame_solver", "as_stiefel_solver"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Iterative(FrameOnlySolver):
         ConvergenceError: the solver stopped early or at a saddle point.
         InvalidArgumentError: called under ``torch.compile`` or ``torch.func.vmap``.
 
-    >>> Iterative()(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
+    >>> Iterative().solve(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).frame
     tensor([[ 0.6000,  0.8000],
             [-0.6000, -0.8000]], dtype=torch.float64)
     """
@@ -59,22 +59,53 @@ class Iterative(FrameOnlySolver):
         target = coordinates / torch.linalg.matrix_norm(coordinates, ord=2, keepdim=True)
         q, r = torch.linalg.qr(target)
         start = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q).unsqueeze(-2)
-        solution = self.solver(lambda point: -(point * target).sum((-2, -1)), start)
+        # An adjoint may have switched recording off, which a solver that calls autograd needs.
+        with torch.enable_grad():
+            solution = self.solver.minimize(lambda point: -(point * target).sum((-2, -1)), start)
         worst = Status(int(solution.codes.max())) if len(start) else Status.CONVERGED
         if worst is not Status.CONVERGED:
             raise ConvergenceError(
                 f"solver={self!r} ended after {solution.iterations} iterations: {worst.message}"
             )
-        frame: Tensor = etf_radius(linear.shape[-2]) * centered_basis_adjoint(solution.point.mT)
+        frame: Tensor = etf_radius(linear.shape[-2]) * centered_basis_adjoint(solution.point.detach().mT)
         return frame.reshape(linear.shape)
 
 
-def as_frame_solver(solver: FrameSolver | StiefelSolver) -> FrameSolver:
-    """The solver itself, or :class:`Iterative` around one of this library's solvers for any objective.
+def as_frame_solver(solver: FrameSolver | StiefelSolver | None, default: FrameSolver) -> FrameSolver:
+    """The solver itself, :class:`Iterative` around one for any objective, or the default for ``None``.
 
-    >>> as_frame_solver(RiemannianNewton())
+    Raises:
+        InvalidArgumentError: neither of these.
+
+    >>> as_frame_solver(RiemannianNewton(), Iterative())
     Iterative(tolerance=1e-05, solver=RiemannianNewton(tolerance=None, max_iterations=100, max_products=200))
     """
-    if isinstance(solver, (RiemannianDescent, RiemannianNewton, TrustRegions)):
-        return Iterative(solver=solver)
-    return solver  # type: ignore[return-value]  # a StiefelSolver of the caller's own goes into Iterative
+    if solver is None:
+        return default
+    if not isinstance(solver, type):
+        if isinstance(solver, FrameSolver):
+            return solver
+        if isinstance(solver, StiefelSolver):
+            return Iterative(solver=solver)
+    raise InvalidArgumentError(
+        f"solver must be a FrameSolver, with a method solve(linear), or a StiefelSolver, with a method "
+        f"minimize(objective, start), got {describe_argument(solver)}: pass an instance such as SVD() or "
+        "RiemannianNewton(), or None for the default"
+    )
+
+
+def as_stiefel_solver(solver: StiefelSolver | None) -> StiefelSolver:
+    """The solver itself, or :class:`RiemannianNewton` for ``None``.
+
+    Raises:
+        InvalidArgumentError: it has no method ``minimize``.
+    """
+    if solver is None:
+        return RiemannianNewton()
+    if isinstance(solver, type) or not isinstance(solver, StiefelSolver):
+        raise InvalidArgumentError(
+            "solver must be a StiefelSolver, with a method minimize(objective, start), got "
+            f"{describe_argument(solver)}: pass an instance such as RiemannianNewton(), or None for the "
+            "default"
+        )
+    return solver

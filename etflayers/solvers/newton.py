@@ -8,23 +8,22 @@ import torch
 from torch import Tensor
 
 from etflayers.geometry import retract_stiefel
-from etflayers.solvers.conjugate_gradients import conjugate_gradients
+from etflayers.linalg import conjugate_gradients, inner, norm
+from etflayers.precision import default_tolerance
 from etflayers.solvers.stiefel import (
     LocalModel,
     Objective,
     StiefelSolution,
+    StiefelSolver,
     assess,
-    default_tolerance,
-    inner,
     local_model,
-    norm,
 )
 
 __all__ = ["RiemannianNewton"]
 
 
 @dataclass(frozen=True)
-class RiemannianNewton:
+class RiemannianNewton(StiefelSolver):
     r"""Newton steps by truncated conjugate gradients, each kept in a ball in which its model was found true.
 
     Second order: it passes saddle points by directions of negative curvature and converges quadratically.
@@ -42,7 +41,7 @@ class RiemannianNewton:
 
     >>> target = torch.eye(4, 2).expand(1, 4, 2)
     >>> start = torch.eye(4).roll(1, 0)[None, :, :2]
-    >>> solution = RiemannianNewton()(lambda q: -(q * target).sum((-2, -1)), start)
+    >>> solution = RiemannianNewton().minimize(lambda q: -(q * target).sum((-2, -1)), start)
     >>> torch.allclose(solution.point, target, atol=1e-4)
     True
     """
@@ -51,7 +50,7 @@ class RiemannianNewton:
     max_iterations: int = 100
     max_products: int = 200
 
-    def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
+    def minimize(self, objective: Objective, start: Tensor) -> StiefelSolution:
         """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         tolerance = default_tolerance(start.dtype) if self.tolerance is None else self.tolerance
         point, model = start, local_model(objective, start)

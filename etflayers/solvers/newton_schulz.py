@@ -13,13 +13,11 @@ A true x below l still grows: a wrong l costs steps and nothing else. Far from 1
 1.5 sqrt(3) = 2.6, where plain Newton-Schulz (a = 1) wins 1.5. (Chen and Chow 2014; Amsel et al. 2025,
 arXiv 2505.16932, show that such steps compose to the best polynomial of their form.)
 
-**Bounds.** An upper bound that is too small makes the iteration diverge, so it must be safe. From the mean m
-and the standard deviation s of the K eigenvalues of G, which the trace and the Frobenius norm tell,
+**Bounds.** An upper bound that is too small makes the iteration diverge, so it must be safe: those of
+``linalg.spectral_bounds`` are, and they are sharp at neural collapse. The null direction of G is filled with
+the mean of its other eigenvalues.
 
-    m - s sqrt(K-1) <= lambda <= m + s sqrt(K-1)                             (Wolkowicz and Styan 1980)
-
-is never worse than the trace and is sharp at neural collapse, where s = 0; the largest absolute row sum is
-another upper bound. The null direction of G is filled with the mean of its other eigenvalues.
+G <-> gram, Y <-> root, Z <-> inverse, T <-> product, a <-> scale, l <-> low, M_c <-> rows, c <-> etf_radius.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ from torch import Tensor
 
 from etflayers.checks import reads_values, require, require_values
 from etflayers.errors import ConvergenceError
-from etflayers.geometry import etf_radius
-from etflayers.solvers.gram import centered_rows
-from etflayers.solvers.polar import FrameOnlySolver
+from etflayers.geometry import centered_rows, etf_radius
+from etflayers.linalg import spectral_bounds, trace
+from etflayers.solvers.frame_solver import FrameOnlySolver
 
 __all__ = ["NewtonSchulz"]
 
@@ -84,10 +82,10 @@ class NewtonSchulz(FrameOnlySolver):
         rows, _ = centered_rows(linear, self.dtype or torch.float64)
         gram = rows @ rows.mT
         with torch.no_grad():
-            mean = _trace(gram) / (num_classes - 1)
+            mean = trace(gram) / (num_classes - 1)
         filled = gram / mean + 1 / num_classes
         with torch.no_grad():
-            lowest, highest = _spectral_bounds(filled)
+            lowest, highest = spectral_bounds(filled)
         root = self._inverse_root(filled / highest, lowest / highest)
         frame: Tensor = etf_radius(num_classes) * (root / (highest * mean).sqrt()) @ rows
         return frame
@@ -133,19 +131,3 @@ def _minimax(low: float) -> tuple[float, float]:
     """The a that maps [low, 1] to the interval nearest to 1, and the lower end of that interval."""
     scale = (3 / (1 + low + low**2)) ** 0.5
     return scale, scale * low * (3 - (scale * low) ** 2) / 2
-
-
-def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-
-
-def _spectral_bounds(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """A lower bound (0 if there is no better one) and a safe upper bound of the eigenvalues."""
-    num_classes = gram.shape[-1]
-    identity = torch.eye(num_classes, dtype=gram.dtype, device=gram.device)
-    mean = _trace(gram) / num_classes
-    variance = (gram - mean * identity).square().sum((-2, -1), keepdim=True) / num_classes
-    spread = ((num_classes - 1) * variance).sqrt()
-    row_sum = gram.abs().sum(-1, keepdim=True).amax(-2, keepdim=True)
-    slack = 1 + 8 * num_classes * torch.finfo(gram.dtype).eps
-    return (mean - spread).clamp_min(0), torch.minimum(mean + spread, row_sum) * slack

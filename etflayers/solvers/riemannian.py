@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require_module
-from etflayers.solvers.stiefel import Objective, StiefelSolution, assess, default_tolerance, local_model
+from etflayers.precision import default_tolerance
+from etflayers.solvers.stiefel import Objective, StiefelSolution, StiefelSolver, assess, local_model
 
 __all__ = ["RiemannianDescent"]
 
 
 @dataclass(frozen=True)
-class RiemannianDescent:
+class RiemannianDescent(StiefelSolver):
     r"""Gradient steps with momentum (geoopt's ``RiemannianSGD``): a batch at once, on its own device.
 
     First order: one gradient a step and linear convergence, at a rate that depends on the step size; it does
@@ -32,7 +33,7 @@ class RiemannianDescent:
 
     >>> target = torch.eye(4, 2).expand(1, 4, 2)
     >>> start = torch.eye(4).roll(1, 0)[None, :, :2]
-    >>> solution = RiemannianDescent()(lambda q: -(q * target).sum((-2, -1)), start)
+    >>> solution = RiemannianDescent().minimize(lambda q: -(q * target).sum((-2, -1)), start)
     >>> torch.allclose(solution.point, target, atol=1e-3)
     True
     """
@@ -42,7 +43,7 @@ class RiemannianDescent:
     tolerance: float | None = None
     max_iterations: int = 10_000
 
-    def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
+    def minimize(self, objective: Objective, start: Tensor) -> StiefelSolution:
         """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         geoopt = require_module("geoopt", extra="solvers")
         tolerance = default_tolerance(start.dtype) if self.tolerance is None else self.tolerance

@@ -10,18 +10,22 @@ Mahony, Trumpf 2013, An extrinsic look at the Riemannian Hessian.)
 
 **Batches.** Each member of a batch is a problem of its own: the sum of the values has the gradient of each in
 its place, so one backward pass serves all.
+
+f <-> objective, Q <-> point, G <-> euclidean (its norm <-> slope), grad f <-> gradient, S <-> multipliers,
+xi <-> tangent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from etflayers.checks import require
 from etflayers.geometry import project_tangent
+from etflayers.linalg import norm
 from etflayers.status import Status
 
 __all__ = [
@@ -30,10 +34,7 @@ __all__ = [
     "StiefelSolution",
     "StiefelSolver",
     "assess",
-    "default_tolerance",
-    "inner",
     "local_model",
-    "norm",
 ]
 
 Objective = Callable[[Tensor], Tensor]
@@ -58,10 +59,11 @@ class StiefelSolution(NamedTuple):
     codes: Tensor
 
 
+@runtime_checkable
 class StiefelSolver(Protocol):
     """Anything that finds a local minimizer of an objective on the Stiefel manifold, from a start."""
 
-    def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
+    def minimize(self, objective: Objective, start: Tensor) -> StiefelSolution:
         """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         ...
 
@@ -88,27 +90,6 @@ class LocalModel(NamedTuple):
     def critical(self, tolerance: float) -> Tensor:
         """Where |grad f| <= tolerance (1 + |G|), ``(B,)``: absolute for small |G|, relative for large."""
         return norm(self.gradient) <= tolerance * (1 + self.slope)
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<A, B> for each member of the batch, ``(B,)``."""
-    product: Tensor = (a * b).sum((-2, -1))
-    return product
-
-
-def norm(a: Tensor) -> Tensor:
-    """Frobenius norm of each member of the batch, ``(B,)``."""
-    size: Tensor = torch.linalg.vector_norm(a, dim=(-2, -1))
-    return size
-
-
-def default_tolerance(dtype: torch.dtype) -> float:
-    """How small a gradient, or the residual of a linear system, rounding lets us ask for: eps^(3/4).
-
-    >>> f"{default_tolerance(torch.float64):.0e}, {default_tolerance(torch.float32):.0e}"
-    '2e-12, 6e-06'
-    """
-    return float(torch.finfo(dtype).eps ** 0.75)
 
 
 def local_model(objective: Objective, point: Tensor) -> LocalModel:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require_module
+from etflayers.precision import default_tolerance
 from etflayers.solvers.stiefel import (
     LocalModel,
     Objective,
     StiefelSolution,
+    StiefelSolver,
     assess,
-    default_tolerance,
     local_model,
 )
 
@@ -22,7 +23,7 @@ __all__ = ["TrustRegions"]
 
 
 @dataclass(frozen=True)
-class TrustRegions:
+class TrustRegions(StiefelSolver):
     r"""pymanopt's trust regions on the product of the manifolds of the batch, in NumPy on the CPU.
 
     The reference implementation, for checks: all members share one ball and one stopping rule. Value and
@@ -41,7 +42,7 @@ class TrustRegions:
 
     >>> target = torch.eye(4, 2).expand(1, 4, 2)
     >>> start = torch.eye(4).roll(1, 0)[None, :, :2]
-    >>> solution = TrustRegions()(lambda q: -(q * target).sum((-2, -1)), start)
+    >>> solution = TrustRegions().minimize(lambda q: -(q * target).sum((-2, -1)), start)
     >>> torch.allclose(solution.point, target, atol=1e-4)
     True
     """
@@ -49,7 +50,7 @@ class TrustRegions:
     tolerance: float | None = None
     max_iterations: int = 100
 
-    def __call__(self, objective: Objective, start: Tensor) -> StiefelSolution:
+    def minimize(self, objective: Objective, start: Tensor) -> StiefelSolution:
         """Minimize ``objective`` from ``start``, ``(B, d, n)`` with orthonormal columns."""
         pymanopt = require_module("pymanopt", extra="solvers")
         manifolds = require_module("pymanopt.manifolds", extra="solvers")

@@ -62,7 +62,7 @@ def first_set(
     start: str, per_class: int, data: ImageData, generator: torch.Generator, **options: Any
 ) -> DistilledSet:
     """The set before it is learned: noise, real images, class means or centers of k-means."""
-    options |= {"count": per_class, "num_classes": data.num_classes, "generator": generator}
+    options |= {"per_class": per_class, "num_classes": data.num_classes, "generator": generator}
     options |= data.normalization
     if start == "noise":
         return DistilledSet.from_noise(data.shape, **options).to(data.device)

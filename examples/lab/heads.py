@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -83,7 +84,7 @@ def make_head(
     makers: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
         "standard": (StandardHead, ()),
         "fixed": (FixedETFHead, ("rotation",)),
-        "learned": (LearnedETFHead, ()),
+        "learned": (partial(LearnedETFHead, manifold="geoopt"), ()),
     }
     maker, own = makers.get(name, (NearestETFHead, ("momentum", "proximity", "center")))
     chosen: dict[str, Any] = {option: wanted[option] for option in ("scale", "normalize", *own)}

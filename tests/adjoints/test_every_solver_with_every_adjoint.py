@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from etflayers import SVD, ByRegime, Detached, GramEigh, Implicit, Unrolled, nearest_etf, simplex_etf
+from etflayers import nearest_etf, simplex_etf
+from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.errors import InvalidArgumentError
 from etflayers.solvers import (
     QRSVD,
+    SVD,
+    ByRegime,
     ConvexHull,
+    GramEigh,
     GramRoot,
     Iterative,
     NewtonSchulz,

@@ -1,7 +1,11 @@
 import copy
+import errno
 import json
+import math
+import os
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from etflayers.distill import (
     DistilledSet,
+    centered_one_hot,
     image_grid,
     kmeans_centers,
     partial_means,
@@ -23,6 +28,7 @@ from etflayers.distill import (
     unrolled_inner_loop,
     write_png,
 )
+from etflayers.distill.storage import write_tensors
 from etflayers.errors import InvalidArgumentError, MissingDependencyError, NonFiniteError
 
 STARTS = [random_samples, partial_means, kmeans_centers]
@@ -46,7 +52,7 @@ def soft_set():
 
 
 def hard_set():
-    return DistilledSet.from_noise((5,), 3, count=2)
+    return DistilledSet.from_noise((5,), 3, per_class=2)
 
 
 def test_hard_labels_are_kept_and_soft_ones_learned():
@@ -64,18 +70,47 @@ def test_rates_stay_positive_whatever_the_step():
     assert (distilled.rates > 0).all()
     # d rate / d log rate = rate
     torch.testing.assert_close(distilled.log_rates.grad, torch.tensor([0.1, 1e-3]))
+    without = hard_set()
     with pytest.raises(InvalidArgumentError, match="without rates"):
-        _ = hard_set().rates
+        _ = without.rates
+    assert not hasattr(without, "rates")
+    assert getattr(without, "rates", 0.1) == 0.1
+    with pytest.raises(AttributeError, match="no attribute 'rate'"):
+        _ = without.rate
+
+
+def test_the_number_of_inputs_is_of_each_class():
+    images, targets = real_data()
+    assert len(DistilledSet.from_data(images, targets, per_class=2).inputs) == 6
+    assert len(DistilledSet.from_noise((4,), 3, per_class=2).inputs) == 6
+    for make in (
+        lambda: DistilledSet.from_data(images, targets, count=2),
+        lambda: DistilledSet.from_noise((4,), 3, count=2),
+    ):
+        with pytest.warns(DeprecationWarning, match="count is now per_class"):
+            assert len(make().inputs) == 6
 
 
 @pytest.mark.parametrize("representatives", STARTS)
 @pytest.mark.parametrize("count", [1, 4])
 def test_starts_balanced_and_class_by_class_in_turn(representatives, count):
     images, targets = real_data()
-    distilled = DistilledSet.from_data(images, targets, count=count, representatives=representatives)
+    distilled = DistilledSet.from_data(images, targets, per_class=count, representatives=representatives)
     assert torch.equal(distilled.labels, torch.arange(3).repeat(count))
     nearest = (distilled.inputs.detach().mean((1, 2, 3)) / 10).round().long()
     assert torch.equal(nearest, distilled.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_targets_of_every_integer_dtype(dtype):
+    images, targets = real_data()
+    expected = DistilledSet.from_data(images, targets, per_class=2, representatives=partial_means)
+    found = DistilledSet.from_data(images, targets.to(dtype), per_class=2, representatives=partial_means)
+    assert torch.equal(found.labels, expected.labels)
+    means = [each.inputs.detach()[each.labels == 1].mean(0) for each in (found, expected)]
+    torch.testing.assert_close(*means)
+    assert DistilledSet(torch.zeros(3, 2), torch.arange(3).to(dtype)).labels.dtype == torch.int64
+    assert torch.equal(centered_one_hot(torch.arange(3).to(dtype), 3), centered_one_hot(torch.arange(3), 3))
 
 
 def test_samples_are_real_and_different():
@@ -117,7 +152,7 @@ def test_a_generator_decides_all_that_is_random(representatives):
 
 @pytest.mark.parametrize(("kind", "total"), [("one-hot", 1.0), ("centered", 0.0)])
 def test_soft_labels_start_at_the_class(kind, total):
-    distilled = DistilledSet.from_noise((4,), 3, count=2, labels=kind)
+    distilled = DistilledSet.from_noise((4,), 3, per_class=2, labels=kind)
     assert distilled.labels.requires_grad
     assert torch.equal(distilled.labels.argmax(1), torch.arange(3).repeat(2))
     torch.testing.assert_close(distilled.labels.sum(1).detach(), torch.full((6,), total))
@@ -167,9 +202,126 @@ def test_says_what_is_wrong_with_a_file(tmp_path):
     save_file({"inputs": torch.zeros(1, 2)}, tmp_path / "later", {"etflayers": '{"format": 99}'})
     with pytest.raises(InvalidArgumentError, match="format 99"):
         DistilledSet.load(tmp_path / "later")
-    save_file({"inputs": torch.zeros(1, 2)}, tmp_path / "other", {"etflayers": '{"format": 1}'})
-    with pytest.raises(InvalidArgumentError, match="does not hold a distilled set"):
+    write_tensors(tmp_path / "other", {"inputs": torch.zeros(1, 2)}, {})
+    with pytest.raises(InvalidArgumentError, match="other does not hold a distilled set"):
         DistilledSet.load(tmp_path / "other")
+    for record in ("{", "[1]", "{}"):
+        save_file({"inputs": torch.zeros(1, 2)}, tmp_path / "record", {"etflayers": record})
+        with pytest.raises(InvalidArgumentError, match=r"record (is damaged|has format None)"):
+            DistilledSet.load(tmp_path / "record")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        DistilledSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"log_rates": torch.tensor([0.0, math.nan])}, "rates must be finite"),
+        ({"log_rates": torch.tensor(math.inf)}, "rates must be finite"),
+        ({"log_rates": torch.tensor(1e9)}, "rates must be finite"),
+        ({"log_rates": torch.tensor(-1e9)}, "rates must be finite numbers > 0"),
+        ({"log_rates": torch.zeros(2, 2)}, r"shape \(T,\), got \(2, 2\)"),
+        ({"log_rates": torch.ones(2, dtype=torch.int64)}, "floating-point"),
+        ({"num_classes": 3.5}, "num_classes must be an integer.*3.5"),
+        ({"num_classes": 10**12}, "num_classes must be an integer.*10{12}"),
+        ({"num_classes": None}, "num_classes must be an integer"),
+        ({"num_classes": 2}, r"labels must lie in \[0, 2\)"),
+        ({"metadata": "text"}, "metadata must be a dictionary"),
+        ({"labels": torch.zeros(2)}, "soft labels must have shape"),
+        ({"std": torch.tensor(0.0)}, "std must be positive"),
+    ],
+)
+def test_a_file_is_held_against_what_a_set_can_be(change, message, tmp_path):
+    path = tmp_path / "set.safetensors"
+    tensors, record = hard_set().state_dict(), {"num_classes": 3, "metadata": {}}
+    for name, value in change.items():
+        (tensors if isinstance(value, torch.Tensor) else record)[name] = value
+    write_tensors(path, tensors, record)
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        DistilledSet.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_rates_that_half_precision_rounds_to_zero_come_back(tmp_path):
+    distilled = DistilledSet(torch.zeros(2, 3), torch.tensor([0, 1]), rates=1e-9).half()
+    distilled.save(tmp_path / "set.safetensors")
+    assert torch.equal(DistilledSet.load(tmp_path / "set.safetensors").log_rates, distilled.log_rates)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    path = tmp_path / "set.safetensors"
+    distilled = DistilledSet(torch.randn(2, 3), torch.tensor([0, 1]), rates=0.1, metadata={"a": 1})
+    distilled.save(path)
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    blanks = range(8 + len(content[8:end].rstrip()), end)  # after the header
+    for place in range(0, 8 * len(content), 3):  # two or three of every byte
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        if place // 8 not in blanks:
+            with pytest.raises(InvalidArgumentError, match=str(path)):
+                DistilledSet.load(path)
+
+
+def test_a_file_without_a_checksum_loads_with_a_warning(tmp_path):
+    distilled = soft_set()
+    record = {"format": 1, "num_classes": 3, "metadata": {"source": "before"}}
+    tensors = {name: value.contiguous() for name, value in distilled.state_dict().items()}
+    save_file(tensors, tmp_path / "old", {"etflayers": json.dumps(record)})
+    with pytest.warns(UserWarning, match="old has no checksum.*save it again"):
+        loaded = DistilledSet.load(tmp_path / "old")
+    assert torch.equal(loaded.inputs, distilled.inputs)
+    loaded.save(tmp_path / "new")
+    assert DistilledSet.load(tmp_path / "new").metadata == {"source": "before"}
+    # A file of now that has lost its checksum is no file of before.
+    record["format"] = 2
+    save_file(tensors, tmp_path / "lost", {"etflayers": json.dumps(record)})
+    with pytest.raises(InvalidArgumentError, match="lost is damaged"):
+        DistilledSet.load(tmp_path / "lost")
+
+
+def test_writers_and_readers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "set.safetensors"
+    sets = [DistilledSet(torch.full((200, 50), float(i)), torch.arange(200) % 3) for i in range(4)]
+    sets[0].save(path)
+
+    def write(distilled):
+        for _ in range(25):
+            distilled.save(path)
+
+    def read(_):
+        return [DistilledSet.load(path).inputs.unique().numel() for _ in range(25)]
+
+    with ThreadPoolExecutor(6) as pool:
+        writing = [pool.submit(write, distilled) for distilled in sets]
+        reading = [pool.submit(read, index) for index in range(2)]
+        for job in writing:
+            job.result()
+        assert all(job.result() == [1] * 25 for job in reading)
+    assert [each.name for each in tmp_path.iterdir()] == ["set.safetensors"]
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch):
+    distilled = hard_set()
+    (tmp_path / "file").write_text("no folder")
+    for path, kind in [
+        (tmp_path / "none" / "set", FileNotFoundError),
+        (tmp_path / "file" / "set", NotADirectoryError),
+        (tmp_path, IsADirectoryError),
+    ]:
+        with pytest.raises(kind) as caught:
+            distilled.save(path)
+        assert caught.value.filename == str(path)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        distilled.save(tmp_path / "set")
+    assert caught.value.filename == str(tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_state_dict_and_copies():
@@ -195,7 +347,7 @@ def test_is_a_data_set_like_any_other():
 @pytest.mark.parametrize("kind", ["hard", "one-hot"])
 def test_learns_through_the_unrolled_loop(kind):
     images, targets = real_data()
-    distilled = DistilledSet.from_noise((1, 4, 4), 3, count=2, labels=kind, rates=torch.full((2,), 0.01))
+    distilled = DistilledSet.from_noise((1, 4, 4), 3, per_class=2, labels=kind, rates=torch.full((2,), 0.01))
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     optimizer = torch.optim.Adam(distilled.parameters(), lr=0.1)
 
@@ -263,12 +415,26 @@ IMAGES, TARGETS = torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 0, 1])
         (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), rates=torch.ones(2, 2)), "rates"),
         (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), std=0.0), "std"),
         (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), mean=torch.ones(2)), "mean"),
-        (lambda: DistilledSet.from_noise((3,), 2, count=0), "count"),
-        (lambda: DistilledSet.from_noise((3,), 2, count=1, labels="soft"), "'one-hot'"),
-        (lambda: DistilledSet.from_data(IMAGES, TARGETS, count=2), "class 1 has 1"),
-        (lambda: DistilledSet.from_data(IMAGES, TARGETS, count=1, num_classes=3), "class 2 has 0"),
-        (lambda: DistilledSet.from_data(IMAGES, TARGETS[:3], count=1), "one for each image"),
-        (lambda: DistilledSet.from_data(IMAGES, TARGETS - 1, count=1), "got -1"),
+        (lambda: DistilledSet.from_noise((3,), 2, per_class=0), "per_class, the number"),
+        (lambda: DistilledSet.from_noise((3,), 2), "per_class, the number.*got None"),
+        (lambda: DistilledSet.from_noise((3,), 2, per_class=1, count=1), "old name of per_class"),
+        (lambda: DistilledSet.from_data(IMAGES, TARGETS, per_class=1.0), "per_class, the number.*got 1.0"),
+        (lambda: per_class(IMAGES, TARGETS, count=1.5), "count, the number"),
+        (lambda: per_class(IMAGES, TARGETS.bool(), count=1), "targets must be integers"),
+        (lambda: per_class(IMAGES, TARGETS.tolist(), count=1), "targets must be a tensor, got list"),
+        (lambda: per_class(IMAGES, TARGETS, count=1, representatives="means"), "representatives must be a"),
+        (lambda: DistilledSet(torch.zeros(2, 3), [0, 1]), "labels must be a tensor, got list"),
+        (lambda: DistilledSet([[0.0]], torch.zeros(1).long()), "inputs must be a tensor, got list"),
+        (lambda: DistilledSet.from_noise(4, 2, per_class=1), "shape must be a tuple"),
+        (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), num_classes=3.5), "3.5"),
+        (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), num_classes=10**12), "num_classes"),
+        (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), num_classes=True), "num_classes"),
+        (lambda: DistilledSet(torch.zeros(2, 3), torch.zeros(2).long(), metadata="text"), "metadata"),
+        (lambda: DistilledSet.from_noise((3,), 2, per_class=1, labels="soft"), "'one-hot'"),
+        (lambda: DistilledSet.from_data(IMAGES, TARGETS, per_class=2), "class 1 has 1"),
+        (lambda: DistilledSet.from_data(IMAGES, TARGETS, per_class=1, num_classes=3), "class 2 has 0"),
+        (lambda: DistilledSet.from_data(IMAGES, TARGETS[:3], per_class=1), "one for each image"),
+        (lambda: DistilledSet.from_data(IMAGES, TARGETS - 1, per_class=1), "got -1"),
         (lambda: hard_set().images(), "images must have shape"),
         (lambda: image_grid(IMAGES, columns=0), "columns"),
         (lambda: image_grid(IMAGES, padding=-1), "padding"),
@@ -284,7 +450,7 @@ def test_refuses_what_is_not_finite():
     with pytest.raises(NonFiniteError, match="inputs"):
         DistilledSet(torch.full((2, 3), torch.nan), torch.zeros(2).long())
     with pytest.raises(NonFiniteError, match="images"):
-        DistilledSet.from_data(IMAGES + torch.inf, TARGETS, count=1)
+        DistilledSet.from_data(IMAGES + torch.inf, TARGETS, per_class=1)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from etflayers.distill import (
     RunningNormClip,
     StepAdjoint,
     StoredPool,
+    UnrolledInnerLoop,
     average_gradients,
     cross_entropy,
     stack_states,
@@ -330,3 +331,77 @@ def test_two_ranks_with_a_state_each_are_one_with_two() -> None:
     for one, two, exact in zip(*found, [*expected[:1], torch.zeros(S, B, K), *expected[2:]], strict=True):
         assert (one == two).all()
         torch.testing.assert_close(torch.from_numpy(one), exact.to(DTYPE), rtol=1e-12, atol=1e-15)
+
+
+def half_frozen() -> nn.Module:
+    """Random features that stay as they are, with a classifier to train."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[1].requires_grad_(False)
+    return model
+
+
+def test_frozen_parameters_belong_to_the_state_and_are_not_trained() -> None:
+    model, images = half_frozen(), torch.randn(2, 6, 4, requires_grad=True)
+    labels = torch.arange(12).view(2, 6) % 3
+    source = RandomInitialization(half_frozen)
+    states = [source(torch.Generator().manual_seed(seed)) for seed in range(2)]
+    assert set(states[0].params) == {"3.weight", "3.bias"}
+    assert set(states[0].buffers) == {"1.weight", "1.bias"}
+
+    def train(start: InitialState, **options: object) -> InnerSolution:
+        loop = UnrolledInnerLoop(model, epochs=2)
+        return loop(images, labels, lr=0.1, params=start.params, buffers=start.buffers, **options)
+
+    alone = [train(state) for state in states]
+    together = train(stack_states(states), initializations=2)
+    for index, (state, solution) in enumerate(zip(states, alone, strict=True)):
+        for name, value in state.buffers.items():  # each network has features of its own
+            assert torch.equal(solution.buffers[name], value)
+            assert torch.equal(together.buffers[name][index], value)
+        for name, value in solution.params.items():
+            torch.testing.assert_close(together.params[name][index], value)
+        copy = half_frozen()
+        copy.load_state_dict(solution.state)
+        before = half_frozen()
+        before.load_state_dict({**state.params, **state.buffers})
+        rebuilt = UnrolledInnerLoop(before, epochs=2)(images, labels, lr=0.1)
+        torch.testing.assert_close(rebuilt.params["3.weight"], copy[3].weight)
+    assert not torch.equal(alone[0].params["3.weight"], alone[1].params["3.weight"])
+    pool = OnlinePool(half_frozen, size=2, max_age=10)
+    drawn = train(pool())
+    pool.put_back(InitialState(drawn.params, drawn.buffers), steps=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["states"].pop(), "1 networks, this pool 2"),
+        (lambda state: state["states"][0][0].pop("weight"), "names or shapes of the tensors in state 1"),
+        (lambda state: state["ages"].pop(), "an age >= 0 for each of its 2 networks"),
+        (lambda state: state["ages"].__setitem__(0, -5), "an age >= 0"),
+        (lambda state: state["ages"].__setitem__(0, float("nan")), "an age >= 0"),
+    ],
+)
+def test_a_pool_refuses_the_state_of_another(
+    change: Callable[[dict[str, object]], object], message: str
+) -> None:
+    pool = OnlinePool(lambda: nn.Linear(2, 3), size=2, max_age=10)
+    state = OnlinePool(lambda: nn.Linear(2, 3), size=2, max_age=10).state_dict()
+    change(state)
+    before = pool.states
+    with pytest.raises(InvalidArgumentError, match=message):
+        pool.load_state_dict(state)
+    assert pool.states is before
+    assert pool.ages == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomInitialization(nn.Linear(2, 3)), "factory must be a function that makes a network"),
+        (lambda: FixedInitialization(lambda: nn.Linear(2, 3)), r"model must be a torch\.nn\.Module"),
+    ],
+)
+def test_a_network_is_no_factory_and_a_factory_no_network(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        make()

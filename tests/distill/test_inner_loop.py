@@ -78,7 +78,7 @@ def nearest(**options: object) -> NearestETFHead:
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
-    "canonical": lambda: FixedETFHead(6, K, scale=3.0),
+    "canonical": lambda: FixedETFHead(6, K, rotation="canonical", scale=3.0),
     "haar": lambda: FixedETFHead(6, K, rotation="haar", scale=3.0),
     "nearest": nearest,
     "learned": lambda: LearnedETFHead(6, K, scale=3.0, dtype=DTYPE),
@@ -460,7 +460,7 @@ def test_state_changed_in_place_is_an_error() -> None:
 
 def test_a_learned_rotation_leaves_its_manifold_under_an_ordinary_rule() -> None:
     pytest.importorskip("geoopt")
-    model = WithHead(LearnedETFHead(6, K, dtype=DTYPE)).to(DTYPE)
+    model = WithHead(LearnedETFHead(6, K, manifold="geoopt", dtype=DTYPE)).to(DTYPE)
     data = Data(SGD())
     with pytest.raises(ManifoldError):
         unrolled_inner_loop(
@@ -478,6 +478,24 @@ def test_a_learned_rotation_leaves_its_manifold_under_an_ordinary_rule() -> None
         ({"epochs": 0}, "epochs must be"),
         ({"window": range(3, 99)}, "window must be"),
         ({"window": range(0, 6, 2)}, "window must be"),
+        ({"images": [[0.0]]}, "images must be a tensor, got list"),
+        ({"labels": [[0]]}, "labels must be a tensor, got list"),
+        ({"labels": torch.ones(S, B, dtype=torch.bool)}, r"labels must be integers \(class indices\)"),
+        ({"labels": torch.ones(S, B, K, dtype=torch.int64)}, r"use \.argmax\(-1\) for one-hot"),
+        ({"lr": -0.1}, "lr must be finite and at least 0"),
+        ({"lr": torch.tensor([0.1, -0.1])}, "lr must be finite and at least 0"),
+        ({"lr": float("nan")}, "lr must be finite"),
+        ({"lr": None}, "lr must be a number or a tensor, got NoneType"),
+        ({"model": convolutional}, "model must be a torch.nn.Module, got function"),
+        ({"optimizer": torch.optim.SGD}, r"optimizer must be.*SGD\(momentum=0.9\).*the class SGD"),
+        ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, "optimizer must be.*torch.optim.adam.Adam"),
+        ({"optimizer": SGD}, "optimizer must be an update rule.*Got the class SGD"),
+        ({"optimizer": "sgd"}, "optimizer must be an update rule"),
+        ({"adjoint": StepAdjoint}, r"adjoint must be StepAdjoint\(\)"),
+        ({"adjoint": "kept"}, r"adjoint must be .*got 'kept'"),
+        ({"loss": nn.CrossEntropyLoss()}, r"loss must be a function of \(model, images, labels\)"),
+        ({"loss": F.cross_entropy}, r"loss must be a function of \(model, images, labels\)"),
+        ({"loss": lambda logits, labels: logits.sum()}, r"loss must be a function of"),
         ({"params": {}}, "params is empty"),
         ({"params": {"5.weight": torch.zeros(2)}}, "no parameters of the model"),
         ({"params": {"3.bias": torch.zeros(2)}}, "must have shape"),
@@ -490,6 +508,7 @@ def test_a_learned_rotation_leaves_its_manifold_under_an_ordinary_rule() -> None
 def test_wrong_arguments(options: dict[str, object], message: str) -> None:
     model, data = convolutional(), Data(SGD())
     arguments = {
+        "model": model,
         "params": dict(model.named_parameters()),
         "images": data.images.detach(),
         "labels": data.labels.detach(),
@@ -497,7 +516,11 @@ def test_wrong_arguments(options: dict[str, object], message: str) -> None:
         "epochs": EPOCHS,
     }
     with pytest.raises(InvalidArgumentError, match=message):
-        unrolled_inner_loop(model, **{**arguments, **options})
+        unrolled_inner_loop(**{**arguments, **options})
+    parts = {name: options[name] for name in options if name in ("model", "optimizer", "adjoint")}
+    if parts:
+        with pytest.raises(InvalidArgumentError, match=message):
+            UnrolledInnerLoop(**{"model": model, **parts})
 
 
 def test_parameters_of_two_dtypes() -> None:
@@ -505,6 +528,70 @@ def test_parameters_of_two_dtypes() -> None:
     model[3].float()
     with pytest.raises(InvalidArgumentError, match="one dtype"):
         Data(SGD()).train(model, StepAdjoint())
+
+
+def test_parameters_that_require_no_gradient_are_not_trained() -> None:
+    model, data = convolutional(), Data(SGD())
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    images, labels = data.images, data.labels
+    for adjoint in (KeptGraph(), StepAdjoint()):
+        trained = UnrolledInnerLoop(model, adjoint=adjoint)(images, labels, lr=0.1)
+        assert set(trained.params) == {"3.weight", "3.bias"}
+        assert torch.equal(model[0].weight, before)
+    with pytest.raises(InvalidArgumentError, match=r"frozen.*'0.weight'.*detach"):
+        unrolled_inner_loop(model, dict(model.named_parameters()), images, labels, lr=0.1)
+    start = {name: value.detach() for name, value in model.named_parameters()}
+    assert not torch.equal(
+        unrolled_inner_loop(model, start, images, labels, lr=0.1).params["0.weight"], before
+    )
+    with pytest.raises(InvalidArgumentError, match="no parameter of the model requires a gradient"):
+        UnrolledInnerLoop(model.requires_grad_(False))(images, labels, lr=0.1)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16, dtype=DTYPE), nn.Linear(16, 16, dtype=DTYPE)
+        self.two.weight = self.one.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.two(torch.tanh(self.one(images.flatten(1))))
+        return logits
+
+
+def test_tied_weights_are_trained_as_one_whatever_names_they_are_given_under() -> None:
+    model, data = Tied(), Data(SGD())
+    labels = torch.arange(S * B).view(S, B)
+
+    def train(**params: Tensor) -> InnerSolution:
+        names = {name.replace("_", "."): value for name, value in params.items()}
+        return unrolled_inner_loop(model, names, data.images, labels, lr=0.1)
+
+    expected = UnrolledInnerLoop(model)(data.images, labels, lr=0.1)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    found = unrolled_inner_loop(model, every, data.images, labels, lr=0.1)
+    assert set(found.params) == {"one.weight", "one.bias", "two.bias"}
+    for name, value in expected.params.items():
+        assert torch.equal(found.params[name], value)
+    weight = model.one.weight
+    assert torch.equal(
+        train(two_weight=weight).params["one.weight"], train(one_weight=weight).params["one.weight"]
+    )
+    with pytest.raises(InvalidArgumentError, match=r"two tensors for the tied parameter 'one\.weight'"):
+        train(one_weight=weight, two_weight=weight.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    model, data = convolutional(), Data(SGD())
+    labels = torch.arange(S * B).view(S, B) % K
+    loop = UnrolledInnerLoop(model)
+    expected = loop(data.images, labels, lr=0.1)
+    found = loop(data.images, labels.to(dtype), lr=0.1)
+    assert torch.equal(found.params["3.weight"], expected.params["3.weight"])
 
 
 @pytest.mark.parametrize("options", [{"mode": "sideways"}, {"checkpoint_every": 0}])

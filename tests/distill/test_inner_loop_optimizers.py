@@ -81,6 +81,8 @@ def test_an_affine_rule_has_the_same_derivative_everywhere(name: str) -> None:
         lambda: SGD(momentum=1.0),
         lambda: SGD(momentum=torch.tensor(1.5)),
         lambda: SGD(momentum=torch.tensor([0.9])),
+        lambda: SGD(momentum=True),
+        lambda: SGD(momentum="0.9"),
         lambda: SGD(nesterov=True),
         lambda: SGD(weight_decay=-1.0),
         lambda: Adam(beta2=1.0),

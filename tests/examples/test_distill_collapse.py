@@ -38,7 +38,7 @@ def digits() -> ImageData:
 def some_set(data: ImageData, count: int = 2, **options: Any) -> DistilledSet:
     generator = torch.Generator().manual_seed(0)
     return DistilledSet.from_data(
-        data.train.images, data.train.targets, count=count, generator=generator, **options
+        data.train.images, data.train.targets, per_class=count, generator=generator, **options
     )
 
 
@@ -165,7 +165,7 @@ def test_without_sets_a_kernel_set_is_learned(tmp_path: Path, digits: ImageData)
 
 def test_set_that_does_not_fit_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    DistilledSet.from_noise((1, 4, 4), 10, count=1).save(path)
+    DistilledSet.from_noise((1, 4, 4), 10, per_class=1).save(path)
     with pytest.raises(InvalidArgumentError, match=r"10 classes of images \(1, 4, 4\)"):
         collapse_study(CollapseSettings(**SMALL, sets=(path,), out=tmp_path), Console(quiet=True))
 

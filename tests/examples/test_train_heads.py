@@ -140,7 +140,7 @@ def test_options_train(tmp_path: Path, options: tuple[str, ...]) -> None:
     [
         (("--feature-dim", "8"), "at least K - 1 = 9"),
         (("--batch-size", "5000"), "more than the 1438 training images"),
-        (("--scale", "0", "--head", "fixed"), "scale must be positive"),
+        (("--scale", "0", "--head", "fixed"), "scale must be a finite number > 0"),
         (("--model", "timm:resnet18", "--depth", "2"), "leave out --width and --depth"),
         (("--model", "resnet19"), "resnet18"),
         (("--model", "torchvision:resnet18"), "comes with torchvision"),

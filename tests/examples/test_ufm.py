@@ -70,7 +70,7 @@ def test_step_follows_the_loss_of_each_sample() -> None:
         optimizer.step()
 
     assert model.head.scale == 5
-    frame, scale = model.head.weight, 5
+    frame, scale = model.head.frame, 5
     length = before.norm(dim=-1, keepdim=True)
     units = before / length
     error = (scale * units @ frame.mT).softmax(-1) - F.one_hot(targets, 3)

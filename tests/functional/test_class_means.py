@@ -66,6 +66,9 @@ def test_ignored_rows_do_not_count_even_if_the_ignored_index_is_a_class(
     expected = loop_sums(features, torch.where(targets == ignore_index, IGNORE, targets), 3)
     np.testing.assert_allclose(sums, expected[0], atol=1e-14)
     np.testing.assert_array_equal(counts, expected[1])
+    means, counts = class_means(features, targets, 3, ignore_index=ignore_index)
+    np.testing.assert_allclose(means, expected[0] / np.maximum(expected[1], 1)[:, None], atol=1e-14)
+    np.testing.assert_array_equal(counts, expected[1])
 
 
 def test_an_ignore_index_that_wraps_around_uint8_ignores_nothing() -> None:
@@ -139,6 +142,12 @@ LABELS = torch.tensor([0, 1, 1, 0])
             r"features must have shape \(B, in_features\), got \(4,\)",
         ),
         (
+            torch.ones(4, 2, 1),
+            LABELS,
+            InvalidArgumentError,
+            r"features must have shape \(B, in_features\), got \(4, 2, 1\)",
+        ),
+        (
             torch.ones(4, 2),
             LABELS[:3],
             InvalidArgumentError,
@@ -152,7 +161,7 @@ LABELS = torch.tensor([0, 1, 1, 0])
         ),
         (torch.ones(4, 2), LABELS.float(), InvalidArgumentError, "targets must be integers"),
         (torch.ones(4, 2), LABELS.bool(), InvalidArgumentError, "targets must be integers"),
-        (torch.ones(4, 2), LABELS * 5, InvalidArgumentError, r"in \[0, 3\).* got 5 \(2 of 4 out of range\)"),
+        (torch.ones(4, 2), LABELS * 3, InvalidArgumentError, r"in \[0, 3\).* got 3 \(2 of 4 out of range\)"),
         (torch.ones(4, 2), -LABELS, InvalidArgumentError, r"got -1 \(2 of 4 out of range\)"),
         (
             torch.tensor([[1.0, torch.nan]] * 4),
@@ -171,6 +180,26 @@ def test_bad_input_is_named(
         class_sums(features, targets, 3)
 
 
+def test_a_number_of_classes_that_is_none_is_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="num_classes must be at least 1, got 0"):
+        class_sums(torch.ones(4, 2), LABELS, 0)
+
+
 def test_nan_is_found_in_an_ignored_row_too() -> None:
     with pytest.raises(NonFiniteError):
         class_sums(torch.tensor([[torch.nan], [1.0]]), torch.tensor([IGNORE, 0]), 2)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+)
+def test_every_integer_dtype_gives_what_int64_gives(dtype: torch.dtype) -> None:
+    """In uint8, -1 for an ignored sample is class 255: with K = 300 it had the ignored samples as its own."""
+    features = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    largest = 255 if dtype == torch.uint8 else 127
+    targets = torch.tensor([0, 7, largest, 7, 3, largest])
+    sums, counts = class_sums(features, targets.to(dtype), 300, ignore_index=7)
+    expected, expected_counts = class_sums(features, targets, 300, ignore_index=7)
+    assert torch.equal(sums, expected)
+    assert torch.equal(counts, expected_counts)
+    assert int(counts[largest]) == 2

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional import canonical_etf_logits, etf_cross_entropy, linear_cross_entropy
-from etflayers.kernels import cross_entropy as kernels
+from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
+from etflayers.kernels.cross_entropy import reference
 
 IGNORE = -100
 TARGETS = torch.tensor([0, 1, 2, 3, IGNORE, 1, 1, IGNORE, 0])
@@ -40,7 +40,7 @@ def both(form: str, width: int, classes: int, targets: Tensor, **options: Any) -
             (features,),
         )
     return (
-        lambda f, w: linear_cross_entropy(f, w, targets, scale=3.0, chunk_size=4, **options),
+        lambda f, w: code_cross_entropy(f, w, targets, scale=3.0, chunk_size=4, **options),
         lambda f, w: F.cross_entropy(3 * F.linear(f, w), targets, **options),
         (features, frame_of(classes, width).requires_grad_()),
     )
@@ -66,6 +66,21 @@ def test_agrees_with_the_cross_entropy_of_logits(
     )
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="came with PyTorch 2.13")
+def test_agrees_with_the_loss_of_that_kind_in_pytorch() -> None:
+    """The same numbers; what theirs cannot is what the docstring says, and the other tests of this file."""
+    features, frame = features_of(5).requires_grad_(), frame_of(4, 5).requires_grad_()
+    theirs = F.linear_cross_entropy(features, frame, TARGETS, label_smoothing=0.1)
+    ours = code_cross_entropy(features, frame, TARGETS, label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, (features, frame)),
+        torch.autograd.grad(theirs, (features, frame)),
+        rtol=1e-12,
+        atol=1e-13,
+    )
+
+
 @pytest.mark.parametrize("form", ["canonical", "linear"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_derivatives_in_both_modes_to_second_order(form: str, reduction: str) -> None:
@@ -81,7 +96,7 @@ def test_function_transforms_equal_a_loop(form: str) -> None:
     def one(f: Tensor, y: Tensor) -> Tensor:
         if form == "canonical":
             return etf_cross_entropy(f, y, 4)
-        return linear_cross_entropy(f, inputs[1].detach(), y)
+        return code_cross_entropy(f, inputs[1].detach(), y)
 
     features = inputs[0].detach()
     mapped = torch.vmap(torch.func.grad(one))(features, TARGETS)
@@ -96,7 +111,7 @@ def test_rows_in_parts_and_at_once_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     features = features_of(6).requires_grad_()
     results = []
     for entries in (2**20, 8):
-        monkeypatch.setattr(kernels, "_CPU_ENTRIES", entries)
+        monkeypatch.setattr(reference, "_CPU_ENTRIES", entries)
         loss = etf_cross_entropy(features, TARGETS, 4, label_smoothing=0.1)
         results.append((loss, torch.autograd.grad(loss, features)[0]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-14, atol=0)
@@ -137,7 +152,7 @@ def test_a_large_common_mean_costs_no_digits() -> None:
 def test_linear_form_multiplies_in_the_dtype_of_autocast() -> None:
     features, frame = features_of(6, torch.float32), frame_of(4, 6).float()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(features, frame, TARGETS, reduction="none")
+        loss = code_cross_entropy(features, frame, TARGETS, reduction="none")
         logits = F.linear(features, frame)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), TARGETS, reduction="none"))
@@ -168,8 +183,8 @@ def test_leading_dimensions_and_none_at_all() -> None:
     torch.testing.assert_close(cube, flat.view(3, 3))
     torch.testing.assert_close(etf_cross_entropy(features[1], TARGETS[1], 4), flat[1])
     torch.testing.assert_close(
-        linear_cross_entropy(features[1], frame_of(4, 6), TARGETS[1]),
-        linear_cross_entropy(features, frame_of(4, 6), TARGETS, reduction="none")[1],
+        code_cross_entropy(features[1], frame_of(4, 6), TARGETS[1]),
+        code_cross_entropy(features, frame_of(4, 6), TARGETS, reduction="none")[1],
     )
 
 
@@ -177,7 +192,7 @@ def test_an_empty_batch_has_loss_zero() -> None:
     features = torch.ones(0, 6, requires_grad=True)
     for loss in (
         etf_cross_entropy(features, TARGETS[:0], 4),
-        linear_cross_entropy(features, torch.ones(4, 6), TARGETS[:0]),
+        code_cross_entropy(features, torch.ones(4, 6), TARGETS[:0]),
     ):
         assert loss.item() == 0
         assert torch.autograd.grad(loss, features)[0].shape == (0, 6)
@@ -194,6 +209,12 @@ def test_an_empty_batch_has_loss_zero() -> None:
             TARGETS,
             {},
             r"targets must have the leading shape of features, \(8,\), got \(9,\)",
+        ),
+        (
+            torch.ones(9, 6),
+            TARGETS.view(3, 3),
+            {},
+            r"targets must have the leading shape of features, \(9,\), got \(3, 3\)",
         ),
         (torch.ones(9, 6), TARGETS.float(), {}, "targets must be integers"),
         (torch.ones(9, 6), TARGETS + 1, {}, r"in \[0, 4\).* got 4 \(3 of 9"),
@@ -217,6 +238,6 @@ def test_invalid_arguments_are_refused(
 def test_invalid_arguments_of_the_linear_form_are_refused() -> None:
     features = torch.ones(9, 6)
     with pytest.raises(InvalidArgumentError, match=r"got \(9, 6\) and \(4, 5\)"):
-        linear_cross_entropy(features, torch.ones(4, 5), TARGETS)
+        code_cross_entropy(features, torch.ones(4, 5), TARGETS)
     with pytest.raises(InvalidArgumentError, match="chunk_size must be at least 1 or None, got 0"):
-        linear_cross_entropy(features, torch.ones(4, 6), TARGETS, chunk_size=0)
+        code_cross_entropy(features, torch.ones(4, 6), TARGETS, chunk_size=0)

@@ -121,6 +121,25 @@ TARGETS = torch.tensor([0, 1, 2])
         (torch.ones(3, 3), TARGETS, {"reduction": "avg"}, "reduction must be .* got 'avg'"),
         (torch.ones(3, 3), TARGETS, {"lengths": 0.0}, "lengths must be positive"),
         (torch.ones(3, 3), TARGETS, {"lengths": torch.tensor([1.0, -1.0, 1.0])}, "lengths must be positive"),
+        (
+            torch.ones(3, 3),
+            TARGETS,
+            {"lengths": float("inf")},
+            "lengths must be positive .* got inf",
+        ),
+        (
+            torch.ones(3, 3),
+            TARGETS,
+            {"lengths": torch.tensor([1.0, torch.inf, 1.0])},
+            "lengths must be positive and finite",
+        ),
+        (
+            torch.ones(3, 3),
+            TARGETS,
+            {"lengths": torch.ones(3).long()},
+            "lengths must have a real",
+        ),
+        (torch.ones(3, 3), TARGETS, {"lengths": torch.ones(4)}, r"\(num_classes,\) = \(3,\), got \(4,\)"),
         (torch.ones(3, 3), TARGETS, {"lengths": torch.ones(2)}, r"\(num_classes,\) = \(3,\), got \(2,\)"),
     ],
 )

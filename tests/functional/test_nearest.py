@@ -1,12 +1,22 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etflayers import SVD, GramEigh, Status, nearest_etf, simplex_etf, solve_nearest_etf
+from etflayers import nearest_etf, simplex_etf
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.functional import solve_nearest_etf
 from etflayers.geometry import is_simplex_etf
-from etflayers.testing import published_anchor_weight, trust_regions_frame
+from etflayers.solvers import SVD, GramEigh
+from etflayers.status import Status
+from etflayers.testing import (
+    means_with_condition,
+    published_anchor_weight,
+    relative_error,
+    trust_regions_frame,
+)
 
 SHAPES = [(2, 1), (2, 5), (3, 2), (5, 5), (10, 9), (10, 64)]
 
@@ -163,13 +173,54 @@ def test_record_has_the_same_frame_and_gradient():
     torch.testing.assert_close(mine, theirs)
 
 
-def test_residual_sees_a_frame_that_is_not_optimal():
-    class Stubborn:
-        def __call__(self, linear):
-            factors = SVD()(linear)
-            return factors._replace(frame=simplex_etf(5, 6, dtype=torch.float64))
+class Stubborn:
+    """A solver that returns something else than what it found."""
 
-    assert solve_nearest_etf(torch.randn(5, 6, dtype=torch.float64), solver=Stubborn()).residual > 1e-2
+    def __init__(self, instead):
+        self.instead = instead
+
+    def solve(self, linear, precision=None):
+        state = SVD().solve(linear, precision)
+        return state._replace(frame=self.instead(state.frame))
+
+
+def test_record_keeps_the_gradients_of_members_apart():
+    means = torch.randn(2, 5, 6, dtype=torch.float64)
+    means[1, 0, 0] = torch.inf
+    means.requires_grad_()
+    cotangent = torch.randn(5, 6, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(solve_nearest_etf(means).frame[0], means, cotangent)
+    (alone,) = torch.autograd.grad(nearest_etf(means[0]), means, cotangent)
+    torch.testing.assert_close(grad[0], alone[0])
+    assert not grad[1].any()
+
+
+def test_residual_sees_a_frame_that_is_not_optimal_in_any_unit():
+    solver = Stubborn(lambda frame: simplex_etf(5, 6, dtype=torch.float64))
+    means = torch.randn(5, 6, dtype=torch.float64)
+    residual = solve_nearest_etf(means, solver=solver).residual
+    assert residual > 1e-2
+    torch.testing.assert_close(solve_nearest_etf(1e3 * means, solver=solver).residual, residual)
+
+
+def test_residual_sees_a_frame_that_is_too_long():
+    # R = 1.1 times the polar factor: BR' stays symmetric, and |RR' - I| / sqrt(K - 1) = 1.1^2 - 1.
+    means = torch.randn(5, 6, dtype=torch.float64)
+    solution = solve_nearest_etf(means, solver=Stubborn(lambda frame: 1.1 * frame))
+    assert float(solution.residual) == pytest.approx(0.21)
+
+
+def test_means_far_from_a_simplex_are_not_deficient():
+    solution = solve_nearest_etf(means_with_condition(5, 8, 1e10))
+    assert solution.status is Status.CONVERGED
+    assert float(solution.spread) == pytest.approx(1e10, rel=1e-4)
+
+
+def test_a_large_mean_common_to_all_classes_does_not_cancel_digits_in_float32():
+    means = torch.randn(5, 8).mul(1024).round() / 1024 + 4096  # both summands exact in float32
+    weights = torch.tensor([1.0, 0.7, 0.3, 2.0, 0.1])
+    exact = nearest_etf(means.double(), weights=weights.double())
+    assert relative_error(nearest_etf(means, weights=weights), exact) < 1e-5
 
 
 MEANS = torch.randn(4, 6)
@@ -185,10 +236,14 @@ MEANS = torch.randn(4, 6)
         (MEANS, {"weights": torch.ones(3)}, r"weights must have shape .* = \(..., 4\), got \(3,\)"),
         (MEANS, {"weights": -torch.ones(4)}, "weights must not be negative"),
         (MEANS, {"weights": torch.tensor([1.0, 1.0, 1.0, torch.nan])}, "weights must not be negative or NaN"),
+        (MEANS, {"weights": torch.ones(4).long()}, "weights must have a real floating-point dtype"),
         (MEANS, {"proximity": 1.0}, "anchor is needed with proximity=1.0"),
         (MEANS, {"proximity": torch.tensor(1.0)}, "anchor is needed"),
         (MEANS, {"proximity": -1.0, "anchor": MEANS}, "proximity must be a finite number >= 0, got -1.0"),
+        (MEANS, {"proximity": math.inf, "anchor": MEANS}, "proximity must be a finite number >= 0, got inf"),
         (MEANS, {"proximity": torch.tensor(-1.0), "anchor": MEANS}, "proximity must not be negative"),
+        (MEANS, {"proximity": torch.tensor(1), "anchor": MEANS}, "proximity must have a real floating-point"),
+        (MEANS, {"proximity": 1.0, "anchor": MEANS.long()}, "anchor must have a real floating-point dtype"),
         (MEANS, {"proximity": 1.0, "anchor": MEANS.T}, r"anchor must have shape .* got \(6, 4\)"),
     ],
 )

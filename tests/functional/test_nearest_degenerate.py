@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etflayers import Status, nearest_etf, simplex_etf, solve_nearest_etf
+from etflayers import nearest_etf, simplex_etf
+from etflayers.functional import solve_nearest_etf
 from etflayers.geometry import is_simplex_etf
+from etflayers.status import Status
 
 KINDS = ["generic", "exact simplex", "ties", "duplicated class", "all equal", "zero", "integers", "one seen"]
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
-from etflayers import SVD, ByRegime, GramEigh, Unrolled, nearest_etf, simplex_etf, solve_nearest_etf
+from etflayers import nearest_etf, simplex_etf
+from etflayers.adjoints import Unrolled
 from etflayers.errors import NonFiniteError
+from etflayers.functional import solve_nearest_etf
 from etflayers.geometry import is_simplex_etf
+from etflayers.solvers import SVD, ByRegime, GramEigh
 from etflayers.testing import relative_error
 
 

@@ -11,6 +11,8 @@ from etflayers.geometry import (
     centered_basis_apply,
     etf_radius,
     is_simplex_etf,
+    is_stiefel,
+    project_stiefel,
     random_stiefel,
 )
 from etflayers.solvers import RiemannianNewton
@@ -134,6 +136,14 @@ def test_the_riemannian_gradient_at_the_minimum_is_small():
     assert float(found.smallest_curvature) > 0
 
 
+def test_a_start_in_a_narrower_dtype_is_first_brought_back_to_the_manifold():
+    # Already the minimizer, so that no step of the solver makes up for the rounding of the start.
+    start = start_of(dtype=torch.float32)
+    found = solve_stiefel(distance, project_stiefel(start.double()), start=start)
+    assert found.iterations == 0
+    assert is_stiefel(found.point)
+
+
 def test_out_of_iterations_warns_and_has_a_status():
     target, solver = torch.randn(1, 4, 2, dtype=torch.float64), RiemannianNewton(max_iterations=1)
     with pytest.warns(SolveWarning, match="raise max_iterations"):
@@ -157,6 +167,14 @@ def test_a_constant_objective_is_degenerate():
     assert found.status is Status.DEGENERATE
 
 
+def test_a_valley_is_degenerate_and_no_saddle():
+    # Every unit vector of the plane of the smallest eigenvalue is a minimizer.
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 5.0], dtype=torch.float64))
+    found = solve_stiefel(lambda q, a: (q * (a @ q)).sum((-2, -1)), matrix, start=start_of(3, 1))
+    assert float(found.largest_curvature) == pytest.approx(8)
+    assert found.status is Status.DEGENERATE
+
+
 def test_a_tensor_the_objective_hides_is_an_error_not_a_missing_gradient():
     hidden = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
     with pytest.raises(InvalidArgumentError, match="closes over"):
@@ -167,6 +185,7 @@ def test_a_tensor_the_objective_hides_is_an_error_not_a_missing_gradient():
     ("objective", "start", "message"),
     [
         (lambda q: q.sum(), start_of(), "one value for each member"),
+        (lambda q: q.sum((-2, -1)).long(), start_of(), "one value for each member"),
         (lambda q: q.detach().sum((-2, -1)), start_of(), "differentiable function of Q"),
         (lambda q: q.sum((-2, -1)), 2 * start_of(), "orthonormal"),
         (lambda q: q.sum((-2, -1)), start_of()[0], r"\(batch, dim, num_frames\)"),
@@ -186,6 +205,21 @@ def test_an_input_that_is_no_tensor():
 def test_a_threshold_that_is_not_positive(threshold):
     with pytest.raises(InvalidArgumentError, match="threshold"):
         huber_nearest_etf(torch.randn(3, 4), threshold=threshold)
+
+
+@pytest.mark.parametrize("factor", [torch.eye(5), torch.ones(4), torch.ones(3, 4)])
+def test_a_factor_that_does_not_fit_the_features(factor):
+    with pytest.raises(InvalidArgumentError, match=r"factor must have shape \(in_features, m\) = \(4, m\)"):
+        mahalanobis_nearest_etf(torch.randn(3, 4), factor)
+
+
+def test_the_solver_is_used():
+    means, solver = torch.randn(5, 8, dtype=torch.float64), RiemannianNewton(max_iterations=1)
+    factor = torch.randn(8, 8, dtype=torch.float64)
+    with pytest.warns(SolveWarning, match="raise max_iterations"):
+        mahalanobis_nearest_etf(means, factor, solver=solver)
+    with pytest.warns(SolveWarning, match="raise max_iterations"):
+        huber_nearest_etf(means, solver=solver)
 
 
 def test_means_without_a_size():

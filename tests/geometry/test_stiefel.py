@@ -4,6 +4,7 @@ from scipy import linalg
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import (
+    is_simplex_etf,
     is_stiefel,
     project_stiefel,
     project_tangent,
@@ -60,6 +61,10 @@ def test_random_points_are_on_the_manifold_in_batches():
     ("call", "message"),
     [
         (lambda: random_stiefel(2, 3), "num_frames must be in 1..dim = 2, got 3"),
+        (lambda: random_stiefel(2, 0), "num_frames must be in 1..dim = 2, got 0"),
+        (lambda: random_stiefel(3, 2, dtype=torch.int64), "dtype must have a real floating-point dtype"),
+        (lambda: project_tangent(torch.eye(3, 2), torch.ones(4, 3, 2)), r"vector must .* got \(4, 3, 2\)"),
+        (lambda: retract_stiefel(torch.eye(3, 2), torch.ones(4, 3, 2)), r"tangent must .* got \(4, 3, 2\)"),
         (lambda: project_stiefel(torch.randn(2, 3)), "matrix must have shape"),
         (lambda: project_stiefel(torch.ones(3, 2, dtype=torch.int64)), "matrix must have a real floating"),
         (lambda: project_tangent(torch.eye(3, 2), torch.eye(3)), "vector must have the shape of point"),
@@ -74,9 +79,39 @@ def test_bad_arguments_are_named(call, message):
 
 @pytest.mark.parametrize(
     ("point", "reason"),
-    [(torch.eye(2, 3), "shape"), (2 * torch.eye(3), "identity"), (torch.full((3, 2), torch.inf), "NaN")],
+    [
+        (torch.eye(2, 3), "shape (2, 3)"),
+        (torch.ones(3), "shape (3,)"),
+        (2 * torch.eye(3), "identity by up to 3 "),
+        (0.5 * torch.eye(3), "identity by up to 0.75 "),
+        (torch.full((3, 2), torch.inf), "NaN"),
+    ],
 )
 def test_predicate_says_what_is_wrong(point, reason):
     check = is_stiefel(point)
     assert not check.ok
     assert reason in check.reason
+
+
+def test_predicate_takes_a_tolerance():
+    point = torch.diag(torch.tensor([1.0, 1.0, 1.05]))  # Q'Q differs from I by 0.1025
+    assert is_stiefel(point, atol=0.11)
+    assert not is_stiefel(point, atol=0.1)
+
+
+def test_predicate_measures_in_float64_whatever_the_dtype():
+    # The square of 1 + 2^-13 differs from 1 by 2^-12 + 2^-26, of which float32 would drop the last term.
+    point = torch.tensor([[1 + 2**-13]], dtype=torch.float32)
+    assert not is_stiefel(point, atol=2**-12)
+    assert not is_simplex_etf(torch.cat((point, -point)), atol=2**-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deviation"),
+    [(torch.float64, 1e-9), (torch.float32, 1e-3), (torch.float16, 0.1), (torch.bfloat16, 0.3)],
+)
+def test_predicate_refuses_what_rounding_to_a_dtype_does_not_explain(dtype, deviation):
+    # Each deviation is tens of units in the last place or more; rounding a point leaves a few.
+    assert is_stiefel(random_stiefel(100, 50, dtype=dtype))
+    column = torch.tensor([[1 + deviation], [0]], dtype=dtype)
+    assert not is_stiefel(column)

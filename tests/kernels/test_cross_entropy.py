@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etflayers.functional import canonical_etf_logits, etf_cross_entropy, linear_cross_entropy
+from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
 
 
 def test_interpreted(run_checks: Callable[[str], None]) -> None:
@@ -76,7 +76,7 @@ def test_linear_form_compile_and_no_sync_on_a_gpu() -> None:
     frame = torch.randn(50, 128, device="cuda", requires_grad=True)
 
     def losses(f: Tensor, w: Tensor) -> Tensor:
-        return etf_cross_entropy(f, targets, 50) + linear_cross_entropy(f, w, targets, chunk_size=100)
+        return etf_cross_entropy(f, targets, 50) + code_cross_entropy(f, w, targets, chunk_size=100)
 
     def plain(f: Tensor, w: Tensor) -> Tensor:
         return F.cross_entropy(canonical_etf_logits(f, 50), targets) + F.cross_entropy(f @ w.T, targets)

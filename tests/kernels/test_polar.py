@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from etflayers import SVD, ByRegime, Implicit, NearestETFHead, nearest_etf, simplex_etf
-from etflayers.adjoints.implicit import _fused
+from etflayers import NearestETFHead, nearest_etf, simplex_etf
+from etflayers.adjoints import Implicit, Unrolled
 from etflayers.errors import ConvergenceError, InvalidArgumentError
 from etflayers.geometry import is_simplex_etf
 from etflayers.kernels import describe
-from etflayers.kernels.newton_schulz import indicator, inverse_root, refine, schedule, sylvester
 from etflayers.kernels.polar import polar, polar_adjoint
-from etflayers.solvers import GramRoot
+from etflayers.solvers import SVD, ByRegime, GramRoot
 from etflayers.testing import adjoint_identity_error, means_with_condition, relative_error, svd_frame
 
 EPS = torch.finfo(torch.float32).eps
@@ -31,52 +30,6 @@ def test_interpreted(run_checks: Callable[[str], None]) -> None:
 
 def test_compiled(run_checks: Callable[[str], None]) -> None:
     run_checks("compiled/check_polar.py")
-
-
-# The iteration.
-
-
-@pytest.mark.parametrize("smallest", [0.9, 0.05, 0.03, 1e-3, 1e-6])
-def test_a_schedule_brings_its_interval_near_one(smallest: float) -> None:
-    x = torch.logspace(0, torch.log10(torch.tensor(smallest)).item(), 20_001, dtype=torch.float64)
-    for a, b, c in schedule(smallest):
-        x = x * (a + b * x.square() + c * x.pow(4))
-        # No value of those that have arrived is sent far away again, where it would lose digits.
-        assert float(x.max()) < 1 + 1e-12
-    assert float(x.min()) > 0.9869
-
-
-def spectrum(*values: float) -> tuple[Tensor, Tensor]:
-    basis, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))
-    return torch.tensor(values, dtype=torch.float64), basis
-
-
-def test_roots_and_the_projector_on_what_is_present() -> None:
-    values, basis = spectrum(1.0, 0.5, 1e-3, 1e-6, 0.0, 1e-17)
-    gram = basis @ torch.diag(values) @ basis.T
-    root, inverse = inverse_root(gram, 1e-4)
-    present = indicator(inverse @ root)
-    present = present.T @ present
-    torch.testing.assert_close(present, basis[:, :4] @ basis[:, :4].T, rtol=0, atol=1e-10)
-    root, inverse = refine(root @ present, present @ inverse @ present)
-    kept = basis[:, :4]
-    torch.testing.assert_close(root, kept @ torch.diag(values[:4].sqrt()) @ kept.T, rtol=0, atol=1e-10)
-    exact = kept @ torch.diag(values[:4].rsqrt()) @ kept.T
-    # An error eps of G is one of eps / lambda, relative to lambda^(-1/2).
-    assert relative_error(inverse, exact) < 1e-9
-
-
-@pytest.mark.parametrize("size", [6, 150])  # by the block matrix, and by its parts
-@pytest.mark.parametrize("skew", [True, False])
-def test_sylvester_equation(size: int, skew: bool) -> None:
-    values, basis = spectrum(*torch.linspace(1e-3, 1, size).tolist())
-    root = basis @ torch.diag(values) @ basis.T
-    solution = torch.randn(3, size, size, dtype=torch.float64)
-    solution = solution - solution.mT if skew else solution
-    found = sylvester(root.expand(3, size, size), root @ solution + solution @ root, 1e-3, skew=skew)
-    torch.testing.assert_close(found, solution, rtol=0, atol=1e-10)
-    alone = sylvester(root, root @ solution[0] + solution[0] @ root, 1e-3, skew=skew)
-    torch.testing.assert_close(alone, solution[0], rtol=0, atol=1e-10)
 
 
 # The frame by products.
@@ -95,16 +48,20 @@ def test_frame_and_gradient_against_an_svd(num_classes: int, in_features: int, k
     # size K.
     gradient_bound = 1e-12 + 2e-16 * num_classes * kappa**2
     assert is_simplex_etf(found.frame, atol=1e-10).ok
-    assert relative_error(found.frame, SVD()(linear).frame) < bound
+    assert relative_error(found.frame, SVD().solve(linear).frame) < bound
     direction = torch.randn(num_classes, in_features, dtype=torch.float64)
     exact = torch.func.jvp(lambda x: nearest_etf(x, solver=SVD()), (linear.double(),), (direction,))[1]
-    assert relative_error(polar_adjoint(direction, *found), exact) < gradient_bound
+    assert relative_error(polar_adjoint(direction, found), exact) < gradient_bound
 
 
 def exact_adjoint(direction: Tensor, linear: Tensor, frame: Tensor) -> Tensor:
     """By an eigenbasis, for the frame as it is: for rank-deficient M the derivative depends on the frame."""
-    _, inverse, basis, divisors = SVD()(linear)
-    return _fused(direction.double(), frame, inverse, basis, divisors)
+    state = SVD().solve(linear)
+    basis, reciprocals = state.spectrum
+    frame, change = frame.double(), direction.double() - direction.double().mean(0)
+    inner = change @ frame.mT
+    turned = basis @ ((basis.mT @ (inner - inner.mT) @ basis) * reciprocals) @ basis.mT
+    return turned @ frame + state.inverse @ (change - (1 - 1 / len(frame)) * inner @ frame)
 
 
 DEGENERATE = ["unseen", "coinciding", "all equal", "zero", "one seen", "in a plane", "exact simplex"]
@@ -140,10 +97,10 @@ def test_any_rank_gives_a_simplex_and_the_minimum_norm_gradient(
     found = polar(linear)
     assert is_simplex_etf(found.frame, atol=1e-8).ok
     centered = linear.double() - linear.double().mean(0)
-    exact = SVD()(linear).inverse @ centered
+    exact = SVD().solve(linear).inverse @ centered
     assert float((found.inverse @ centered - exact).norm()) <= 1e-8 * float(exact.norm())
     direction = torch.randn(linear.shape)
-    gradient, expected = polar_adjoint(direction, *found), exact_adjoint(direction, linear, found.frame)
+    gradient, expected = polar_adjoint(direction, found), exact_adjoint(direction, linear, found.frame)
     assert float((gradient - expected).norm()) <= 1e-6 * float(expected.norm())
 
 
@@ -151,22 +108,22 @@ def test_members_of_a_batch_do_not_know_each_other() -> None:
     batch = torch.stack([degenerate(kind, 6, 9) for kind in DEGENERATE])
     batch = torch.stack([batch, torch.randn_like(batch)])
     found, direction = polar(batch), torch.randn_like(batch)
-    gradient = polar_adjoint(direction, *found)
+    gradient = polar_adjoint(direction, found)
     for i in range(2):
         for j in range(len(DEGENERATE)):
             alone = polar(batch[i, j])
             torch.testing.assert_close(found.frame[i, j], alone.frame, rtol=0, atol=1e-7)
-            expected = polar_adjoint(direction[i, j], *alone)
+            expected = polar_adjoint(direction[i, j], alone)
             torch.testing.assert_close(gradient[i, j], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_scale_and_translation_do_not_matter_at_the_ends_of_float32() -> None:
     means = torch.randn(5, 8)
-    exact = SVD()(means).frame
+    exact = SVD().solve(means).frame
     for moved in (1e-20 * means, 1e37 * means):
         assert relative_error(polar(moved).frame, exact) < 1e-6
     far = means.double() + 1e6
-    assert relative_error(polar(far.float()).frame, SVD()(far.float()).frame) < 1e-9
+    assert relative_error(polar(far.float()).frame, SVD().solve(far.float()).frame) < 1e-9
 
 
 def test_nan_is_refused() -> None:
@@ -212,8 +169,8 @@ def test_no_value_is_read(shape: tuple[int, ...]) -> None:
     # Fake tensors have none, and a branch on one is an error.
     with FakeTensorMode():
         direction = torch.empty(shape)
-        factors = polar(torch.empty(shape))
-        assert polar_adjoint(direction, *factors).shape == shape
+        state = polar(torch.empty(shape))
+        assert polar_adjoint(direction, state).shape == shape
 
 
 def test_a_head_trains_the_same() -> None:
@@ -232,7 +189,9 @@ def test_where_the_kernel_cannot_run_it_says_so() -> None:
     with pytest.raises(InvalidArgumentError, match="impl='triton' cannot run polar"):
         nearest_etf(torch.randn(10, 64), solver=GramRoot(impl="triton"))
     with pytest.raises(InvalidArgumentError, match="GramRoot records no operations"):
-        torch.func.jvp(GramRoot().frame, (torch.eye(3),), (torch.eye(3),))
+        torch.func.jvp(
+            lambda x: nearest_etf(x, solver=GramRoot(), adjoint=Unrolled()), (torch.eye(3),), (torch.eye(3),)
+        )
 
 
 # On a GPU.
@@ -389,4 +348,4 @@ def test_nan_is_asserted_on(impl: str) -> None:
 def test_svd_frame_is_the_oracle() -> None:
     # What the tests above trust, against plain autograd.
     means = means_with_condition(4, 6, 3.0)
-    assert relative_error(SVD()(means).frame, svd_frame(means)) < 1e-13
+    assert relative_error(SVD().solve(means).frame, svd_frame(means)) < 1e-13

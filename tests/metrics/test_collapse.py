@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from etflayers.errors import InvalidArgumentError, NonFiniteError
@@ -20,8 +19,10 @@ from etflayers.functional import nearest_etf
 from etflayers.metrics import (
     CosineMargins,
     NeuralCollapse,
+    center_disagreement,
     class_statistics,
     cosine_margins,
+    equinorm,
     frame_distance,
     read_classifier,
 )
@@ -86,10 +87,32 @@ def test_the_classifier_is_no_part_of_the_metric() -> None:
     metric = NeuralCollapse(5, 7, classifier=nn.Linear(7, 5))
     assert not list(metric.parameters())
     assert not metric.state_dict()
-    assert (
-        "accuracy"
-        not in pickle.loads(pickle.dumps(fed(metric, make_data("random", torch.float32)))).compute()
-    )
+
+
+def test_copies_measure_the_same_classifier() -> None:
+    data = make_data("random", torch.float32)
+    layer = nn.Linear(7, 5)
+    metric = NeuralCollapse(5, 7, classifier=layer)
+    clone, tracker = metric.clone(), MetricTracker(metric, maximize=False)
+    tracker.increment()
+    with torch.no_grad():
+        layer.weight.copy_(data.weight)  # training goes on after the copy
+    for duplicate in (metric, clone, tracker):
+        fed(duplicate, data)  # type: ignore[arg-type]
+    assert metric.compute().keys() >= {"nc3_distance", "accuracy"}
+    assert_equal(clone.compute(), metric.compute())
+    assert_equal(tracker.compute(), metric.compute())
+    assert_equal(pickle.loads(pickle.dumps(metric)).compute(), metric.compute())
+
+
+def test_a_copied_model_measures_its_own_classifier() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(7, 5)})
+    model["metric"] = NeuralCollapse(5, 7, classifier=model["layer"])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            twin["layer"].weight.zero_()
+        with pytest.raises(InvalidArgumentError, match="must not hold a zero row"):
+            fed(twin["metric"], make_data("random", torch.float32)).compute()
 
 
 def test_state_dict_carries_the_moments() -> None:
@@ -105,9 +128,105 @@ def test_state_dict_carries_the_moments() -> None:
     assert_equal(other.compute(), metric.compute())
 
 
-def test_half_keeps_the_moments_in_float64() -> None:
-    metric = NeuralCollapse(5, 7).half().bfloat16()
-    assert metric.packed.dtype == torch.float64
+CASTS: list[Callable[[nn.Module], object]] = [
+    nn.Module.half,
+    nn.Module.bfloat16,
+    nn.Module.float,
+    lambda module: module.to(torch.float16),
+    lambda module: module.to("cpu", torch.bfloat16),
+    lambda module: module["collapse"].set_dtype(torch.float16),  # type: ignore[index]
+]
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_of_the_module_around_it_leaves_the_state_as_it_is(
+    cast: Callable[[nn.Module], object],
+) -> None:
+    data = make_data("offset", torch.float32)
+    layer = nn.Linear(7, 5)
+    first, second = [(f, t) for f, t in batches(data) if len(t.unique()) == 5][:2]
+    module = nn.ModuleDict({"collapse": NeuralCollapse(5, 7, classifier=layer), "margins": CosineMargins()})
+    plain = NeuralCollapse(5, 7, classifier=layer), CosineMargins()
+    for collapse, margins in ((module["collapse"], module["margins"]), plain):
+        collapse.update(*first)
+        margins.update(*first, data.weight)
+        if collapse is not plain[0]:
+            cast(module)
+        collapse.update(*second)
+        margins.update(*second, data.weight)
+        collapse.reset()
+        for batch in (first, second):
+            collapse.update(*batch)
+    assert module["collapse"].packed.dtype == torch.float64
+    assert_equal(module["collapse"].compute(), plain[0].compute())
+    assert torch.equal(module["margins"].compute(), plain[1].compute())
+
+
+def test_a_batch_that_is_refused_leaves_the_accumulated_state() -> None:
+    data = make_data("random")
+    layer = nn.Linear(7, 5, dtype=torch.float64)
+    metric = fed(NeuralCollapse(5, 7, classifier=layer), data)
+    before = metric.compute()
+    lacking = data.targets < 4
+    with pytest.raises(InvalidArgumentError, match="1 of 5 classes have no sample"):
+        metric(data.features[lacking], data.targets[lacking])
+    assert_equal(metric.compute(), before)
+    with pytest.raises(NonFiniteError):
+        metric(data.features * torch.nan, data.targets)
+    assert_equal(metric.compute(), before)
+    metric(*batches(data)[0])
+    assert metric.samples == len(data.targets) + BATCH
+    margins = CosineMargins()
+    margins(data.features, data.targets, data.weight)
+    with pytest.raises(NonFiniteError):
+        margins(data.features * torch.nan, data.targets, data.weight)
+    assert len(margins.compute()) == len(data.targets)
+
+
+def test_ranks_keep_their_own_state_after_an_error_in_that_of_all() -> None:
+    data = make_data("random")
+    lacking = data.targets < 4
+    two = {"dist_sync_fn": lambda state, group: [state, state], "distributed_available_fn": lambda: True}
+    metric = NeuralCollapse(5, 7, **two)  # type: ignore[arg-type]
+    metric.update(data.features[lacking], data.targets[lacking])
+    for measure in (metric.compute, metric.statistics):
+        with pytest.raises(InvalidArgumentError, match="1 of 5 classes"):
+            measure()
+        assert metric.moments.counts.sum() == lacking.sum()
+    metric.update(data.features[~lacking], data.targets[~lacking])
+    assert metric.statistics().counts.sum() == 2 * len(data.targets)
+
+
+def test_a_collection_does_not_take_one_metric_for_another() -> None:
+    data = make_data("random")
+    layers = [nn.Linear(7, 5, dtype=torch.float64) for _ in range(2)]
+    members: dict[str, Callable[[], NeuralCollapse]] = {
+        "all": lambda: NeuralCollapse(5, 7),
+        "some": lambda: NeuralCollapse(5, 7, ignore_index=4, unseen="exclude"),
+        "first": lambda: NeuralCollapse(5, 7, classifier=layers[0]),
+        "second": lambda: NeuralCollapse(5, 7, classifier=layers[1]),
+    }
+    collection = MetricCollection({name: make() for name, make in members.items()})
+    # After an empty batch, or one without class 4, they look alike.
+    order = data.targets.argsort()
+    parts = [
+        (data.features[:0], data.targets[:0]),
+        (data.features[order[:40]], data.targets[order[:40]]),
+        (data.features[order[40:]], data.targets[order[40:]]),
+    ]
+    alone = {name: make() for name, make in members.items()}
+    for features, targets in parts:
+        collection.update(features, targets)
+        for metric in alone.values():
+            metric.update(features, targets)
+    measured = collection.compute()
+    for name, metric in alone.items():
+        for key, value in metric.compute().items():
+            assert torch.equal(measured[f"{name}_{key}"], value), (name, key)
+    margins = MetricCollection({"all": CosineMargins(), "some": CosineMargins(ignore_index=4)})
+    for features, targets in parts[1:]:
+        margins.update(features, targets, data.weight)
+    assert len(margins["all"].compute()) - len(margins["some"].compute()) == (data.targets == 4).sum()
 
 
 def test_merge_state() -> None:
@@ -262,20 +381,122 @@ def test_bad_batches_are_refused_and_change_nothing() -> None:
     assert not metric.moments.counts.any()
 
 
-def test_without_torchmetrics_the_functions_work_and_the_shells_say_what_to_install() -> None:
-    program = """
-import sys
-sys.modules["torchmetrics"] = None
-import torch
-from etflayers.errors import MissingDependencyError
-from etflayers.metrics import NeuralCollapse, CosineMargins, class_statistics, collapse_measures
-statistics = class_statistics(torch.eye(3).repeat(2, 1), torch.arange(3).repeat(2), 3)
-print(collapse_measures(statistics)["nc1_trace"].item())
-for make in (lambda: NeuralCollapse(3, 3), CosineMargins):
-    try:
-        make()
-    except MissingDependencyError as error:
-        print("etflayers[metrics]" in str(error))
-"""
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert finished.stdout.split() == ["0.0", "True", "True"], finished.stderr
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_a_large_common_mean_takes_no_digits_of_the_margins(offset: float) -> None:
+    # Multiples of a float32 number there, so that float32 features are exact data about a float64 mean.
+    step = 1.0 if offset == 1e6 else 2.0**-6
+    generator = torch.Generator().manual_seed(0)
+    features = offset + step * torch.randint(-9, 10, (40, 7), generator=generator).float()
+    targets = torch.arange(40) % 5
+    weight = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    center = features.double().mean(0)
+    metric = CosineMargins(center=center)
+    metric.update(features, targets, weight)
+    rows = features.double() - center, targets, weight - weight.mean(0)
+    expected = torch.from_numpy(direct_margins(*(part.numpy() for part in rows)))
+    measured = cosine_margins(features, targets, weight, center=center)
+    torch.testing.assert_close(measured.double(), expected, rtol=0, atol=3e-7)
+    torch.testing.assert_close(metric.compute().double(), expected.sort().values, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_decisions_that_do_not_exist_are_refused(bad: float) -> None:
+    data = make_data("random", torch.float32)
+    logits = torch.randn(len(data.targets), 5)
+    logits[3, 2] = bad
+    metric = NeuralCollapse(5, 7, classifier=nn.Linear(7, 5))
+    with pytest.raises(NonFiniteError, match="logits must not hold NaN"):
+        metric.update(data.features, data.targets, logits)
+    assert not metric.samples
+    with pytest.raises(NonFiniteError, match="logits must not hold NaN"):
+        center_disagreement(data.features, logits, data.weight)
+    logits[3, 2] = -torch.inf  # a class that is excluded
+    metric.update(data.features, data.targets, logits)
+    assert metric.samples == len(data.targets)
+    features = data.features.clone()
+    features[3, 2] = bad
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        center_disagreement(features, logits, data.weight)
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        CosineMargins().update(features, data.targets, data.weight)
+    with pytest.raises(NonFiniteError, match="rows must be finite"):
+        equinorm(features)
+
+
+DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dtype_of_the_targets_does_not_matter(dtype: torch.dtype) -> None:
+    num_classes, ignored = (300, 7) if dtype != torch.int8 else (120, 7)
+    present = torch.arange(num_classes).clamp(max=torch.iinfo(dtype).max).unique()
+    targets = present.repeat(2)
+    features = torch.randn(len(targets), 4)
+    layer = nn.Linear(4, num_classes)
+    for reference in (torch.int64, dtype):
+        metric = NeuralCollapse(
+            num_classes, 4, classifier=layer, ignore_index=ignored, scatter="none", unseen="exclude"
+        )
+        margins = CosineMargins(ignore_index=ignored)
+        metric.update(features, targets.to(reference))
+        margins.update(features, targets.to(reference), layer.weight)
+        measured = {**metric.compute(), "margins": margins.compute()}
+        counts = metric.moments.counts.clone()
+        if reference == torch.int64:
+            expected, right = measured, counts
+    assert not counts[ignored]
+    assert torch.equal(counts, right)
+    assert_equal(measured, expected)
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        ([0, 1, 2], r"got list: pass torch.as_tensor\(targets\)"),
+        (np.arange(3), r"got ndarray: pass torch.as_tensor\(targets\)"),
+        (torch.tensor([True, False, True]), r"convert them with .long\(\)"),
+        (torch.eye(3).long(), r"one-hot targets with .argmax\(-1\)"),
+    ],
+)
+def test_targets_of_another_kind_are_told_what_to_become(targets: Any, match: str) -> None:
+    features, layer = torch.randn(3, 4), nn.Linear(4, 3)
+    for update in (
+        NeuralCollapse(3, 4).update,
+        NeuralCollapse(3, 4, classifier=layer).update,
+        lambda f, t: CosineMargins().update(f, t, layer.weight),
+    ):
+        with pytest.raises(InvalidArgumentError, match=match):
+            update(features, targets)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("in_features", [4, 5, 7])
+def test_an_update_with_a_canonical_head_makes_no_matrix(
+    normalize: bool, in_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data("random", torch.float32, d=in_features)
+    head = FixedETFHead(in_features, 5, rotation="canonical", scale=3.0, normalize=normalize)
+    layer = read_classifier(head)
+    linear = nn.Linear(in_features, 5, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight)
+    inputs = nn.functional.normalize(data.features) if normalize else data.features
+    expected = fed(
+        NeuralCollapse(5, in_features, classifier=linear), Data(inputs, *list(vars(data).values())[1:])
+    )
+    metric = NeuralCollapse(5, in_features, classifier=head)
+    with monkeypatch.context() as patch:
+        patch.setattr("etflayers.nn.fixed.simplex_etf", None)
+        fed(metric, data)
+    assert_equal(metric.compute(), expected.compute(), rtol=2e-6)
+
+
+def test_of_many_classes_an_update_touches_only_those_of_the_batch() -> None:
+    # More classes than samples takes another path than fewer; parts of a batch take the other one.
+    data = make_data("imbalanced", torch.float32, k=60, d=7)
+    for size in (20, 59, 300):
+        metric, whole = NeuralCollapse(60, 7), NeuralCollapse(60, 7)
+        for features, targets in zip(data.features.split(size), data.targets.split(size), strict=True):
+            metric.update(features, targets)
+        whole.update(data.features, data.targets)
+        assert_equal(metric.compute(), whole.compute(), rtol=1e-6)

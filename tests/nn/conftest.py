@@ -36,7 +36,14 @@ def _make(kind: str) -> MakeHead:
         dtype: torch.dtype | None = None,
     ) -> ETFHead:
         if kind == "canonical":
-            return FixedETFHead(in_features, num_classes, scale=scale, normalize=normalize, dtype=dtype)
+            return FixedETFHead(
+                in_features,
+                num_classes,
+                rotation="canonical",
+                scale=scale,
+                normalize=normalize,
+                dtype=dtype,
+            )
         generator = torch.Generator().manual_seed(seed)
         if kind == "haar":
             return FixedETFHead(
@@ -48,18 +55,26 @@ def _make(kind: str) -> MakeHead:
                 generator=generator,
                 dtype=dtype,
             )
-        if kind == "learned":
+        if kind == "nearest":
+            return NearestETFHead(
+                in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
+            )
+        if kind == "geoopt":
             pytest.importorskip("geoopt")
-        head_class: type[NearestETFHead] | type[LearnedETFHead]
-        head_class = NearestETFHead if kind == "nearest" else LearnedETFHead
-        return head_class(
-            in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
+        return LearnedETFHead(
+            in_features,
+            num_classes,
+            scale=scale,
+            normalize=normalize,
+            manifold="geoopt" if kind == "geoopt" else None,
+            generator=generator,
+            dtype=dtype,
         )
 
     return make
 
 
-@pytest.fixture(params=["canonical", "haar", "nearest", "learned"])
+@pytest.fixture(params=["canonical", "haar", "nearest", "learned", "geoopt"])
 def make_head(request: pytest.FixtureRequest) -> MakeHead:
     kind: str = request.param
     return _make(kind)

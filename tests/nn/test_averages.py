@@ -136,6 +136,17 @@ def test_no_grad_training_still_updates_as_batch_norm_does() -> None:
     assert average.means.tolist() == [[1.0], [0.0]]
 
 
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_reset_parameters_forgets_everything(momentum: Momentum) -> None:
+    average, fresh = (FeatureMovingAverage(3, 5, momentum=momentum, dtype=torch.float64) for _ in range(2))
+    for features, targets in stream(5):
+        average(features, targets)
+    average.reset_parameters()
+    for features, targets in stream(2):
+        torch.testing.assert_close(average(features, targets), fresh(features, targets), rtol=0, atol=0)
+    torch.testing.assert_close(average.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+
+
 def test_two_passes_before_one_backward() -> None:
     average = FeatureMovingAverage(2, 2, momentum=0.5)
     targets = torch.tensor([0, 1])
@@ -145,6 +156,12 @@ def test_two_passes_before_one_backward() -> None:
     assert two.grad is not None
     assert one.grad.tolist() == [[2.0, 2.0]] * 2  # d/dx of (x)^2 at 1, step 1
     assert two.grad.tolist() == [[1.0, 1.0]] * 2  # d/dx of (x/2 + 1/2)^2 at 1, step 1/2
+
+
+def test_another_target_may_be_the_ignored_one() -> None:
+    average = FeatureMovingAverage(1, 2, ignore_index=1)
+    average(torch.tensor([[2.0], [4.0]]), torch.tensor([0, 1]))
+    assert average.means.tolist() == [[2.0], [0.0]]
 
 
 def test_leading_dimensions_are_flattened() -> None:
@@ -213,6 +230,7 @@ LABELS = torch.tensor([0, 1, 1, 4])
             InvalidArgumentError,
             r"features must have shape .* \(..., 3\), got \(4, 2\)",
         ),
+        (torch.ones(4, 6), LABELS, InvalidArgumentError, r"features must have .* \(..., 3\), got \(4, 6\)"),
         (torch.ones(4, 3), LABELS[:2], InvalidArgumentError, r"targets must have .* \(4,\), got \(2,\)"),
         (torch.ones(4, 3), LABELS + 1, InvalidArgumentError, r"\[0, 5\) .* got 5 \(1 of 4 out of range\)"),
         (torch.ones(4, 3), LABELS.float(), InvalidArgumentError, "targets must be integers"),

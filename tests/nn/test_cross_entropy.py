@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from etflayers import ETFCrossEntropy, ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
 
 IGNORE = -100
 HEADS = {
-    "canonical": lambda **o: FixedETFHead(6, 4, scale=2.0, **o),
+    "canonical": lambda **o: FixedETFHead(6, 4, rotation="canonical", scale=2.0, **o),
     "canonical, d = K - 1": lambda **o: FixedETFHead(6, 7, scale=2.0, **o),
     "haar": lambda **o: FixedETFHead(6, 4, rotation="haar", scale=2.0, **o),
     "learned": lambda **o: LearnedETFHead(6, 4, scale=2.0, **o),
@@ -59,6 +62,14 @@ def test_loss_gradients_and_state_are_those_of_the_head(
     torch.testing.assert_close(head.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
+def test_another_target_may_be_the_ignored_one(head: ETFHead) -> None:
+    features, targets = problem()
+    targets = torch.where(targets == IGNORE, 2, targets)
+    head.eval()
+    loss = ETFCrossEntropy(head, ignore_index=1)(features, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(head(features), targets, ignore_index=1))
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_under_autocast(name: str) -> None:
     torch.manual_seed(0)
@@ -94,9 +105,44 @@ def test_the_head_is_shared_and_follows_the_mode_of_the_loss() -> None:
     assert int(head.averages.updates.sum()) == 4
 
 
+def test_the_canonical_frame_is_never_made() -> None:
+    # W would take 4e14 bytes, more than a process can address.
+    classes = 10**7
+    criterion = ETFCrossEntropy(FixedETFHead(classes, classes))
+    features = torch.zeros(1, classes, requires_grad=True)
+    loss = criterion(features, torch.tensor([3]))
+    torch.autograd.backward(loss)
+    assert loss.item() == pytest.approx(math.log(classes))
+    assert features.grad is not None
+    assert features.grad[0, 3].item() == pytest.approx(-1)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of entries of the largest result of any operation."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_no_more_logits_exist_than_those_of_a_chunk() -> None:
+    # One class more than features: all logits together would be the largest tensor, and the features are.
+    samples, width, classes = 1000, 2, 3
+    features = torch.randn(samples, width, requires_grad=True)
+    criterion = ETFCrossEntropy(FixedETFHead(width, classes, rotation="haar"), chunk_size=10)
+    with LargestTensor() as largest:
+        torch.autograd.backward(criterion(features, torch.arange(samples) % classes))
+    assert largest.entries == samples * width
+
+
 def test_invalid_arguments_are_refused() -> None:
     head = FixedETFHead(6, 4)
-    with pytest.raises(InvalidArgumentError, match="head must be an ETF head, got Linear"):
+    with pytest.raises(InvalidArgumentError, match="head must be a CodeHead, got Linear"):
         ETFCrossEntropy(nn.Linear(3, 3))  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match=r"label_smoothing must be in \[0, 1\], got 2"):
         ETFCrossEntropy(head, label_smoothing=2)

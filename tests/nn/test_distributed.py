@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from etflayers.nn import FeatureMovingAverage, FixedETFHead, NearestETFHead, provide_targets
+from etflayers.errors import EtfLayersError
+from etflayers.nn import FeatureMovingAverage, FixedETFHead, NearestETFHead, etf, provide_targets
 from etflayers.nn.distributed import all_reduce_sum, world_size
 
 WORLD = 2
@@ -93,6 +94,43 @@ def averages(rank: int | None, **options: Any) -> list[Tensor]:
     return result
 
 
+def looks() -> int:
+    """How often three training passes look at the values of a frame."""
+    model = nn.parallel.DistributedDataParallel(make_model(torch.float32, seed=0))
+    counted = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(etf, "is_simplex_etf", lambda *_, **__: counted.append(1) or True)
+        for step in range(STEPS):
+            features, targets = CASES["float32"].batch(step)
+            with provide_targets(model, targets):
+                model(features)
+    return len(counted)
+
+
+def refusals(rank: int) -> list[str]:
+    """What rank 0 and the others raise for batches that only rank 0 cannot take."""
+    bad: dict[str, tuple[Tensor, Tensor | None]] = {
+        "width": (torch.ones(4, 5), torch.arange(4)),
+        "dtype": (torch.ones(4, 6).long(), torch.arange(4)),
+        "no targets": (torch.ones(4, 6), None),
+        "range": (torch.ones(4, 6), torch.arange(4) + 1),
+        "NaN": (torch.full((4, 6), torch.nan), torch.arange(4)),
+    }
+    head = NearestETFHead(6, 4)
+    head(torch.randn(8, 6), torch.arange(8) % 4)
+    raised = []
+    for features, targets in bad.values():
+        before = copy.deepcopy(head.state_dict())
+        try:
+            head(features, targets) if rank == 0 else head(torch.randn(4, 6), torch.arange(4))
+        except EtfLayersError as error:
+            raised.append(type(error).__name__)
+        for name, tensor in head.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+    head(torch.randn(4, 6), torch.arange(4))  # and the run can go on
+    return raised
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
@@ -105,8 +143,10 @@ def worker(rank: int, folder: str) -> None:
     results["averages"] = averages(rank, process_group=group)
     results["local"] = averages(rank, synchronize=False)
     results["copy"] = copy.deepcopy(NearestETFHead(6, 4, process_group=group)).averages.process_group
+    results["looks"] = looks()
     fixed = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), FixedETFHead(6, 4)))
     results["fixed"] = fixed(torch.ones(1, 5)).detach()
+    results["refusals"] = refusals(rank)
     x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(all_reduce_sum(x).pow(3), x, create_graph=True)
     results["reduce"] = (world_size(), first.detach(), torch.autograd.grad(first, x)[0])
@@ -136,7 +176,9 @@ def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) 
             )
             torch.testing.assert_close(got["grads"][step], expected["grads"][step], rtol=0, atol=1e-6)
             torch.testing.assert_close(got["states"][step], expected["states"][step], rtol=0, atol=1e-6)
-    assert {"2.frame", "2.center", "2.averages.means", "2.averages.counts"} <= expected["states"][0].keys()
+    assert {"2.vertices", "2.global_mean", "2.averages.means", "2.averages.counts"} <= expected["states"][
+        0
+    ].keys()
 
 
 def test_averages_and_their_gradients_are_those_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
@@ -158,6 +200,23 @@ def test_without_synchronize_each_rank_keeps_to_itself(ranks: list[dict[str, Any
 
 def test_a_process_group_does_not_stop_a_copy(ranks: list[dict[str, Any]]) -> None:
     assert [results["copy"] for results in ranks] == [None, None]
+
+
+def test_every_rank_raises_where_one_refuses_its_batch(ranks: list[dict[str, Any]]) -> None:
+    """The others would wait in the sum over ranks, until the whole run is aborted."""
+    assert ranks[0]["refusals"] == [
+        "InvalidArgumentError",
+        "InvalidArgumentError",
+        "MissingTargetsError",
+        "InvalidArgumentError",
+        "NonFiniteError",
+    ]
+    assert ranks[1]["refusals"] == ["RanksDisagreeError"] * 5
+
+
+def test_training_does_not_look_at_buffers_that_ddp_writes(ranks: list[dict[str, Any]]) -> None:
+    """It writes them before every pass; on an accelerator each look would wait for the device."""
+    assert [results["looks"] for results in ranks] == [0, 0]
 
 
 def test_the_fixed_head_works_inside_ddp(ranks: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import is_simplex_etf, random_stiefel, simplex_etf
-from etflayers.nn import ETFHead, FixedETFHead, NearestETFHead
+from etflayers.nn import ETFCrossEntropy, ETFHead, FixedETFHead, NearestETFHead
 
 if TYPE_CHECKING:
     from tests.nn.conftest import MakeHead
@@ -38,7 +38,7 @@ def by_hand(head: ETFHead, features: Tensor) -> Tensor:
         rows = rows / rows.square().sum(-1, keepdim=True).sqrt()
     if isinstance(head, NearestETFHead) and head.center is not None:
         rows = rows - head.center.double()
-    return head.scale * rows @ head.weight.detach().double().T
+    return head.scale * rows @ head.frame.detach().double().T
 
 
 # --- values -----------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_eval_logits_are_scaled_inner_products_with_an_etf(
     head(features, torch.arange(12) % num_classes)
     head.eval()
 
-    assert is_simplex_etf(head.weight), is_simplex_etf(head.weight).reason
+    assert is_simplex_etf(head.frame), is_simplex_etf(head.frame).reason
     torch.testing.assert_close(head(features).double(), by_hand(head, features), rtol=1e-5, atol=1e-5)
 
 
@@ -115,6 +115,44 @@ def test_to_linear_gives_the_same_logits_and_draws_no_random_numbers(
 def test_to_linear_refuses_to_be_silently_wrong_about_normalization(make_head: MakeHead) -> None:
     with pytest.raises(InvalidArgumentError, match=r"to_linear\(normalized_inputs=True\)"):
         make_head(normalize=True).to_linear()
+
+
+@pytest.mark.parametrize("dead", [0.0, 1e-20])
+def test_a_dead_feature_has_no_direction_and_no_gradient(make_head: MakeHead, dead: float) -> None:
+    """Divided by 1e-12, as F.normalize does, its gradient was 3.6e11 beside neighbors of .05."""
+    head = make_head(normalize=True)
+    features, targets = batch(torch.Generator().manual_seed(0))
+    features[3] = dead
+    features.requires_grad_()
+    for training in (True, False):
+        loss = F.cross_entropy(head.train(training)(features, targets), targets)
+        (grad,) = torch.autograd.grad(loss, features)
+        assert bool(torch.isfinite(grad).all())
+        assert not grad[3].any()
+        assert float(grad.abs().max()) < 10
+
+
+def test_a_scale_that_learns(make_head: MakeHead, generator: torch.Generator) -> None:
+    """It trains through the logits and through the fused loss alike."""
+    features, targets = batch(generator)
+    learned, constant = make_head(scale=2.5).eval(), make_head(scale=2.5).eval()
+    learned.scale = nn.Parameter(torch.tensor(2.5))
+    torch.testing.assert_close(learned(features), constant(features))
+    torch.testing.assert_close(learned.weight, constant.weight)
+    assert "scale=2.5 (learned)" in repr(learned)
+    assert "scale" in learned.state_dict()
+
+    expected = F.cross_entropy(learned(features), targets)
+    loss = ETFCrossEntropy(learned)(features, targets)
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(value, learned.scale)[0] for value in (loss, expected)]
+    torch.testing.assert_close(grads[0], grads[1])
+    assert abs(float(grads[0])) > 1e-4
+
+    torch.optim.SGD([learned.scale], lr=0.1).step()
+    twin = copy.deepcopy(learned)
+    assert isinstance(twin.scale, nn.Parameter)
+    assert twin.to_linear().weight.shape == (4, 6)
 
 
 # --- state ------------------------------------------------------------------------------------------------
@@ -223,13 +261,14 @@ def test_autocast_changes_the_dtype_of_the_logits_and_nothing_of_the_state(
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features_are_computed_in_float32(
-    make_head: MakeHead, generator: torch.Generator, dtype: torch.dtype, training: bool
+    make_head: MakeHead, generator: torch.Generator, dtype: torch.dtype, normalize: bool, training: bool
 ) -> None:
     features, targets = batch(generator)
     features = features.to(dtype)
-    reference, head = make_head().train(training), make_head().train(training)
+    reference, head = (make_head(normalize=normalize, scale=3.0).train(training) for _ in range(2))
 
     logits = head(features.requires_grad_(), targets)
     expected = reference(features.detach().float(), targets)
@@ -265,10 +304,10 @@ def test_a_double_head_is_double_throughout(make_head: MakeHead, generator: torc
     head = make_head(dtype=torch.float64)
     features, targets = batch(generator)
     logits = head(features.double(), targets)
-    assert logits.dtype == head.weight.dtype == torch.float64
+    assert logits.dtype == head.frame.dtype == torch.float64
     torch.testing.assert_close(head.eval()(features.double()), by_hand(head, features), rtol=0, atol=1e-13)
-    assert is_simplex_etf(head.weight, atol=1e-12)
-    assert make_head().double().weight.dtype == torch.float64
+    assert is_simplex_etf(head.frame, atol=1e-12)
+    assert make_head().double().frame.dtype == torch.float64
 
 
 # --- torch.compile, torch.export, torch.func --------------------------------------------------------------
@@ -371,8 +410,15 @@ def test_features_of_a_wrong_kind_are_named(make_head: MakeHead) -> None:
     [
         ((2, 4), {}, "in_features must be at least num_classes - 1 = 3, got 2"),
         ((6, 1), {}, "num_classes must be at least 2, got 1"),
-        ((6, 4), {"scale": 0.0}, "scale must be positive and finite, got 0.0"),
-        ((6, 4), {"scale": float("nan")}, "scale must be positive and finite"),
+        ((6, 4), {"scale": 0.0}, "scale must be a finite number > 0, got 0.0"),
+        ((6, 4), {"scale": float("nan")}, "scale must be a finite number > 0"),
+        ((6, 4), {"scale": True}, "scale must be a finite number > 0, got True"),
+        ((6, 4), {"scale": torch.ones(2)}, r"scale must be a number or a scalar .* got .* of shape \(2,\)"),
+        ((6, 4), {"scale": torch.tensor(-1.0)}, "scale must be a finite number > 0, got -1"),
+        ((6, 3.0), {}, r"num_classes must be an integer, got 3.0 \(float\)"),
+        ((6.0, 4), {}, "in_features must be an integer, got 6.0"),
+        ((6, True), {}, "num_classes must be an integer, got True"),
+        ((6, 4), {"normalize": "False"}, "normalize must be True or False, got 'False'"),
         ((6, 4), {"dtype": torch.int64}, "dtype"),
     ],
 )
@@ -396,7 +442,9 @@ def test_canonical_head_equals_a_linear_layer_and_so_does_its_gradient(
     features = torch.randn(8, in_features, generator=generator, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(8, num_classes, generator=generator, dtype=torch.float64)
     frame = simplex_etf(num_classes, in_features, dtype=torch.float64)
-    head = FixedETFHead(in_features, num_classes, scale=2.0, normalize=normalize, dtype=torch.float64)
+    head = FixedETFHead(
+        in_features, num_classes, rotation="canonical", scale=2.0, normalize=normalize, dtype=torch.float64
+    )
 
     logits = head(features)
     rows = features / features.norm(dim=-1, keepdim=True) if normalize else features
@@ -406,27 +454,34 @@ def test_canonical_head_equals_a_linear_layer_and_so_does_its_gradient(
     (grad,) = torch.autograd.grad(logits, features, cotangent)
     (expected_grad,) = torch.autograd.grad(expected, features, cotangent)
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-13)
-    assert torch.equal(head.weight, frame)
+    assert torch.equal(head.frame, frame)
+
+
+def test_the_frame_is_canonical_where_that_leaves_no_feature_out() -> None:
+    for in_features, canonical in ((3, True), (4, True), (5, False)):
+        head = FixedETFHead(in_features, 4)
+        assert head.canonical is canonical
+        assert (head.vertices is None) is canonical
 
 
 def test_canonical_head_stores_no_matrix() -> None:
-    head = FixedETFHead(2048, 1000)
+    head = FixedETFHead(2048, 1000, rotation="canonical")
     stored = [*head.parameters(), *head.buffers()]
     assert sum(tensor.numel() for tensor in stored) <= 1
     assert head.state_dict() == {}
 
 
 def test_canonical_weight_follows_the_module() -> None:
-    head = FixedETFHead(6, 4)
-    assert head.double().weight.dtype == torch.float64
-    assert head.to("meta").weight.device.type == "meta"
+    head = FixedETFHead(6, 4, rotation="canonical")
+    assert head.double().frame.dtype == torch.float64
+    assert head.to("meta").frame.device.type == "meta"
 
 
 def test_a_given_rotation_is_used(generator: torch.Generator) -> None:
     rotation = random_stiefel(6, 3, generator=generator)
     head = FixedETFHead(6, 4, rotation=rotation)
-    torch.testing.assert_close(head.weight, simplex_etf(4, 3) @ rotation.T)  # c E' times Q'
-    assert head.state_dict().keys() == {"frame"}
+    torch.testing.assert_close(head.frame, simplex_etf(4, 3) @ rotation.T)  # c E' times Q'
+    assert head.state_dict().keys() == {"vertices"}
 
 
 @pytest.mark.parametrize(
@@ -434,7 +489,7 @@ def test_a_given_rotation_is_used(generator: torch.Generator) -> None:
     [
         (torch.eye(6, 4), r"rotation must have shape \(in_features, num_classes - 1\) = \(6, 3\)"),
         (2 * torch.eye(6, 3), "rotation must have orthonormal columns"),
-        ("random", "rotation must be 'canonical', 'haar' or a tensor, got 'random'"),
+        ("random", "rotation must be 'auto', 'canonical', 'haar' or a tensor, got 'random'"),
     ],
 )
 def test_bad_rotations_are_named(rotation: Any, message: str) -> None:

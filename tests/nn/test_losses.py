@@ -38,6 +38,7 @@ def test_lengths_for_each_class_are_state_of_its_own() -> None:
     [
         (0.0, {}, "lengths must be positive and finite"),
         (torch.tensor([1.0, 0.0]), {}, "lengths must be positive and finite"),
+        (torch.tensor(2.0), {}, r"lengths must be a number or have shape \(K,\), got \(\)"),
         (torch.ones(2, 2), {}, r"lengths must be a number or have shape \(K,\), got \(2, 2\)"),
         (1.0, {"reduction": "avg"}, "reduction must be"),
     ],

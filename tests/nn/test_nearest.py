@@ -13,10 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from etflayers.errors import EtfLayersError, InvalidArgumentError, MissingTargetsError, NonFiniteError
+from etflayers.adjoints import Detached
+from etflayers.errors import (
+    EtfLayersError,
+    InvalidArgumentError,
+    MissingTargetsError,
+    NonFiniteError,
+    RecomputationError,
+)
 from etflayers.geometry import is_simplex_etf, simplex_etf
-from etflayers.nn import NearestETFHead, provide_targets
+from etflayers.nn import FeatureMovingAverage, NearestETF, NearestETFHead, provide_targets
 
 IGNORE = -100
 Array = npt.NDArray[np.float64]
@@ -96,6 +104,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"proximity": 0.5, "anchor": "initial"},
     {"proximity": 0.5, "anchor": ANCHOR},
     {"class_weights": WEIGHTS},
+    {"class_weights": WEIGHTS, "proximity": 0.0},
     {"class_weights": WEIGHTS, "proximity": 0.5, "momentum": 0.7, "normalize": True},
 ]
 
@@ -149,7 +158,7 @@ def test_two_classes(generator: torch.Generator) -> None:
 def test_eval_works_before_training_and_after_it_uses_the_latest_frame() -> None:
     head = double_head().eval()
     features, targets = stream(1, classes=[0, 1, 2, 3])[0]
-    torch.testing.assert_close(head(features), features @ head.weight.T)
+    torch.testing.assert_close(head(features), features @ head.frame.T)
     head.train()
     latest = head(features, targets)
     torch.testing.assert_close(head.eval()(features), latest)
@@ -189,6 +198,16 @@ def test_coinciding_means_give_a_frame_and_a_finite_gradient(features: Tensor, p
         assert is_simplex_etf(head.frame)
 
 
+def test_means_that_differ_by_rounding_leave_the_frame_at_the_anchor() -> None:
+    """The unit of float32 means is no smaller than their rounding, in whatever dtype they are joined."""
+    anchor = simplex_etf(4, 600, rotation="haar", generator=torch.Generator().manual_seed(0))
+    means = torch.ones(4, 600)
+    means[0, 0] += torch.finfo(torch.float32).eps
+    frame = NearestETF()(means, anchor=anchor, proximity=0.5)
+    assert float((frame - anchor).norm()) < 0.1
+    assert frame.dtype == torch.float32
+
+
 def test_never_seen_classes_have_no_say_and_ignored_samples_none_either() -> None:
     head, other = double_head(), double_head()
     features, targets = stream(1, classes=[0, 1, 2])[0]
@@ -198,6 +217,9 @@ def test_never_seen_classes_have_no_say_and_ignored_samples_none_either() -> Non
     torch.testing.assert_close(other.frame, head.frame)
     assert logits.shape == (12, 4)  # ignored samples still get logits
     assert head.averages.seen.tolist() == [True, True, True, False]
+    without = double_head(ignore_index=2)
+    without(features, targets)
+    assert without.averages.seen.tolist() == [True, True, False, False]
     expected_center = torch.stack([features[targets == k].mean(0) for k in range(3)]).mean(0)
     torch.testing.assert_close(head.center, expected_center)
 
@@ -264,6 +286,14 @@ def test_detach_cuts_exactly_the_second_path(generator: torch.Generator) -> None
     assert slope.abs() > 1e-7
 
 
+def test_the_adjoint_is_that_of_the_frame(generator: torch.Generator) -> None:
+    head = double_head(scale=2.0, center=False, adjoint=Detached())
+    features, targets = stream(1, classes=[0, 1, 2, 3])[0]
+    cotangent = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    found = gradient(head, features.requires_grad_(), targets, cotangent)
+    torch.testing.assert_close(found, 2 * cotangent @ head.frame)
+
+
 def test_two_passes_and_an_eval_pass_before_one_backward() -> None:
     head = double_head()
     batches = stream(3, classes=[0, 1, 2, 3])
@@ -311,6 +341,15 @@ def test_everything_that_matters_is_in_the_state_dict(options: dict[str, Any]) -
         head.train(), other.train()
 
 
+def test_given_tensors_are_copied() -> None:
+    anchor, weights = ANCHOR.clone(), WEIGHTS.clone()
+    head = double_head(anchor=anchor, class_weights=weights)
+    anchor.zero_(), weights.zero_()
+    assert torch.equal(head.frame, ANCHOR)
+    assert torch.equal(head.anchor, ANCHOR)
+    assert torch.equal(head.class_weights, WEIGHTS)
+
+
 def test_no_grad_training_still_follows_the_batch() -> None:
     head, reference = double_head(), double_head()
     features, targets = stream(1, classes=[0, 1, 2, 3])[0]
@@ -325,6 +364,54 @@ def test_a_process_group_does_not_stop_copies_and_pickles() -> None:
     assert pickle.loads(pickle.dumps(head)).averages.process_group is None
     assert copy.deepcopy(head).averages.process_group is None
     assert head.averages.process_group is not None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradient_checkpointing_around_the_head_is_refused(use_reentrant: bool, detach: bool) -> None:
+    """Run again, the pass starts from the averages after it: the gradient was 12% wrong, in silence."""
+    head = double_head(detach=detach)
+    body = nn.Linear(6, 6, dtype=torch.float64)
+    features, targets = stream(1, classes=[0, 1, 2, 3])[0]
+    features.requires_grad_()
+
+    logits = checkpoint(lambda f: head(body(f), targets), features, use_reentrant=use_reentrant)
+    updates = head.averages.updates.clone()
+    with pytest.raises(RecomputationError, match=r"outside of torch.utils.checkpoint"):
+        logits.sum().backward()
+    assert torch.equal(head.averages.updates, updates)
+
+    # The body may be inside, and in eval mode the head as well.
+    head(checkpoint(body, features, use_reentrant=use_reentrant), targets).sum().backward()
+    head.eval()
+    expected = torch.autograd.grad(head(body(features)).sum(), features)[0]
+    features.grad = None
+    checkpoint(lambda f: head(body(f)), features, use_reentrant=use_reentrant).sum().backward()
+    torch.testing.assert_close(features.grad, expected)
+
+
+def test_an_average_by_itself_is_not_run_twice_either() -> None:
+    average = FeatureMovingAverage(6, 4)
+    features = torch.randn(8, 6, requires_grad=True)
+    means = checkpoint(average, features, torch.arange(8) % 4, use_reentrant=False)
+    with pytest.raises(RecomputationError):
+        means.sum().backward()
+
+
+def test_closures_that_run_the_pass_several_times_a_step() -> None:
+    """L-BFGS evaluates its closure many times; each is a training pass of its own with its own gradient."""
+    head, body = double_head(), nn.Linear(6, 6, dtype=torch.float64)
+    features, targets = stream(1, classes=[0, 1, 2, 3])[0]
+    optimizer = torch.optim.LBFGS(body.parameters(), max_iter=5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(body(features), targets), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert int(head.averages.updates[0]) > 1
 
 
 # --- bad input --------------------------------------------------------------------------------------------
@@ -372,10 +459,11 @@ def test_bad_input_is_named_before_anything_changes(
 
 
 def test_nothing_changes_if_the_solver_fails() -> None:
-    def failing(linear: Any) -> Any:
-        raise NonFiniteError("from the solver")
+    class Failing:
+        def solve(self, linear: Any, precision: Any = None) -> Any:
+            raise NonFiniteError("from the solver")
 
-    head = NearestETFHead(6, 4, solver=failing)
+    head = NearestETFHead(6, 4, solver=Failing())
     before = copy.deepcopy(head.state_dict())
     with pytest.raises(NonFiniteError, match="from the solver"):
         head(torch.randn(4, 6), LABELS)
@@ -388,12 +476,21 @@ def test_nothing_changes_if_the_solver_fails() -> None:
     [
         ({"proximity": -1.0}, "proximity must be a finite number >= 0, got -1.0"),
         ({"proximity": float("inf")}, "proximity must be a finite number"),
+        ({"proximity": "1"}, "proximity must be a finite number >= 0, got '1'"),
+        ({"proximity": True}, "proximity must be a finite number >= 0, got True"),
         ({"momentum": 2.0}, "momentum must be"),
+        ({"momentum": True}, "momentum must be a number in .* got True"),
+        ({"detach": "False"}, "detach must be True or False, got 'False'"),
+        ({"center": None}, "center must be True or False, got None"),
+        ({"synchronize": 1}, "synchronize must be True or False, got 1"),
+        ({"ignore_index": 1.5}, "ignore_index must be an integer, got 1.5"),
+        ({"class_weights": torch.ones(4) + 0j}, "class_weights must have a real floating-point dtype"),
         ({"anchor": "none"}, "anchor must be 'previous', 'initial' or a tensor, got 'none'"),
         ({"anchor": torch.eye(4)}, r"anchor must have shape \(num_classes, in_features\) = \(4, 6\)"),
         ({"anchor": torch.eye(4, 6)}, "anchor must be a simplex ETF, but inner products"),
         ({"class_weights": torch.ones(3)}, r"class_weights must have shape \(num_classes,\) = \(4,\)"),
         ({"class_weights": torch.tensor([1.0, -1, 1, 1])}, "class_weights must be finite, not negative"),
+        ({"class_weights": torch.tensor([1.0, torch.inf, 1, 1])}, "class_weights must be finite"),
         ({"class_weights": torch.zeros(4)}, "class_weights must be finite, not negative and not all zero"),
     ],
 )

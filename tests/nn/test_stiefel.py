@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -81,6 +82,21 @@ def test_a_training_pass_is_a_warm_start_and_an_eval_pass_changes_nothing():
     assert node.solve(target).iterations < cold.iterations
 
 
+def test_a_batch_of_another_size_starts_from_the_first_member():
+    """The minimizers of -(q'x)^2 are x and -x: a start at one of them stays there."""
+    axis = torch.eye(4, 1, dtype=torch.float64)
+    node = StiefelNode(lambda q, x: -(q * x).sum((-2, -1)).square(), 4, 1, dtype=torch.float64)
+    node.start = torch.stack((axis, -axis))
+    torch.testing.assert_close(node(axis.expand(3, 4, 1)), axis.expand(3, 4, 1))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_answer_is_the_callers_own(gradient):
+    node, target = StiefelNode(distance, 5, 2), near_identity(1).requires_grad_(gradient)
+    node(target).detach().zero_()
+    assert is_stiefel(node.start)
+
+
 def test_copies_and_checkpoints_carry_the_warm_start():
     node, target = StiefelNode(distance, 5, 2), near_identity(3)
     expected = node(target.requires_grad_())
@@ -120,9 +136,27 @@ def test_torch_compile_leaves_the_node_to_eager_mode():
     torch.testing.assert_close(compiled(target), 2 * project_stiefel(target), atol=1e-4, rtol=0)
 
 
-def test_the_first_input_leads_with_the_batch():
+@pytest.mark.parametrize("target", [torch.tensor(1.0), torch.zeros(0, 5, 2)])
+def test_the_first_input_leads_with_the_batch(target):
     with pytest.raises(InvalidArgumentError, match="batch dimension"):
-        StiefelNode(distance, 5, 2)(torch.tensor(1.0))
+        StiefelNode(distance, 5, 2)(target)
+
+
+def test_the_generator_decides_where_the_first_solve_starts():
+    one, other = (StiefelNode(distance, 5, 2, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one.start, other.start)
+
+
+def test_an_answer_that_is_not_finite_is_no_start():
+    node = StiefelNode(distance, 5, 2)
+    before = node.start.clone()
+    assert node.solve(torch.full((1, 5, 2), math.nan)).status is Status.NON_FINITE
+    assert torch.equal(node.start, before)
+
+
+def test_a_checkpoint_of_another_size_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for start"):
+        StiefelNode(distance, 5, 2).load_state_dict(StiefelNode(distance, 4, 2).state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -152,5 +186,11 @@ def test_layers_copy():
 
 def test_the_huber_layer_is_its_function():
     means = torch.randn(2, 4, 6)
-    expected = huber_nearest_etf(means, threshold=0.4)
+    expected = huber_nearest_etf(means.double(), threshold=0.4).float()  # a layer computes in float64
     torch.testing.assert_close(HuberNearestETF(threshold=0.4)(means), expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan, math.inf])
+def test_a_threshold_of_the_huber_layer_is_checked_when_it_is_made(threshold):
+    with pytest.raises(InvalidArgumentError, match="threshold must be a finite number > 0"):
+        HuberNearestETF(threshold=threshold)

@@ -160,11 +160,12 @@ def test_provided_targets_are_no_part_of_copies() -> None:
 
 
 def test_models_without_a_nearest_head_and_targets_that_are_none_are_named() -> None:
-    with (
-        pytest.raises(InvalidArgumentError, match="model has no NearestETFHead"),
-        provide_targets(ResNet(), TARGETS),
-    ):
-        pass
+    for model in (ResNet(), replace_classifier(ResNet(), FixedETFHead)):
+        with (
+            pytest.raises(InvalidArgumentError, match="model has no head that accepts targets"),
+            provide_targets(model, TARGETS),
+        ):
+            pass
     with (
         pytest.raises(InvalidArgumentError, match="targets must be a tensor of class indices, got list"),
         provide_targets(model_with_nearest_head(), [0, 1]),  # type: ignore[arg-type]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from etflayers import SVD, nearest_etf, simplex_etf
+from etflayers import nearest_etf, simplex_etf
 from etflayers.errors import ConvergenceError, InvalidArgumentError
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
-from etflayers.solvers import Iterative, RiemannianDescent, RiemannianNewton, TrustRegions, factors_of
+from etflayers.solvers import SVD, Iterative, RiemannianDescent, RiemannianNewton, TrustRegions, state_of
 from etflayers.testing import means_with_condition, relative_error
 
 SOLVERS = [RiemannianNewton(), RiemannianDescent(learning_rate=0.5), TrustRegions()]
@@ -18,13 +18,13 @@ def test_rotations_and_reflections_are_both_found(solver, flip):
     # d = K - 1: the manifold has two components, and no iteration passes from one to the other.
     linear = means_with_condition(5, 4, 5.0)
     linear[:, 0] *= flip
-    assert relative_error(Iterative(solver=solver)(linear).frame, SVD()(linear).frame) < 1e-6
+    assert relative_error(Iterative(solver=solver).solve(linear).frame, SVD().solve(linear).frame) < 1e-6
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_batches_and_scales(solver):
     linear = torch.randn(2, 3, 5, 7) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
-    assert relative_error(Iterative(solver=solver)(linear).frame, SVD()(linear).frame) < 1e-6
+    assert relative_error(Iterative(solver=solver).solve(linear).frame, SVD().solve(linear).frame) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -49,32 +49,32 @@ def saddle(linear, signs):
 
 
 @pytest.mark.parametrize("signs", [[1, 1, -1], [-1, 1, 1], [-1, -1, -1]])
-def test_factors_are_refused_at_a_saddle_or_a_minimum(signs):
+def test_a_state_is_refused_at_a_saddle_or_a_minimum(signs):
     linear = means_with_condition(4, 6, 10.0)
     with pytest.raises(ConvergenceError, match="not the nearest simplex ETF"):
-        factors_of(saddle(linear, torch.tensor(signs)), linear)
+        state_of(saddle(linear, torch.tensor(signs)), linear)
 
 
-def test_factors_are_refused_for_another_frame_and_for_no_frame():
+def test_a_state_is_refused_for_another_frame_and_for_no_frame():
     linear = means_with_condition(4, 6, 10.0)
-    for wrong in (simplex_etf(4, 6, dtype=torch.float64), 1.001 * SVD()(linear).frame, linear * torch.nan):
+    for wrong in (
+        simplex_etf(4, 6, dtype=torch.float64),
+        1.001 * SVD().solve(linear).frame,
+        linear * torch.nan,
+    ):
         with pytest.raises(ConvergenceError, match="not the nearest simplex ETF"):
-            factors_of(wrong, linear)
+            state_of(wrong, linear)
 
 
 @pytest.mark.parametrize(("num_classes", "in_features"), [(2, 1), (5, 4), (5, 9), (40, 48)])
 @pytest.mark.parametrize("rank", [None, 1])
-def test_factors_of_a_frame_are_those_of_the_svd(num_classes, in_features, rank):
+def test_the_state_of_a_frame_is_that_of_the_svd(num_classes, in_features, rank):
     linear = torch.randn(num_classes, in_features, dtype=torch.float64)
     if rank is not None:
         linear = linear[:, :rank] @ torch.randn(rank, in_features, dtype=torch.float64)
-    svd = SVD()(linear)
-    found = factors_of(svd.frame, linear)
+    svd = SVD().solve(linear)
+    found = state_of(svd.frame, linear)
     rhs = torch.randn(num_classes, num_classes, dtype=torch.float64)
 
-    def sylvester(factors):
-        _, _, basis, divisors = factors
-        return basis @ ((basis.mT @ rhs @ basis) * divisors) @ basis.mT
-
     torch.testing.assert_close(found.inverse, svd.inverse)
-    torch.testing.assert_close(sylvester(found), sylvester(svd))
+    torch.testing.assert_close(found.solve_sylvester(rhs), svd.solve_sylvester(rhs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from etflayers.kernels.triton import class_sums as kernels
+from etflayers.kernels.class_sums import triton as kernels
 from tests.kernels.compiled.limits import ARCHITECTURES, SPILLED, resources
 
 POINTERS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from etflayers.kernels.triton import cross_entropy as kernels
+from etflayers.kernels.cross_entropy import triton as kernels
 from tests.kernels.compiled.limits import ARCHITECTURES, SPILLED, resources
 
 POINTERS = {

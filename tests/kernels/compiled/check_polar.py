@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from etflayers.kernels.triton import polar as kernels
+from etflayers.kernels.polar import triton as kernels
 from tests.kernels.compiled.limits import ARCHITECTURES, SPILLED, resources
 
 FACTORS = {"inverse_out": "*fp64", "root_out": "*fp64", "inverse_in": "*fp64", "root_in": "*fp64"}

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from etflayers.functional import class_means, class_sums
 from etflayers.kernels import class_sums as dispatch
-from etflayers.kernels.triton import class_sums as kernels
+from etflayers.kernels.class_sums import triton as kernels
 from etflayers.nn import FeatureMovingAverage, averages
 
 IGNORE = -100

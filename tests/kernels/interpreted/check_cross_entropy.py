@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from etflayers.functional import canonical_etf_logits, etf_cross_entropy, linear_cross_entropy
-from etflayers.kernels.triton import cross_entropy as kernels
+from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
+from etflayers.kernels.cross_entropy import triton as kernels
 
 IGNORE = -100
 EPS = torch.finfo(torch.float32).eps
@@ -138,7 +138,7 @@ def test_compiles_as_one_graph() -> None:
 
     def losses(f: Tensor) -> Tensor:
         canonical = etf_cross_entropy(f, targets, 4, impl="triton")
-        return canonical + linear_cross_entropy(f, frame, targets, chunk_size=4, impl="triton")
+        return canonical + code_cross_entropy(f, frame, targets, chunk_size=4, impl="triton")
 
     def plain(f: Tensor) -> Tensor:
         return F.cross_entropy(canonical_etf_logits(f, 4), targets) + F.cross_entropy(f @ frame.T, targets)

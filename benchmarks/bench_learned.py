@@ -1,0 +1,90 @@
+"""A learned ETF: the node as a parametrization, against Householder products as PyTorch ships them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from benchmarks.report import Check, Claim, Report, Table, milliseconds
+from benchmarks.timing import interleaved, median_ratio, medians
+from etflayers import LearnedETFHead
+from etflayers.geometry import centered_basis_adjoint, etf_radius, simplex_etf
+from etflayers.testing import relative_error
+
+Shape = tuple[int, int]
+SHAPES: tuple[Shape, ...] = ((512, 10), (512, 100), (512, 200))
+QUICK_SHAPES: tuple[Shape, ...] = ((64, 10),)
+OURS, PEER = "LearnedETFHead", "parametrizations.orthogonal"
+BOUND = 4.0  # times faster
+
+
+class Householder(nn.Module):
+    """W = c E'Q' with Q from PyTorch's own parametrization."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.empty(in_features, num_classes - 1))
+        nn.init.orthogonal_(self.q)
+        orthogonal(self, "q")
+
+    @property
+    def frame(self) -> Tensor:
+        return etf_radius(self.q.shape[-1] + 1) * centered_basis_adjoint(self.q.mT)
+
+
+def rivals(shape: Shape) -> dict[str, Callable[[], Tensor]]:
+    """Calls that make the frame and send a random cotangent back to the parameter."""
+    torch.manual_seed(0)
+    in_features, num_classes = shape
+    cotangent = torch.randn(num_classes, in_features)
+
+    def call_of(module: LearnedETFHead | Householder) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            frame = module.frame
+            torch.autograd.grad(frame, list(module.parameters()), cotangent)
+            return frame.detach()
+
+        return call
+
+    return {OURS: call_of(LearnedETFHead(*shape)), PEER: call_of(Householder(*shape))}
+
+
+def run(quick: bool = False) -> Report:
+    report = Report("learned")
+    rows = []
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        calls = rivals(shape)
+        in_features, num_classes = shape
+        gram = simplex_etf(num_classes, in_features) @ simplex_etf(num_classes, in_features).T
+        for name, call in calls.items():
+            frame = call()
+            report.checks.append(
+                Check(f"{shape} {name}: is an ETF", relative_error(frame @ frame.T, gram), 1e-5)
+            )
+        samples = interleaved(calls, seconds=0.5 if quick else 6.0)
+        report.samples[str(shape)] = samples
+        ratio = median_ratio(samples, PEER, OURS)
+        rows.append([str(shape), *map(milliseconds, medians(samples).values()), f"{ratio:.1f}"])
+        if not quick:
+            report.claims.append(Claim(f"{shape}: faster than Householder", ratio, "at least", BOUND, "x"))
+    report.tables.append(
+        Table(
+            "A learned frame and its gradient (milliseconds)",
+            ["(d, K)", OURS, PEER, "times faster"],
+            rows,
+            "Forward and backward, float32, from the parameter to the frame.",
+        )
+    )
+    return report
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"d{shape[0]}-K{shape[1]}")
+@pytest.mark.parametrize("rival", [OURS, PEER])
+def test_frame_and_gradient(benchmark: BenchmarkFixture, shape: Shape, rival: str) -> None:
+    benchmark(rivals(shape)[rival])

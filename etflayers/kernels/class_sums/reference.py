@@ -1,0 +1,69 @@
+r"""Class sums and running class means in plain PyTorch.
+
+F <-> features, y <-> targets, s_k <-> sums, n_k <-> batch_counts, m_k <-> means.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etflayers.kernels.class_sums.momentum import Momentum, momentum_steps
+from etflayers.precision import full_precision, working_dtype
+
+__all__ = ["class_averages_reference", "class_sums_reference"]
+
+
+def class_sums_reference(
+    features: Tensor, targets: Tensor, num_classes: int, ignored: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Sums and counts of each class as one product with the one-hot matrix of the targets.
+
+    With T (B x K), ``T[i, k] = 1`` where sample i has class k, the sums are T'F and the counts 1'T. A product
+    is deterministic where a scatter adds with float atomics in any order, and it reads no value on the host.
+    A row that is ignored is a zero row of T and drops out by itself.
+
+    Args:
+        features: F, ``(B, d)``, finite.
+        targets: ``(B,)``, integers.
+        num_classes: K.
+        ignored: ``(B,)`` bool.
+
+    Returns:
+        The sums ``(K, d)``, float32 or better, and the counts ``(K,)``, int64.
+    """
+    dtype = working_dtype(features.dtype)
+    classes = torch.arange(num_classes, device=features.device)
+    members = torch.where(ignored, -1, targets.long()).unsqueeze(-1) == classes
+    with full_precision(features):
+        sums = members.to(dtype).mT @ features.to(dtype)
+    return sums, members.sum(0)
+
+
+def class_averages_reference(
+    features: Tensor,
+    targets: Tensor,
+    means: Tensor,
+    counts: Tensor,
+    updates: Tensor,
+    ignored: Tensor,
+    momentum: Momentum,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class means, counts and updates after a batch, ``m_k + a_k (s_k / n_k - m_k)``.
+
+    Args:
+        features: ``(B, d)``, finite.
+        targets: ``(B,)``, integers.
+        means: m, ``(K, d)``.
+        counts: ``(K,)`` int64, samples before the batch.
+        updates: ``(K,)`` int64, batches with the class before this one.
+        ignored: ``(B,)`` bool.
+        momentum: of the average.
+
+    Returns:
+        The new means ``(K, d)``, counts and updates ``(K,)``.
+    """
+    sums, batch_counts = class_sums_reference(features, targets, means.shape[0], ignored)
+    batch_means = sums / batch_counts.clamp(min=1).unsqueeze(-1)
+    steps = momentum_steps(momentum, batch_counts, counts, updates, batch_means.dtype).unsqueeze(-1)
+    return means + steps * (batch_means - means), counts + batch_counts, updates + (batch_counts > 0)

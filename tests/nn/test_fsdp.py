@@ -1,0 +1,111 @@
+"""FSDP2 on two gloo ranks: from the meta device, and trained as one process trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+
+from etflayers.geometry import is_simplex_etf
+from etflayers.nn import CodeHead, FixedETFHead, LearnedETFHead, NearestETFHead, provide_targets
+
+WORLD, STEPS = 2, 4
+HEADS = {
+    "canonical": lambda: FixedETFHead(6, 6),
+    "haar": lambda: FixedETFHead(6, 4),
+    "nearest": lambda: NearestETFHead(6, 4, momentum=0.3),
+    "learned": lambda: LearnedETFHead(6, 4, scale=2.0),
+}
+
+
+def model_with(head: str) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), HEADS[head]())
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, generator=generator), torch.tensor([0, 1, 2, 3, 3, 1, 0, 2])
+
+
+def train(model: nn.Module, share: slice) -> list[Tensor]:
+    """Logits of some steps of the default optimizer of large trainers, on a share of each batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    logits = []
+    for step in range(STEPS):
+        features, targets = (tensor[share] for tensor in batch(step))
+        head: Any = model[2]  # type: ignore[index]
+        if head.accepts_targets:
+            with provide_targets(model, targets):
+                out = model(features)
+        else:
+            out = model(features)
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(out, targets))
+        optimizer.step()
+        logits.append(out.detach())
+    return logits
+
+
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    try:
+        results = {name: one_head(rank, name, folder) for name in HEADS}
+        torch.save(results, f"{folder}/rank{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def one_head(rank: int, name: str, folder: str) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(100 + rank)  # ranks draw different numbers
+    with torch.device("meta"):
+        model = model_with(name)
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    head = model[2]
+    assert isinstance(head, CodeHead)
+    full = StateDictOptions(full_state_dict=True)
+    start = {k: v.clone() for k, v in get_model_state_dict(model, options=full).items()}
+    first = head.frame.detach().clone()
+    logits = train(model, slice(4 * rank, 4 * rank + 4))
+    return {"start": start, "first": first, "frame": head.frame.detach().clone(), "logits": logits}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("fsdp")
+    spawn(run_rank, (str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_ranks_from_meta_hold_one_frame_and_train_as_one_process(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
+    mine, theirs = ranks[0][name], ranks[1][name]
+    assert is_simplex_etf(mine["first"])
+    assert torch.equal(mine["first"], theirs["first"])
+    assert is_simplex_etf(mine["frame"])
+    torch.testing.assert_close(mine["frame"], theirs["frame"], rtol=0, atol=1e-6)
+
+    model = model_with(name)
+    model.load_state_dict(mine["start"] if mine["start"] else theirs["start"])
+    logits = train(model, slice(None))
+    for step in range(STEPS):
+        both = torch.cat((mine["logits"][step], theirs["logits"][step]))
+        torch.testing.assert_close(both, logits[step], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine["frame"], model[2].frame.detach(), rtol=1e-4, atol=1e-5)
