@@ -3,6 +3,7 @@
     python examples/collapse_study.py                                     five heads, three seeds, MNIST
     python examples/collapse_study.py --head fixed nearest --loss mse --weight-decay 0 --feature-decay 1e-3
     python examples/collapse_study.py --imbalance step --imbalance-ratio 20 --balanced
+    python examples/collapse_study.py --data fashion                      or glyphs, digits, folder, ...
     python examples/collapse_study.py --devices 2                         two processes under torchrun
     python examples/collapse_study.py --resume                            continue what was killed
     python examples/collapse_study.py --help                              everything else
@@ -15,16 +16,193 @@ test set, at the start (epoch 0) and after each epoch.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import ClassVar
 
+import torch
 from rich.console import Console
+from rich.table import Table
 
-from comparison.command import command
-from comparison.ranks import launch, launched
-from study.settings import StudySettings
-from study.study import study
+from etflayers.checks import require
+from lab.classifiers import Trained, load_and_tell, run_name, train_and_tell
+from lab.data import ImageData
+from lab.files import Row
+from lab.heads import HeadName
+from lab.loggers import WandbMode, loggers
+from lab.measures import existing
+from lab.options import Count, Distinct, Free, Seed, command
+from lab.pictures import study_pictures
+from lab.ranks import launch, launched, process_group, rank
+from lab.report import flat, write_report
+from lab.results import Column, Results, grouped, summary_table
+from lab.settings import Settings
+from lab.training import threads
+
+ETF_THRESHOLDS = (0.2, 0.1, 0.05)
+HEADLINES = (
+    Column("train\nacc. %", "train_accuracy", ".2f", percent=True),
+    Column("test\nacc. %", "test_accuracy", ".2f", percent=True),
+    Column("100%\nepoch", "epochs_to_100", ".1f"),
+    Column("NC1\ntrace", "train_nc1_trace", ".2g"),
+    Column("NC2\nETF", "train_nc2_etf_distance_means", ".2g"),
+    Column("NC3\ndual", "train_nc3_distance", ".2g"),
+    Column("NC4\ntest %", "test_nc4_disagreement", ".2f", percent=True),
+    Column("cosine\nmargin", "train_margin_mean"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings(Settings):
+    """Train classifier heads with several seeds and measure how they collapse.
+
+    All heads get the same backbone at the start, the same batches in the same order and the same learning
+    rates.
+    """
+
+    default_out: ClassVar[str] = "runs/study"
+
+    head: Free[Distinct[HeadName]] = ("standard", "fixed", "nearest", "nearest-detached", "learned")
+    """Heads to train. linear: nn.Linear; standard: a learned weight with rows of length 1, without a bias;
+    fixed, nearest, learned: the ETF heads of this library; nearest-detached: nearest, without the gradient
+    through the frame."""
+    seeds: Free[Distinct[Seed]] = (0, 1, 2)
+    """One training of each head for each seed."""
+    epochs: Count = 20
+    """Passes over the training set."""
+    devices: Free[Count] = 1
+    """Processes that share every batch, each on a device of its own: CUDA with nccl, the CPU with gloo."""
+    tensorboard: Free[bool] = False
+    """Write event files for TensorBoard into OUT/tensorboard."""
+    wandb: Free[WandbMode] = "off"
+    """Log to Weights & Biases; offline into OUT/wandb, to be sent later with `wandb sync`."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.batch_size % self.devices == 0,
+            f"--batch-size {self.batch_size} must be a multiple of --devices {self.devices}: every device "
+            "takes an equal share",
+        )
+        require(
+            self.torch_device.type == "cpu" or self.devices <= torch.cuda.device_count(),
+            f"--devices {self.devices}: PyTorch finds {torch.cuda.device_count()} CUDA devices here",
+        )
+
+
+def study(settings: StudySettings, console: Console, command: str) -> list[Trained]:
+    """Train every head for every seed; write tables, figures and the report; print the summary.
+
+    Args:
+        settings: of the study.
+        console: to print on; the first of several ranks prints.
+        command: what the user typed, for the report.
+    """
+    settings.check()
+    with process_group(settings.torch_device), threads(settings.cpu_threads):
+        console = console if rank() == 0 else Console(quiet=True)
+        results = Results(settings.folder, console)
+        data, title = load_and_tell(settings, console)
+        runs = [
+            _train(head, seed, settings, data, results) for seed in settings.seeds for head in settings.head
+        ]
+        if rank() == 0:
+            _write(runs, settings, title, command, results)
+    return runs
+
+
+def _train(head: HeadName, seed: int, settings: StudySettings, data: ImageData, results: Results) -> Trained:
+    if rank() > 0:
+        return train_and_tell(head, seed, settings, data, results.console)
+    name, plain = run_name(head, seed), settings.fingerprint()
+    wanted = {"tensorboard": settings.tensorboard, "wandb": settings.wandb}
+    with loggers(settings.folder, name, plain, **wanted) as members:
+
+        def log(row: Row) -> None:
+            for member in members:
+                member.log(row)
+
+        run = train_and_tell(head, seed, settings, data, results.console, on_row=log)
+    results.run(run, plain)
+    return run
+
+
+def _write(runs: list[Trained], settings: StudySettings, title: str, command: str, results: Results) -> None:
+    rows, plain = summary_rows(runs), settings.fingerprint()
+    results.csv("measures", tidy_rows(runs))
+    results.csv("summary", rows)
+    results.json("summary", rows)
+    results.json("settings", plain)
+    figures = results.figures(study_pictures(runs, title))
+    write_report(settings.folder, runs, rows, HEADLINES, figures, plain, title, command)
+    results.console.print(
+        headline_table(rows, f"{title}, epochs: {settings.epochs}, seeds: {len(settings.seeds)}")
+    )
+    results.names = ["report.html"]  # which shows all the others
+    results.tell()
+
+
+def tidy_rows(runs: Sequence[Trained]) -> list[Row]:
+    """A long table: one row for each number that exists."""
+    return [
+        {"head": run.head, "seed": run.seed, "epoch": int(row["epoch"]), "measure": measure, "value": value}
+        for run in runs
+        for row in run.history
+        for measure, value in existing(row).items()
+    ]
+
+
+def summary_rows(runs: Sequence[Trained]) -> list[Row]:
+    """One row for each head and measure: its last value over the seeds.
+
+    ``epochs_to_100`` is the first epoch with a train accuracy of 1, ``epochs_to_etf_X`` the first at which
+    the class means are no further than X from their nearest ETF. ``seeds`` counts those that have a value;
+    where some seed has none, the statistics are empty: a mean over those that got there would flatter.
+    """
+    rows = []
+    for head in dict.fromkeys(run.head for run in runs):
+        same = [run for run in runs if run.head == head]
+        last = [existing(run.last) for run in same]
+        for measure in dict.fromkeys(measure for row in last for measure in row):
+            rows.append(_summary(head, measure, [row.get(measure) for row in last]))
+        for measure, reached in _milestones().items():
+            rows.append(_summary(head, measure, [_first_epoch(run.history, reached) for run in same]))
+    return rows
+
+
+def _milestones() -> dict[str, Callable[[Row], bool]]:
+    distance = "train_nc2_etf_distance_means"
+    return {"epochs_to_100": lambda row: row["train_accuracy"] == 1} | {
+        f"epochs_to_etf_{bound}": lambda row, bound=bound: row.get(distance, math.inf) <= bound
+        for bound in ETF_THRESHOLDS
+    }
+
+
+def _first_epoch(history: Sequence[Row], reached: Callable[[Row], bool]) -> float | None:
+    return next((row["epoch"] for row in history if reached(row)), None)
+
+
+def _summary(head: str, measure: str, values: Sequence[float | None]) -> Row:
+    known = [value for value in values if value is not None]
+    statistics = {"mean": fmean, "std": stdev, "median": median, "min": min, "max": max}
+    found = {
+        name: statistic(known) if len(known) == len(values) and (name != "std" or len(known) > 1) else None
+        for name, statistic in statistics.items()
+    }
+    return {"head": head, "measure": measure, **found, "seeds": len(known)}
+
+
+def headline_table(rows: Sequence[Row], title: str) -> Table:
+    """The headline measures of each head, mean above standard deviation, for the terminal."""
+    flattened = [
+        {"head": head.replace("-", "-\n"), **flat({row["measure"]: row for row in same})}
+        for (head,), same in grouped(rows, "head").items()
+    ]
+    return summary_table(title, {"head": "head"}, HEADLINES, flattened, plus_minus="\n±")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

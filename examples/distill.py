@@ -27,14 +27,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from comparison.command import command
-from distillation.collapse.settings import CollapseSettings
-from distillation.collapse.study import collapse_study
-from distillation.images.settings import ImagesSettings
-from distillation.images.study import learn_images
-from distillation.kernel.settings import KernelSettings
-from distillation.kernel.study import learn_kernel_set
-from distillation.linear.case import LinearSettings, linear_case
+from distillation.collapse import CollapseSettings, collapse_study
+from distillation.images import learn_images
+from distillation.kernel import KernelSettings, learn_kernel_set
+from distillation.linear import LinearSettings, linear_case
+from distillation.unrolled import ImagesSettings
+from lab.options import command
 
 STUDIES = {
     ImagesSettings: learn_images,

@@ -12,21 +12,259 @@ figures (.png) and checkpoints.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
 
-from comparison.command import command
-from unconstrained.experiment import compare, sweep
-from unconstrained.landscape_report import check_theory
-from unconstrained.settings import Settings
+from lab.figures import HEAD_COLORS, draw_band, in_plain_numbers, legend_beside, new_figure
+from lab.files import Row
+from lab.heads import HeadName
+from lab.options import command
+from lab.results import Results, make_table
+from unconstrained.descent import Descent, RunKey, Settings
+from unconstrained.landscape import Landscape, landscape_rows
+
+DISTANCES = (0.05, 0.01)  # of the class means to their nearest ETF
+RIVALS = ("fixed", "standard")
+PANELS = {
+    "nc1_trace": "NC1: within over between",
+    "nc2_gram_means": "NC2: Gram matrix of the means",
+    "nc3_distance": "NC3: weight against means",
+}
+# Fixed and learned, and the two nearest, may coincide: the second of each pair is dashed and drawn later.
+DASHED = ("learned", "nearest-detached")
+
+# One change at a time of what the nearest head is asked for; the empty one is the starting point.
+SWEEP: dict[str, dict[str, Any]] = {
+    "as given": {},
+    "detached frame": {},
+    "momentum 0.02": {"momentum": 0.02},
+    "momentum 0.5": {"momentum": 0.5},
+    "momentum 1": {"momentum": 1.0},
+    "momentum None": {"momentum": None},
+    "proximity 0": {"proximity": 0.0},
+    "proximity 0.1": {"proximity": 0.1},
+    "proximity 1": {"proximity": 1.0},
+    "no center": {"center": False},
+    "scale 2.5": {"scale": 2.5},
+    "scale 10": {"scale": 10.0},
+}
+
+
+def compare(settings: Settings, console: Console) -> list[Descent]:
+    """Descend with every head for every number of classes and seed; write tables and figures."""
+    results = Results(settings.folder, console)
+    runs: dict[RunKey, Descent] = {}
+
+    def run(keys: Iterable[RunKey]) -> list[Descent]:
+        for key in keys:
+            if key not in runs:
+                runs[key] = _descend_and_tell(key, settings, console)
+        return [runs[key] for key in keys]
+
+    common = dict.fromkeys(settings.heads, settings.lr)
+    comparisons = {"common": run(_keys(settings, common, settings.classes))}
+    if settings.lr_grid:
+        comparisons["selected"] = []
+        for classes in settings.classes:
+            rates = {}
+            for head in settings.heads:
+                tried = run([RunKey(classes, head, lr, settings.seeds[0]) for lr in settings.lr_grid])
+                rates[head] = min(tried, key=_slowness).key.lr
+            comparisons["selected"] += run(_keys(settings, rates, (classes,)))
+
+    results.csv("runs", [{**run.key._asdict(), **row} for run in runs.values() for row in run.history])
+    summaries = {}
+    for rate, compared in comparisons.items():
+        summaries[rate] = summary_rows(compared)
+        for classes in settings.classes:
+            rows = [row for row in summaries[rate] if row["classes"] == classes]
+            title = f"Steps until the means are an ETF, {classes} classes, {rate} learning rate"
+            console.print(summary_table(rows, title))
+        makers = {"distance": distance_figure, "collapse": collapse_figure}
+        results.figures({f"{name}-{rate}": partial(make, compared) for name, make in makers.items()})
+    results.json("summary", {"settings": settings.fingerprint(), **summaries})
+    results.tell()
+    return list(runs.values())
+
+
+def sweep(settings: Settings, console: Console) -> list[Row]:
+    """Change the options of the nearest head one at a time."""
+    results, table = Results(settings.folder, console), []
+    for classes in settings.classes:
+        rows = []
+        for label, change in SWEEP.items():
+            head: HeadName = "nearest-detached" if label == "detached frame" else "nearest"
+            changed = replace(settings, **change, out=settings.folder / label.replace(" ", "-"))
+            keys = _keys(settings, {head: settings.lr}, (classes,))
+            (row,) = summary_rows([_descend_and_tell(key, changed, console, label) for key in keys])
+            rows.append({"options": label, **row})
+        console.print(summary_table(rows, f"Steps of the nearest head, {classes} classes"))
+        table += rows
+    results.json("sweep", {"settings": settings.fingerprint(), "sweep": table})
+    results.tell()
+    return table
+
+
+def check_theory(settings: Settings, console: Console) -> list[Row]:
+    """The landscape of the regularized model, for both losses."""
+    results = Results(settings.folder, console)
+    rows = [row for loss in ("ce", "mse") for row in landscape_rows(Landscape(loss=loss), settings.seeds)]
+    headings = ("value", "gap", "gradient", "least\neigenvalue", "pre-\ndicted", "NC1-3")
+    table = make_table("Critical points of the regularized model", ("loss", "rank", "seed"), headings)
+    for row in rows:
+        table.add_row(
+            *(str(row[name]) for name in ("loss", "rank", "seed")),
+            f"{row['value']:.6f}",
+            f"{row['gap']:.1e}",
+            f"{row['gradient_norm']:.0e}",
+            f"{row['least_eigenvalue']:.1e}",
+            f"{row['predicted_eigenvalue']:.1e}",
+            "" if row["collapse"] is None else f"{row['collapse']:.0e}",
+        )
+    console.print(table)
+    results.csv("theory", rows)
+    results.tell()
+    return rows
+
+
+def _keys(settings: Settings, rates: dict[HeadName, float], classes: Sequence[int]) -> list[RunKey]:
+    return [
+        RunKey(count, head, lr, seed)
+        for count in classes
+        for head, lr in rates.items()
+        for seed in settings.seeds
+    ]
+
+
+def _slowness(run: Descent) -> tuple[float, float]:
+    steps = run.steps_to(DISTANCES[-1])
+    return math.inf if steps is None else steps, run.history[-1]["etf_distance"]
+
+
+def _descend_and_tell(key: RunKey, settings: Settings, console: Console, label: str = "") -> Descent:
+    run = Descent(key, settings)
+    run.finish(settings.checkpoint(key.name), resume=settings.resume, every=settings.checkpoint_every)
+    steps = {distance: run.steps_to(distance) for distance in DISTANCES}
+    reached = (f"{d:g} {'never' if step is None else f'after {step}'}" for d, step in steps.items())
+    text = f"{key.name} {label}: distance {', '.join(reached)}, {run.seconds:.1f} s"
+    console.print(text, highlight=False, soft_wrap=True)
+    return run
+
+
+def summary_rows(runs: Sequence[Descent]) -> list[Row]:
+    """For each K and head the median, lowest and highest number of steps over the seeds; infinite: never.
+
+    ``over_fixed`` and ``over_standard`` are ratios of medians, there if both heads have got so far.
+    """
+    rows: list[Row] = []
+    for classes, head in dict.fromkeys((run.key.classes, run.key.head) for run in runs):
+        same = [run for run in runs if (run.key.classes, run.key.head) == (classes, head)]
+        row: Row = {"classes": classes, "head": head, "lr": same[0].key.lr, "seeds": len(same)}
+        for distance in DISTANCES:
+            reached = [run.steps_to(distance) for run in same]
+            steps = [math.inf if step is None else float(step) for step in reached]
+            for name, statistic in {"": median, "_min": min, "_max": max}.items():
+                row[f"steps_to_{distance:g}{name}"] = statistic(steps)
+        for name in ("loss", "accuracy", "etf_distance", "nc1_trace", "nc3_distance", "margin"):
+            row[f"last_{name}"] = median(run.history[-1][name] for run in same)
+        row["ms_per_step"] = median(1000 * run.seconds / run.settings.steps for run in same)
+        rows.append(row)
+    of = {(row["classes"], row["head"]): row for row in rows}
+    for row in rows:
+        for rival in RIVALS:
+            for name in (f"steps_to_{distance:g}" for distance in DISTANCES):
+                rivals = of.get((row["classes"], rival), {}).get(name, math.inf)
+                known = 0 < rivals < math.inf and row[name] < math.inf
+                row[f"{name}_over_{rival}"] = row[name] / rivals if known else None
+    return rows
+
+
+def summary_table(rows: Sequence[Row], title: str) -> Table:
+    """The rows of :func:`summary_rows` for reading: median, lowest-highest, and the ratios of medians."""
+    named = "options" if "options" in rows[0] else "head"
+    rivals = [rival for rival in RIVALS if any(row["head"] == rival for row in rows)]
+    ratios = [f"over\n{rival}" for rival in rivals]
+    headings = [heading for distance in DISTANCES for heading in (f"to {distance:g}", *ratios)]
+    table = make_table(title, [named], ["lr", *headings])
+    for row in rows:
+        cells = [row[named], f"{row['lr']:g}"]
+        for name in (f"steps_to_{distance:g}" for distance in DISTANCES):
+            middle, low, high = (_steps(row[f"{name}{end}"]) for end in ("", "_min", "_max"))
+            cells.append(middle if low == high else f"{middle} {low}-{high}")
+            over = (row[f"{name}_over_{rival}"] for rival in rivals)
+            cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in over]
+        table.add_row(*cells)
+    return table
+
+
+def _steps(count: float) -> str:
+    return "never" if math.isinf(count) else f"{count:g}"
+
+
+def distance_figure(runs: Sequence[Descent]) -> Figure:
+    """Distance of the class means to their nearest ETF by step, one panel for each K."""
+    counts = sorted({run.key.classes for run in runs})
+    figure = new_figure(1.2 + 3.9 * len(counts), 3.6)
+    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for axes, count in zip(panels, counts, strict=True):
+        for distance in DISTANCES:
+            axes.axhline(distance, color="#999999", linewidth=0.8, linestyle=":")
+        _draw(axes, [run for run in runs if run.key.classes == count], "etf_distance")
+        axes.set(title=f"{count} classes", ylim=(1e-3, 1), xlabel="step")
+    panels[0].set_ylabel("class means to nearest ETF")
+    legend_beside(figure, panels[0])
+    return figure
+
+
+def collapse_figure(runs: Sequence[Descent]) -> Figure:
+    """NC1, NC2 and NC3 by step, one row of panels for each K."""
+    counts = sorted({run.key.classes for run in runs})
+    # With one sample a class NC1 is zero all along, which a log axis cannot show.
+    shown = [name for name in PANELS if any(row[name] > 0 for run in runs for row in run.history[1:])]
+    figure = new_figure(11, 0.6 + 2.6 * len(counts))
+    grid = figure.subplots(len(counts), len(shown), squeeze=False, sharex=True)
+    for line, count in zip(grid, counts, strict=True):
+        for axes, name in zip(line, shown, strict=True):
+            _draw(axes, [run for run in runs if run.key.classes == count], name)
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-5))  # below is rounding
+        line[0].set_ylabel(f"{count} classes")
+    for top, bottom, name in zip(grid[0], grid[-1], shown, strict=True):
+        top.set_title(PANELS[name])
+        bottom.set_xlabel("step")
+    legend_beside(figure, figure.axes[0])
+    return figure
+
+
+def _draw(axes: Axes, runs: Sequence[Descent], name: str) -> None:
+    """Median over the seeds of each head by step, and a band from the lowest to the highest."""
+    for head in sorted(HEAD_COLORS, key=lambda head: head in DASHED):
+        histories = [run.history[1:] for run in runs if run.key.head == head]  # a log axis has no step 0
+        if histories:
+            curves = [[row[name] for row in history] for history in histories]
+            style = {"color": HEAD_COLORS[head], "linestyle": "--" if head in DASHED else "-"}
+            steps = [row["step"] for row in histories[0]]
+            draw_band(axes, steps, curves, middle=np.median, label=head, **style)
+    axes.set(xscale="log", yscale="log")
+    in_plain_numbers(axes)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the experiments from the command line and return the exit status."""
 
     def experiment(settings: Settings) -> None:
+        settings.check()
         chosen = check_theory if settings.theory else sweep if settings.sweep else compare
         chosen(settings, Console())
 

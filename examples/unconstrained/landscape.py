@@ -20,6 +20,7 @@ point is a global minimum or has a direction of negative curvature (Zhu et al. 2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from etflayers.checks import require, require_module
 from etflayers.metrics import Classifier, class_statistics, collapse_measures
+from lab.files import Row
 
 
 class Point(NamedTuple):
@@ -193,3 +195,32 @@ def collapse(landscape: Landscape, vector: Tensor) -> dict[str, float]:
     measures = collapse_measures(statistics, Classifier(weight, bias))
     names = ("nc1_trace", "nc2_gram_means", "nc2_gram_weights", "nc3_distance")
     return {name: measures[name].item() for name in names}
+
+
+def landscape_rows(landscape: Landscape, seeds: Sequence[int]) -> list[Row]:
+    """One row for each minimum from a random start, and for a critical point of each lower rank.
+
+    ``gap`` is the value above the optimum of the convex program. Rank K - 1 is that of the minimum.
+    """
+    optimum = convex_optimum(landscape)
+    starts: list[tuple[int | None, int]] = [(None, seed) for seed in seeds]
+    starts += [(rank, seeds[0]) for rank in range(landscape.num_classes - 1)]
+    rows = []
+    for rank, seed in starts:
+        point = minimize(landscape, seed, rank)
+        value = float(landscape.value(point))
+        rows.append(
+            {
+                "loss": landscape.loss,
+                "rank": "free" if rank is None else rank,
+                "seed": seed,
+                "value": value,
+                "convex_optimum": optimum,
+                "gap": value - optimum,
+                "gradient_norm": gradient_norm(landscape, point),
+                "least_eigenvalue": least_eigenvalue(landscape, point),
+                "predicted_eigenvalue": predicted_eigenvalue(landscape, point),
+                "collapse": max(collapse(landscape, point).values()) if rank is None else None,
+            }
+        )
+    return rows

@@ -1,8 +1,12 @@
-"""The data of the example: splits, folders of images, and torchvision's data sets through their interface."""
+"""The data of the lab: splits, folders, glyphs, Fashion-MNIST, torchvision's sets through their interface."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import string
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -11,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from comparison.data import load
-from comparison.settings import Settings
-from etflayers.errors import InvalidArgumentError
+from etflayers.errors import InvalidArgumentError, MissingDependencyError
+from lab.data import ImageData, fashion, glyphs, load, load_inputs
+from lab.data.sampling import affine_maps, transformed
+from lab.results import Results
+from lab.settings import Settings
 
 
 def write_images(folder: Path, count: int, *, size: int = 12, mode: str = "L", shade: int = 0) -> None:
@@ -55,6 +61,16 @@ def test_split_does_not_depend_on_the_seed_of_the_process() -> None:
     assert torch.equal(first.test.images, second.test.images)
 
 
+@pytest.mark.parametrize("loader", [load, load_inputs])
+def test_images_are_resized_where_asked(loader: Callable[[Settings], ImageData]) -> None:
+    small, whole = loader(Settings(data="digits", image_size=4)), loader(Settings(data="digits"))
+    assert small.shape == (1, 4, 4)
+    assert small.train.images.dtype == whole.train.images.dtype
+    brightness = [data.test.images.double().mean((1, 2, 3)) for data in (small, whole)]
+    # Antialiasing is an average: all pixels count about alike, so an image stays as bright as it was.
+    assert float((brightness[0] - brightness[1]).abs().max()) < 0.2 * float(whole.test.images.double().std())
+
+
 def test_folder_is_split_by_class(tmp_path: Path) -> None:
     write_images(tmp_path / "cat", 10, shade=50)
     write_images(tmp_path / "dog", 5, shade=100)
@@ -79,26 +95,29 @@ def test_folder_with_its_own_split_and_mixed_colors(tmp_path: Path) -> None:
     assert data.test.images[2, :, 0, 0].tolist() == [9, 9, 9]
 
 
-def test_training_on_a_folder(tmp_path: Path) -> None:
-    from train_heads import main
+def test_every_study_takes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from collapse_study import main as study
+    from distill import main as distill
+    from train_heads import main as compare
 
-    write_images(tmp_path / "data" / "dark", 30, shade=0)
-    write_images(tmp_path / "data" / "light", 30, shade=200)
-    options = ("--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"))
-    arguments = [
-        "--data",
-        "folder",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "16",
-        "--head",
-        "fixed",
-        "nearest",
-        *options,
+    monkeypatch.setattr(Results, "figures", lambda self, makers: [])  # which take most of the time
+    root = tmp_path / "data"
+    for label, shade in {"dark": 0, "grey": 100, "light": 200}.items():
+        write_images(root / label, 30, shade=shade)
+    few = ("--epochs", "1", "--batch-size", "16", "--head", "fixed", "nearest", "--seeds", "0")
+    tiny = ("--outer-steps", "1", "--image-size", "8", "--evaluations", "1", "--draws", "1")
+    commands = [
+        (compare, few),
+        (study, few),
+        (distill, ("images", *tiny, "--network", "mlp", "--epochs", "2")),
+        (distill, ("kernel", *tiny, "--per-class", "2", "--networks", "mlp", "--training-steps", "2")),
+        (distill, ("linear", "--side", "2", "--steps", "2", "--images", "1")),
+        (distill, ("collapse", "--network", "mlp", "--steps", "2", "--kernel-steps", "1")),
     ]
-    assert main(arguments) == 0
-    assert (tmp_path / "out" / "overview.png").exists()
+    for number, (main, options) in enumerate(commands):
+        out = tmp_path / str(number)
+        assert main([*options, "--data", "folder", "--data-dir", str(root), "--out", str(out)]) == 0, options
+        assert list(out.glob("*.csv"))
 
 
 def test_bad_folders_are_explained(tmp_path: Path) -> None:
@@ -123,6 +142,115 @@ def test_classes_of_train_and_test_must_agree(tmp_path: Path) -> None:
         write_images(tmp_path / folder, 2)
     with pytest.raises(InvalidArgumentError, match=r"must be those in train"):
         load(of_folder(tmp_path))
+
+
+def test_fashion_is_all_of_it_and_in_its_order() -> None:
+    """Mean and deviation are those that everybody publishes."""
+    if not (fashion.DEBIAN / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip("apt install dataset-fashion-mnist")
+    data = load(Settings(data="fashion"))
+    assert data.train.images.shape == (60_000, 1, 28, 28)
+    assert data.train.targets.bincount().tolist() == [6000] * 10
+    assert data.test.targets.bincount().tolist() == [1000] * 10
+    assert data.class_names[int(data.train.targets[0])] == "Boot"
+    assert float(data.mean) / 255 == pytest.approx(0.2860, abs=5e-5)
+    assert float(data.deviation) / 255 == pytest.approx(0.3530, abs=5e-5)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(gzip.compress(bytes((0, 0, 8, values.ndim)) + sizes + values.tobytes()))
+
+
+def test_fashion_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion, "DEBIAN", tmp_path / "not installed")
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    settings = Settings(data="fashion", data_dir=tmp_path)
+    with pytest.raises(MissingDependencyError, match=r"apt install .* --data-dir, or install torchvision"):
+        load(settings)
+    images = np.random.RandomState(0).randint(0, 256, (20, 28, 28)).astype(np.uint8)
+    for part, count in (("train", 20), ("t10k", 10)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images[:count])
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
+    data = load(settings)
+    assert np.array_equal(data.train.images[:, 0].numpy(), images)
+    assert data.test.targets.tolist() == list(range(10))
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(9, np.uint8))
+    with pytest.raises(InvalidArgumentError, match="10 images, 9 labels of t10k"):
+        load(settings)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"no labels"))
+    with pytest.raises(InvalidArgumentError, match="is no IDX file of bytes with 1 dimension"):
+        load(settings)
+
+
+def test_glyphs_are_what_twelve_faces_draw() -> None:
+    paths = glyphs.face_paths()
+    characters = glyphs.common_characters(paths)
+    images = glyphs.draw(characters, paths, glyphs.SIDE)
+    assert (len(paths), len(characters)) == (12, 2197)
+    assert "".join(characters[:62]) == string.digits + string.ascii_uppercase + string.ascii_lowercase
+    drawn = images.flatten(1).any(1)
+    assert drawn.sum() == 2196
+    chosen, pictures = glyphs.draw_classes(paths, glyphs.SIDE)
+    assert len(chosen) == len(pictures.flatten(1).unique(dim=0)) == 2196 - 93
+    assert set(chosen) <= set(characters)
+    assert "A" in chosen
+    # Alpha is drawn as A everywhere; the Cyrillic A in eight faces only, so it is a class of its own.
+    assert "\N{GREEK CAPITAL LETTER ALPHA}" not in chosen
+    assert "\N{CYRILLIC CAPITAL LETTER A}" in chosen
+    # Nothing is cut off: no ink on the edge but for the blocks and lines that are made to touch.
+    letters = pictures[[number for number, character in enumerate(chosen) if character.isalpha()]]
+    assert not letters[..., 0].any()
+    assert not letters[..., -1].any()
+    assert not letters[..., -1, :].any()
+
+
+def test_glyphs_hold_whole_faces_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(data="glyphs", data_dir=tmp_path, classes=20)
+    data = load(settings)
+    assert data.class_names == tuple(string.digits + "ABCDEFGHIJ")
+    assert data.validation is not None
+    parts = (data.train, data.validation, data.test)
+    assert [part.targets.bincount().tolist() for part in parts] == [[8] * 20, [2] * 20, [2] * 20]
+    assert data.held_out() == (data.train, data.validation)
+    everything = torch.cat([part.images for part in parts])
+    assert len(everything.unique(dim=0)) > 0.97 * len(
+        everything
+    )  # one face may draw a letter as another does
+    # The second time it comes from the file; what that was made from has changed: it is made again.
+    monkeypatch.setattr(glyphs, "draw", lambda *_: pytest.fail("drawn again"))
+    assert torch.equal(load(settings).train.images, data.train.images)
+    assert [path.name for path in tmp_path.iterdir()] == ["glyphs-32.safetensors"]
+    monkeypatch.setattr(glyphs, "RECIPE", "another")
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
+        load(settings)
+
+
+def test_small_affine_changes() -> None:
+    images = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 12:20, 14:18] = 200
+    maps = affine_maps(64, 0.1, torch.Generator().manual_seed(0))
+    assert (maps - torch.eye(2, 3)).abs().max() <= 0.1
+    assert torch.equal(transformed(images, torch.eye(2, 3).expand(64, 2, 3)), images)
+    changed = transformed(images, maps)
+    assert changed.dtype == torch.uint8
+    assert len(changed.unique(dim=0)) == 64
+    mass = changed.double().sum((1, 2, 3)) / images.double().sum((1, 2, 3))
+    # A map with determinant D shrinks areas by D: |D - 1| <= 0.22.
+    torch.testing.assert_close(mass, 1 / torch.linalg.det(maps[:, :, :2]).double(), rtol=0.03, atol=0)
+    down = torch.tensor([[1.0, 0, 0], [0, 1, -2 / 32]]).expand(64, 2, 3)  # a picture of side 2, one pixel
+    assert torch.equal(transformed(images, down), images.roll(1, 2))
+    assert (Settings(data="glyphs").affine_size, Settings().affine_size) == (0.1, 0.0)
+
+
+def test_letters_in_type_never_seen_are_learned(tmp_path: Path) -> None:
+    """Ten classes, eight images each, asked about in two faces that were held out."""
+    from train_heads import main
+
+    options = ("--data", "glyphs", "--data-dir", str(tmp_path / "data"), "--classes", "10", "--epochs", "6")
+    assert main([*options, "--batch-size", "16", "--head", "nearest", "--out", str(tmp_path)]) == 0
+    history = json.loads((tmp_path / "nearest-seed0.json").read_text())["history"]
+    assert history[-1]["test_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize(

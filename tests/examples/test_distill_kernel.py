@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from distill import main
-from distillation.data import RealData, load_images
-from distillation.kernel.evaluation import accuracy, full_accuracy, train_network
-from distillation.kernel.learning import (
-    _Run,
+from distillation.common import first_set, share_right
+from distillation.kernel import (
+    Inducing,
+    KernelSettings,
+    full_accuracy,
     learn,
+    learn_kernel_set,
     make_loop,
     predictions,
-    representatives,
+    train_network,
     with_solved_labels,
 )
-from distillation.kernel.study import KernelSettings, learn_kernel_set
 from etflayers.distill import DistilledSet, centered_one_hot
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from lab.data import ImageData, load_inputs
 
 
 class KilledError(Exception):
@@ -35,24 +36,28 @@ class KilledError(Exception):
 
 
 @pytest.fixture(scope="module")
-def digits() -> RealData:
-    return load_images(KernelSettings(data="digits").comparison)
+def digits() -> ImageData:
+    return load_inputs(KernelSettings(data="digits"))
+
+
+def made(kind: str, count: int, data: ImageData) -> DistilledSet:
+    return first_set(kind, count, data, torch.Generator().manual_seed(0), labels="centered")
 
 
 def small(**options: Any) -> KernelSettings:
     return KernelSettings(**{"data": "digits", "outer_batch": 100, "outer_steps": 25, **options})
 
 
-def squared_error(settings: KernelSettings, distilled: DistilledSet, data: RealData) -> float:
-    outputs = predictions(make_loop(settings, data), distilled, data.train.inputs)
+def squared_error(settings: KernelSettings, distilled: DistilledSet, data: ImageData) -> float:
+    outputs = predictions(make_loop(settings, data), distilled, data.train.images)
     return float((outputs - centered_one_hot(data.train.targets, 10)).square().sum(-1).mean())
 
 
 @pytest.mark.parametrize("labels", ["fixed", "learned", "solved"])
-def test_learned_set_is_better_than_its_start(labels: Any, digits: RealData) -> None:
+def test_learned_set_is_better_than_its_start(labels: Any, digits: ImageData) -> None:
     settings = small(labels=labels)
     learned = learn(settings, 1, 0, digits)
-    start = representatives("kmeans", 1, digits, digits.train, torch.Generator().manual_seed(0))
+    start = made("kmeans", 1, digits)
     if labels == "solved":
         start = with_solved_labels(make_loop(settings, digits), start, digits.train)
     # 25 steps are the beginning of learning; a set that stood still would keep all of its error.
@@ -62,31 +67,31 @@ def test_learned_set_is_better_than_its_start(labels: Any, digits: RealData) -> 
     assert [row["step"] for row in learned.history] == list(range(25))
 
 
-def test_predictions_are_those_of_linear_ridge_regression(digits: RealData) -> None:
+def test_predictions_are_those_of_linear_ridge_regression(digits: ImageData) -> None:
     settings = small(kernel="linear", bias_variance=0.0, ridge=0.1)
-    made = representatives("real", 1, digits, digits.train, torch.Generator().manual_seed(0))
-    s, y = made.inputs.detach().double().flatten(1).numpy(), made.labels.detach().double().numpy()
-    x = digits.test.inputs.double().flatten(1).numpy()
+    real = made("real", 1, digits)
+    s, y = (value.detach().double().flatten(1).numpy() for value in (real.inputs, real.labels))
+    x = digits.test.images.double().flatten(1).numpy()
     penalty = 0.1 * np.square(s).sum() / len(s)
     weight = np.linalg.solve(s.T @ s + penalty * np.eye(s.shape[1]), s.T @ y)
-    found = predictions(make_loop(settings, digits), made, digits.test.inputs)
+    found = predictions(make_loop(settings, digits), real, digits.test.images)
     np.testing.assert_allclose(found.numpy(), x @ weight, rtol=1e-4, atol=1e-5)  # labels come in float32
 
 
 @pytest.mark.parametrize("kernel", ["nngp", "rbf"])
-def test_other_kernels_learn(kernel: Any, digits: RealData) -> None:
+def test_other_kernels_learn(kernel: Any, digits: ImageData) -> None:
     settings = small(kernel=kernel, outer_steps=10)
-    start = representatives("kmeans", 1, digits, digits.train, torch.Generator().manual_seed(0))
+    start = made("kmeans", 1, digits)
     learned = learn(settings, 1, 0, digits).distilled
     assert squared_error(settings, learned, digits) < squared_error(settings, start, digits)
 
 
-def test_gradient_needs_none_through_the_best_labels(digits: RealData) -> None:
+def test_gradient_needs_none_through_the_best_labels(digits: ImageData) -> None:
     """Labels solved inside the graph, or these labels detached: the loss has one gradient."""
     loop = make_loop(small(), digits)
-    made = representatives("real", 1, digits, digits.train, torch.Generator().manual_seed(0))
-    support = made.inputs.detach().double().requires_grad_()
-    inputs = digits.train.inputs[:60].double()
+    real = made("real", 1, digits)
+    support = real.inputs.detach().double().requires_grad_()
+    inputs = digits.train.images[:60].double()
     targets = centered_one_hot(digits.train.targets[:60], 10, dtype=torch.float64)
     labels = loop.solve_labels(inputs, targets, support)
     gradients = [
@@ -98,10 +103,10 @@ def test_gradient_needs_none_through_the_best_labels(digits: RealData) -> None:
     )
 
 
-def test_batches_are_shifted_images(digits: RealData) -> None:
-    run = _Run(small(shift=2, outer_batch=8), 1, 0, digits)
+def test_batches_are_shifted_images(digits: ImageData) -> None:
+    run = Inducing(small(shift=2, outer_batch=8), 1, 0, digits)
     state = run.generator.get_state()
-    inputs, classes = run._batch()
+    inputs, classes = run.batch()
     replay = torch.Generator()
     replay.set_state(state)
     originals, targets = digits.train.batch(8, replay)
@@ -113,47 +118,49 @@ def test_batches_are_shifted_images(digits: RealData) -> None:
         torch.testing.assert_close(image, padded[:, 2 - down : 10 - down, 2 - right : 10 - right])
 
 
-def test_kernel_of_all_images_classifies(digits: RealData) -> None:
-    found = full_accuracy(make_loop(small(), digits), digits)
+def test_kernel_of_all_images_classifies(digits: ImageData) -> None:
+    found = full_accuracy(small(), digits)
     assert found is not None
     assert found > 0.97  # scikit-learn's nearest neighbor on these digits has 0.98
 
 
-def test_network_learns_the_labels_it_is_given(digits: RealData) -> None:
-    made = representatives("kmeans", 2, digits, digits.train, torch.Generator().manual_seed(0))
+def test_network_learns_the_labels_it_is_given(digits: ImageData) -> None:
+    centers = made("kmeans", 2, digits)
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
     )
     settings = small(training_steps=300, training_batch=7)  # which does not divide the 20 images
-    trained = train_network(model, made, 1e-2, settings)
+    trained = train_network(model, centers, 1e-2, settings)
     with torch.no_grad():
-        outputs = trained(made.inputs)
-    labels = made.labels.detach()
+        outputs = trained(centers.inputs)
+    labels = centers.labels.detach()
     assert float((outputs - labels).square().sum(-1).mean()) < 0.01 * float(labels.square().sum(-1).mean())
-    assert accuracy(outputs, labels.argmax(-1)) == 1
+    assert share_right(outputs, labels.argmax(-1)) == 1
 
 
 @pytest.mark.parametrize("labels", ["learned", "solved"])
-def test_resumed_run_ends_with_the_same_set(labels: Any, digits: RealData, tmp_path: Path) -> None:
-    settings = small(labels=labels, outer_steps=7, shift=1, checkpoint_every=2, resume=True)
+def test_resumed_run_ends_with_the_same_set(labels: Any, digits: ImageData, tmp_path: Path) -> None:
+    options = {"labels": labels, "outer_steps": 7, "checkpoint_every": 2, "resume": True, "out": tmp_path}
+    settings = small(shift=1, **options)
     whole = learn(settings, 2, 3, digits)
 
-    def kill(step: int, row: Any) -> None:
+    def kill(step: int, *_: object) -> None:
         if step == 5:
             raise KilledError
 
-    path = tmp_path / "run.pt"
     with pytest.raises(KilledError):
-        learn(settings, 2, 3, digits, path, kill)
+        learn(settings, 2, 3, digits, "run", kill)
     steps: list[int] = []
-    continued = learn(settings, 2, 3, digits, path, lambda step, row: steps.append(step))
-    assert steps == [5, 6, 7]
+    continued = learn(settings, 2, 3, digits, "run", lambda step, *_: steps.append(step))
+    assert steps == [4, 5, 6, 7]
     assert continued.history == whole.history
     for name, value in whole.distilled.state_dict().items():
         assert torch.equal(continued.distilled.state_dict()[name], value)
-    learn(settings, 2, 3, digits, path, lambda *_: pytest.fail("a finished run is not done again"))
+    steps.clear()
+    learn(settings, 2, 3, digits, "run", lambda step, *_: steps.append(step))
+    assert steps == [7]  # a finished run is not done again
     with pytest.raises(InvalidArgumentError, match=r"shift was 1, is 0"):
-        learn(replace(settings, shift=0), 2, 3, digits, path)
+        learn(replace(settings, shift=0), 2, 3, digits, "run")
 
 
 def test_outputs(tmp_path: Path) -> None:
@@ -186,45 +193,8 @@ def test_outputs(tmp_path: Path) -> None:
     assert learn_kernel_set(replace(settings, resume=True), Console(quiet=True)) == rows
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"per_class": ()}, "--per-class must name at least one number"),
-        ({"per_class": (0,)}, "--per-class must be at least 1"),
-        ({"depth": 0}, "--depth must be at least 1"),
-        ({"ridge": -1.0}, "--ridge must be a finite number >= 0"),
-        ({"image_rate": 0.0}, "--image-rate must be a positive number"),
-        ({"rate_grid": ()}, "--rate-grid must name positive numbers"),
-        (
-            {"labels": "solved", "per_class": (50,)},
-            "--outer-batch 100 must be at least ten times --per-class 50",
-        ),
-    ],
-)
-def test_bad_input_is_explained(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match=message):
-        learn_kernel_set(small(out=tmp_path, **options), Console(quiet=True))
-
-
-def test_divergence_is_an_error(digits: RealData) -> None:
-    run = _Run(small(), 1, 0, digits)
+def test_divergence_is_an_error(digits: ImageData) -> None:
+    run = Inducing(small(), 1, 0, digits)
     run.loop.forward = lambda inputs, support, labels: torch.full((len(inputs), 10), torch.nan)  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="take a smaller --image-rate"):
         run.advance()
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["kernel", "--per-class", "0"], "--per-class must be at least 1"),
-        (["linear", "--images", "0"], "--images must be at least 1"),
-        (["collapse", "--sets", "nowhere"], "there is no such file"),
-    ],
-)
-def test_command_line_says_what_is_wrong(
-    command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*command, "--out", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error

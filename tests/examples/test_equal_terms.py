@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from comparison.data import ImageData, load
-from comparison.evaluation import centered_cosines, measure
-from comparison.heads import StandardHead, captured_features, head_of, make_classifier
-from comparison.models import GreyAsRGB
-from comparison.optimizers import make_optimizers, set_learning_rate
-from comparison.settings import Settings
-from comparison.training import Trainer, shifted
 from etflayers import simplex_etf
 from etflayers.geometry import is_stiefel
 from etflayers.metrics import equinorm, read_classifier
+from lab.classifiers import Trainer
+from lab.data import ImageData, load
+from lab.data.sampling import shifted
+from lab.evaluation import measure
+from lab.heads import StandardHead, captured_features, head_of
+from lab.losses import make_optimizers, set_learning_rate
+from lab.models import GreyAsRGB, make_classifier
+from lab.pictures import centered_cosines
+from lab.settings import Settings
 
 HEADS = ("linear", "fixed", "nearest", "learned")
 SETTINGS = Settings(data="digits", shift=1, flip=True, epochs=2)
@@ -56,9 +58,9 @@ def test_all_heads_see_the_same_batches_and_epochs_differ(trainers: dict[str, Tr
             assert torch.equal(images, first_images)
             assert torch.equal(targets, first_targets)
     trainer = trainers["linear"]
-    trainer.epoch = 1
+    trainer.step = trainer.steps_per_epoch
     assert not torch.equal(next(trainer.batches())[1], streams[0][0][1])
-    trainer.epoch = 0
+    trainer.step = 0
 
 
 def test_batches_of_a_continued_epoch_are_those_still_to_come(trainers: dict[str, Trainer]) -> None:

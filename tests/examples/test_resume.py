@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from comparison import checkpoints
-from comparison.data import load
-from comparison.settings import Settings
-from comparison.training import Run, train
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from lab import files
+from lab.classifiers import Trained, train
+from lab.data import load
+from lab.settings import Settings
 from train_heads import main
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-KILLS = 6
-RUN = (
-    "--data",
-    "digits",
-    "--head",
-    "nearest",
-    "learned",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "32",
-    "--shift",
-    "1",
-)
+RUN = ("--data", "digits", "--head", "nearest", "learned", "--epochs", "3")
+RUN += ("--batch-size", "32", "--shift", "1")
 
 
 def states(folder: Path) -> dict[str, dict[str, Any]]:
@@ -43,63 +29,52 @@ def without_clock(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("geoopt")
+def test_killed_run_resumes_to_the_same_numbers(tmp_path: Path, killed: Callable[..., None]) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert main([*RUN, "--out", str(unbroken)]) == 0
-
     run = [*RUN, "--checkpoint-every", "3", "--resume", "--out", str(broken)]
-    command = [sys.executable, Path(__file__).with_name("killer.py"), EXAMPLES, str(KILLS), "0"]
-    done = subprocess.run(
-        [*command, broken / "checkpoints", *run], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("killed\n") == KILLS
-
+    killed("train_heads", run, broken / "checkpoints", 6)
     expected, got = states(unbroken), states(broken)
     assert got.keys() == expected.keys() == {"nearest-seed0.pt", "learned-seed0.pt"}
     for name, state in expected.items():
-        for part in ("model", "optimizers", "random", "snapshots", "epoch", "step"):
+        for part in ("model", "optimizer0", "random", "snapshots", "step"):
             torch.testing.assert_close(got[name][part], state[part], rtol=0, atol=0, msg=f"{name}: {part}")
         assert without_clock(got[name]["history"]) == without_clock(state["history"])
     assert not list((broken / "checkpoints").glob(".*"))
 
 
-def train_fixed(checkpoint: Path, **options: Any) -> Run:
-    settings = Settings(data="digits", epochs=1, **options)
-    return train("fixed", 0, settings, load(settings), checkpoint, lambda *_: None)
+def train_fixed(folder: Path, **options: Any) -> Trained:
+    settings = Settings(data="digits", epochs=1, out=folder, **options)
+    return train("fixed", 0, settings, load(settings))
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "fixed.pt"
-    first = train_fixed(checkpoint)
+    checkpoint = tmp_path / "checkpoints" / "fixed-seed0.pt"
+    first = train_fixed(tmp_path)
     before = checkpoint.stat().st_mtime_ns
-    assert train_fixed(checkpoint, resume=True).history == first.history
+    assert train_fixed(tmp_path, resume=True).history == first.history
     assert checkpoint.stat().st_mtime_ns == before
-    train_fixed(checkpoint)
+    train_fixed(tmp_path)
     assert checkpoint.stat().st_mtime_ns > before
 
 
 def test_run_with_other_settings_is_not_continued(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "fixed.pt"
-    train_fixed(checkpoint)
+    train_fixed(tmp_path)
     with pytest.raises(InvalidArgumentError, match=r"lr was 0.05, is 0.01"):
-        train_fixed(checkpoint, lr=0.01, resume=True)
+        train_fixed(tmp_path, lr=0.01, resume=True)
 
 
 def test_an_earlier_run_is_not_revived(tmp_path: Path) -> None:
     """Without --resume a new run forgets the checkpoint in its place before its first step."""
-    checkpoint = tmp_path / "fixed.pt"
-    train_fixed(checkpoint)
+    train_fixed(tmp_path)
     with pytest.raises(NonFiniteError, match="diverged"):
-        train_fixed(checkpoint, lr=1e30)
-    assert not checkpoint.exists()
+        train_fixed(tmp_path, lr=1e30)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_write_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder" / "file.json"
-    checkpoints.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("power cut")
@@ -107,8 +82,8 @@ def test_write_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="power cut"):
-            checkpoints.write_atomically(path, b"new")
+            files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
-    checkpoints.write_atomically(path, b"new")
+    files.write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from comparison.data import load
-from comparison.heads import head_of
-from comparison.losses import HalfSquaredError, make_criterion, total_loss
-from comparison.optimizers import set_learning_rate
-from comparison.sampling import epoch_order, kept_images
-from comparison.settings import Settings
-from comparison.training import Trainer
 from etflayers.errors import InvalidArgumentError
+from lab.classifiers import Trainer
+from lab.data import load
+from lab.data.sampling import epoch_order
+from lab.heads import head_of
+from lab.losses import HalfSquaredError, make_criterion, set_learning_rate, total_loss
+from lab.settings import Settings
 
 TARGETS = torch.arange(4).repeat(50)
 
@@ -30,10 +29,10 @@ TARGETS = torch.arange(4).repeat(50)
     ],
 )
 def test_class_sizes(options: dict[str, object], sizes: list[int]) -> None:
-    kept = kept_images(TARGETS, 4, Settings(**options))
+    kept = Settings(**options).kept_images(TARGETS, 4)
     assert torch.bincount(TARGETS[kept]).tolist() == sizes
     assert len(kept.unique()) == len(kept)
-    assert torch.equal(kept, kept_images(TARGETS, 4, Settings(**options, seeds=(7,))))
+    assert torch.equal(kept, Settings(**options, seeds=(7,)).kept_images(TARGETS, 4))
 
 
 def test_training_set_alone_becomes_rare() -> None:
@@ -122,7 +121,7 @@ def test_feature_decay_shortens_the_features() -> None:
         trainer = Trainer("fixed", 0, settings, load(settings))
         for images, targets in trainer.batches():
             trainer.update(images, targets)
-        trainer.record()
+        trainer.record(epoch=1)
         lengths.append(float(trainer.snapshots["last_class_means"].norm()))
     assert lengths[1] < 0.7 * lengths[0]
 

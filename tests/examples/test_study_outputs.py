@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import math
 import struct
 import sys
-from contextlib import closing
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -20,23 +18,23 @@ import torch
 from PIL import Image, ImageColor
 from rich.console import Console
 
-from comparison.figures import COLOURS, STYLE
-from comparison.training import Run
+from collapse_study import HEADLINES, headline_table, summary_rows, tidy_rows
 from etflayers import nearest_etf, simplex_etf
 from etflayers.errors import MissingDependencyError
-from study import figures
-from study.loggers import open_loggers
-from study.measures import MEASURES
-from study.report import write_report
-from study.settings import StudySettings
-from study.summary import markdown_table, summary_rows, summary_table, tidy_rows, write_tables
+from lab import pictures as figures
+from lab.classifiers import Trained
+from lab.figures import HEAD_COLORS, STYLE
+from lab.loggers import loggers
+from lab.measures import MEASURES
+from lab.report import write_report
+from lab.results import Results
 
 HEADS = ("linear", "standard", "fixed", "nearest", "nearest-detached", "learned")
 EPOCHS = 12
 FEW = ("nc1_trace", "nc4_disagreement", "margin_mean")
 
 
-def made_up_run(head: str, seed: int, num_classes: int, epochs: int = EPOCHS) -> Run:
+def made_up_run(head: str, seed: int, num_classes: int, epochs: int = EPOCHS) -> Trained:
     """Curves that fall towards their ideals at a pace of the head, with noise of the seed."""
     generator = np.random.default_rng([seed, HEADS.index(head), num_classes])
     pace = 0.15 + 0.08 * HEADS.index(head)
@@ -87,38 +85,39 @@ def made_up_run(head: str, seed: int, num_classes: int, epochs: int = EPOCHS) ->
         features = snapshots["last_class_means"][targets]
         snapshots["last_features"] = features + 0.1 * torch.randn(40, 16, generator=draws).double()
         snapshots["last_features_targets"] = targets
-    return Run(head, seed, history, snapshots, torch.nn.Identity())
+    return Trained(head, seed, history, snapshots, torch.nn.Identity())
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[Run]:
+def runs() -> list[Trained]:
     return [made_up_run(head, seed, 4) for head in HEADS for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
-def pictures(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def pictures(runs: list[Trained], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:  # fewer panels: drawing takes most of the time here
-        patch.setattr(figures, "_all_of", lambda part: [f"{part}_{name}" for name in FEW])
+        patch.setattr(figures, "all_of", lambda part: [f"{part}_{name}" for name in FEW])
         patch.setattr(figures, "COLLAPSE", [f"train_{name}" for name in FEW])
         patch.setitem(STYLE, "figure.dpi", 90)
-        return figures.write_figures(tmp_path_factory.mktemp("figures"), runs, "Made up")
+        results = Results(tmp_path_factory.mktemp("figures"), Console(quiet=True))
+        return results.figures(figures.study_pictures(runs, "Made up"))
 
 
-def last_values(runs: list[Run], head: str, measure: str) -> np.ndarray:
+def last_values(runs: list[Trained], head: str, measure: str) -> np.ndarray:
     return np.array([run.history[-1][measure] for run in runs if run.head == head])
 
 
-def without(run: Run, *words: str) -> Run:
+def without(run: Trained, *words: str) -> Trained:
     """The run without the measures whose name has one of the words."""
     history = [
         {name: value for name, value in row.items() if not any(word in name for word in words)}
         for row in run.history
     ]
-    return Run(run.head, run.seed, history, run.snapshots, run.model)
+    return Trained(run.head, run.seed, history, run.snapshots, run.model)
 
 
-def test_long_table_has_every_number_that_exists(runs: list[Run]) -> None:
+def test_long_table_has_every_number_that_exists(runs: list[Trained]) -> None:
     found = {
         (row["head"], row["seed"], row["epoch"], row["measure"]): row["value"] for row in tidy_rows(runs)
     }
@@ -135,7 +134,7 @@ def test_long_table_has_every_number_that_exists(runs: list[Run]) -> None:
 
 
 @pytest.mark.parametrize("measure", ["train_nc1_trace", "test_accuracy", "train_nc2_etf_drift_means"])
-def test_summary_equals_numpy(runs: list[Run], measure: str) -> None:
+def test_summary_equals_numpy(runs: list[Trained], measure: str) -> None:
     for head in HEADS:
         (row,) = [r for r in summary_rows(runs) if (r["head"], r["measure"]) == (head, measure)]
         values = last_values(runs, head, measure)
@@ -145,7 +144,7 @@ def test_summary_equals_numpy(runs: list[Run], measure: str) -> None:
         assert (row["min"], row["max"], row["seeds"]) == (values.min(), values.max(), 3)
 
 
-def test_one_seed_has_no_deviation(runs: list[Run]) -> None:
+def test_one_seed_has_no_deviation(runs: list[Trained]) -> None:
     assert {row["std"] for row in summary_rows(runs[:1])} == {None}
 
 
@@ -156,7 +155,7 @@ def test_epochs_until_something_is_reached() -> None:
         [(0, 0.5, 0.9), (1, 0.9, 0.3), (2, 1.0, 0.15)],
     )
     runs = [
-        Run(
+        Trained(
             "fixed",
             seed,
             [{"epoch": epoch, "train_accuracy": accuracy, distance: d} for epoch, accuracy, d in history],
@@ -173,41 +172,19 @@ def test_epochs_until_something_is_reached() -> None:
     assert (rows["epochs_to_etf_0.05"]["mean"], rows["epochs_to_etf_0.05"]["seeds"]) == (None, 0)
 
 
-def test_tables_are_read_back_as_written(runs: list[Run], tmp_path: Path) -> None:
-    paths = write_tables(tmp_path, runs)
-    assert [path.name for path in paths] == ["measures.csv", "summary.csv", "summary.json"]
-    with paths[0].open() as file:
-        assert [float(row["value"]) for row in csv.DictReader(file)] == [r["value"] for r in tidy_rows(runs)]
-    assert json.loads(paths[2].read_text()) == summary_rows(runs)
-    with paths[1].open() as file:
-        means = [float(row["mean"]) if row["mean"] else None for row in csv.DictReader(file)]
-    assert means == [row["mean"] for row in summary_rows(runs)]
-
-
-def test_terminal_table_fits_eighty_columns(runs: list[Run]) -> None:
+def test_terminal_table_fits_eighty_columns(runs: list[Trained]) -> None:
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(summary_table(summary_rows(runs), "Made up"))
+        console.print(headline_table(summary_rows(runs), "Made up"))
     text = captured.get()
     assert "…" not in text
     for head in HEADS:
         assert f"{100 * last_values(runs, head, 'test_accuracy').mean():.2f}" in text
 
 
-def test_markdown_table_has_mean_and_deviation(runs: list[Run]) -> None:
-    heading, _, *rows = (
-        line.strip("| \n").split(" | ") for line in markdown_table(summary_rows(runs)).splitlines()
-    )
-    assert [row[0] for row in rows] == list(HEADS)
-    assert {len(row) for row in rows} == {len(heading)}
-    for row in rows:
-        values = 100 * last_values(runs, row[0], "test_accuracy")
-        assert row[heading.index("test acc. %")] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
-
-
-def test_what_does_not_exist_is_a_dash(runs: list[Run]) -> None:
-    (_, _, row) = markdown_table(summary_rows([without(runs[0], "etf")])).splitlines()
-    assert row.count("–") == 1
+def test_what_does_not_exist_is_a_dash(runs: list[Trained]) -> None:
+    table = headline_table(summary_rows([without(runs[0], "etf")]), "")
+    assert [list(column.cells) for column in table.columns].count(["–"]) == 1
 
 
 def test_every_figure_shows_every_head(pictures: list[Path]) -> None:
@@ -227,13 +204,12 @@ def test_every_figure_shows_every_head(pictures: list[Path]) -> None:
             assert picture.format == "PNG"
             counts = {color: count for count, color in picture.convert("RGB").getcolors(2**24)}
         for head in HEADS:
-            assert counts.get(ImageColor.getrgb(COLOURS[head]), 0) > 20, (path.name, head)
+            assert counts.get(ImageColor.getrgb(HEAD_COLORS[head]), 0) > 20, (path.name, head)
 
 
-def test_the_tetrahedron_is_for_four_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(figures, "draw_figures", lambda folder, makers, runs, title: list(makers))
-    assert "class_means_3d" not in figures.write_figures(tmp_path, [made_up_run("fixed", 0, 10)], "")
-    assert "class_means_3d" in figures.write_figures(tmp_path, [made_up_run("fixed", 0, 4)], "")
+def test_the_tetrahedron_is_for_four_classes() -> None:
+    assert "class_means_3d" not in figures.study_pictures([made_up_run("fixed", 0, 10)], "")
+    assert "class_means_3d" in figures.study_pictures([made_up_run("fixed", 0, 4)], "")
 
 
 def test_tetrahedron_is_seen_without_distortion() -> None:
@@ -244,7 +220,7 @@ def test_tetrahedron_is_seen_without_distortion() -> None:
     torch.testing.assert_close(torch.cdist(centered @ basis, centered @ basis), torch.cdist(means, means))
 
 
-def test_panels_are_for_measures_that_exist(runs: list[Run]) -> None:
+def test_panels_are_for_measures_that_exist(runs: list[Trained]) -> None:
     narrow = [without(run, "etf") for run in runs]  # as with fewer than K - 1 features
     whole = figures.measure_figure(figures.COLLAPSE, 4, runs, "")
     figure = figures.measure_figure(figures.COLLAPSE, 4, narrow, "")
@@ -252,7 +228,7 @@ def test_panels_are_for_measures_that_exist(runs: list[Run]) -> None:
     assert len(figure.axes) == len(figures.COLLAPSE) - 1
 
 
-def test_axis_is_logarithmic_where_curves_fall_towards_zero(runs: list[Run]) -> None:
+def test_axis_is_logarithmic_where_curves_fall_towards_zero(runs: list[Trained]) -> None:
     names = ("train_nc1_trace", "train_nc2_equinorm_weights", "train_margin_mean", "train_nc3_cosine")
     axes = figures.measure_figure(names, 4, runs, "").axes
     assert [one.get_yscale() for one in axes] == ["log", "log", "linear", "linear"]
@@ -289,10 +265,11 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(runs: list[Run], pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(runs: list[Trained], pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"lr": 0.0123, "note": "<script>alert(1)</script>"}
     folder = tmp_path_factory.mktemp("report")
-    return write_report(folder, runs, pictures, settings, "A < B & C", "python study.py --out 'a b'")
+    command = "python study.py --out 'a b'"
+    return write_report(folder, runs, summary_rows(runs), HEADLINES, pictures, settings, "A < B & C", command)
 
 
 def read(path: Path) -> Page:
@@ -313,7 +290,7 @@ def test_report_refers_to_nothing_outside(report: Path, pictures: list[Path]) ->
     assert not any(word in report.read_text() for word in ("http:", "https:", "url(", "@import", "<script"))
 
 
-def test_report_has_all_numbers(report: Path, runs: list[Run]) -> None:
+def test_report_has_all_numbers(report: Path, runs: list[Trained]) -> None:
     texts = read(report).texts
     rows = summary_rows(runs)
     start = texts.index("All numbers", texts.index("Figures") + 1)
@@ -337,14 +314,14 @@ def test_report_says_how_it_was_made(report: Path) -> None:
 
 def log_twice(folder: Path, **options: Any) -> None:
     """As of a training that logs the epochs 0 to 3, is killed, and continues after epoch 1."""
-    settings = StudySettings(out=folder, **options)
+    wanted = {"tensorboard": False, "wandb": "off", **options}
     for epochs, factor in ((range(4), 1), (range(2, 6), 10)):
-        with closing(open_loggers(settings, "fixed-seed0")) as loggers:
+        with loggers(folder, "fixed-seed0", {}, **wanted) as members:
             for epoch in epochs:
                 drift = math.nan if epoch == 0 else 0.5
-                loggers.log(
-                    {"epoch": epoch, "train_loss": factor * epoch, "train_nc2_etf_drift_means": drift}
-                )
+                row = {"epoch": epoch, "train_loss": factor * epoch, "train_nc2_etf_drift_means": drift}
+                for member in members:
+                    member.log(row)
 
 
 def test_tensorboard_has_every_epoch_once(tmp_path: Path) -> None:
@@ -391,9 +368,7 @@ def logged_offline(path: Path) -> list[dict[str, Any]]:
 
 
 def test_no_logger_leaves_no_trace(tmp_path: Path) -> None:
-    loggers = open_loggers(StudySettings(out=tmp_path), "fixed-seed0")
-    loggers.log({"epoch": 0, "train_loss": 1.0})
-    loggers.close()
+    log_twice(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -407,4 +382,4 @@ def test_missing_logger_names_the_extra(
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     with pytest.raises(MissingDependencyError, match=r"etflayers\[tracking\]"):
-        open_loggers(StudySettings(out=tmp_path, **options), "fixed-seed0")
+        log_twice(tmp_path, **options)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from study.sweep import UNCHANGED, SweepSettings, markdown, means, run_trial
-from sweep import main
+from sweep import UNCHANGED, SweepSettings, main, markdown, means, run_trial
 
 
 def test_a_trial_changes_what_it_names() -> None:
@@ -38,21 +37,6 @@ def test_means_are_over_seeds_and_divergence_is_counted() -> None:
 def test_a_diverging_trial_is_a_finding(tmp_path: Path) -> None:
     settings = SweepSettings(data="digits", epochs=1, out=tmp_path, trials=("lr 1e30",))
     assert run_trial("lr 1e30", 0, settings) == {"trial": "lr 1e30", "seed": 0, "diverged": True}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--head", "fixed", "nearest"), "--head must name one head to sweep"),
-        (("--trials", "lr -1"), "--lr must be positive"),
-        (("--jobs", "0"), "--jobs must be at least 1"),
-    ],
-)
-def test_bad_input_is_explained(
-    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
-) -> None:
-    assert main(["--data", "digits", *options]) == 1
-    assert message in capsys.readouterr().err
 
 
 def test_ray_runs_every_trial_once_for_each_seed(tmp_path: Path) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from comparison import compare
-from comparison.settings import ComparisonSettings
-from train_heads import main
+from lab.results import Results
+from train_heads import ComparisonSettings, main
 
 HEADS = ("linear", "fixed", "nearest", "learned")
 FIGURES = ("accuracy", "loss", "collapse", "cosines", "overview")
@@ -33,7 +32,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save the second that drawing takes where figures are not the point."""
-    monkeypatch.setattr(compare, "write_figures", lambda folder, runs, title: [])
+    monkeypatch.setattr(Results, "figures", lambda self, makers: [])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -141,26 +140,12 @@ def test_options_train(tmp_path: Path, options: tuple[str, ...]) -> None:
     [
         (("--feature-dim", "8"), "at least K - 1 = 9"),
         (("--batch-size", "5000"), "more than the 1438 training images"),
-        (("--batch-size", "1"), "batch normalization"),
-        (("--epochs", "0"), "--epochs must be at least 1"),
-        (("--lr", "-1"), "--lr must be positive"),
-        (("--scale", "0", "--head", "fixed"), "scale must be positive"),
-        (("--seeds", "1", "1"), "--seeds must differ"),
-        (("--loss", "dr"), "--head fixed nearest learned"),
-        (("--loss", "mse", "--label-smoothing", "0.1"), "--label-smoothing is a part of cross-entropy"),
-        (("--label-smoothing", "1"), "--label-smoothing must lie in [0, 1)"),
-        (("--feature-decay", "-1"), "--feature-decay must be a finite number >= 0"),
-        (("--imbalance-ratio", "0.5"), "--imbalance-ratio must be at least 1"),
-        (("--per-class", "0"), "--per-class must be at least 1"),
-        (("--width", "0"), "--width must be a positive number"),
+        (("--scale", "0", "--head", "fixed"), "scale must be a finite number > 0"),
         (("--model", "timm:resnet18", "--depth", "2"), "leave out --width and --depth"),
-        (("--amp", "fp16", "--device", "cpu"), "needs a CUDA device"),
-        (("--device", "abacus"), "--device abacus is not known"),
         (("--model", "resnet19"), "resnet18"),
         (("--model", "torchvision:resnet18"), "comes with torchvision"),
         (("--model", "timm:resnet18"), "comes with timm"),
         (("--data", "cifar10"), "comes with torchvision"),
-        (("--data", "folder"), "--data-dir"),
         (("--data", "folder", "--data-dir", "no/such/folder"), "no/such/folder is not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -199,8 +184,10 @@ def test_demo_writes_into_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytes
     assert (defaults.data, defaults.model, defaults.seeds, defaults.head) == ("mnist5k", "small", (0,), HEADS)
 
 
-def test_runs_as_a_script(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "examples" / "train_heads.py"
-    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "--feature-dim" in done.stdout
+def test_runs_as_a_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = str(Path(__file__).parents[2] / "examples" / "train_heads.py")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
+    assert "--feature-dim" in capsys.readouterr().out

@@ -12,9 +12,7 @@ import torch
 
 from etflayers.errors import InvalidArgumentError
 from ufm import main
-from unconstrained.landscape import Landscape, gradient_norm, minimize
-from unconstrained.landscape_report import landscape_rows
-from unconstrained.settings import Settings
+from unconstrained.landscape import Landscape, gradient_norm, landscape_rows, minimize
 
 pytest.importorskip("cvxpy")
 
@@ -26,7 +24,7 @@ CONVEX = 1e-7
 def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = landscape_rows(Landscape(loss=request.param), Settings(seeds=(0, 1, 2)))
+    found = landscape_rows(Landscape(loss=request.param), (0, 1, 2))
     torch.set_num_threads(before)
     return found
 

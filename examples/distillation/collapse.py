@@ -1,0 +1,384 @@
+"""Neural collapse of networks with different heads, trained on distilled and on real images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor, nn
+
+from distillation.common import DistilHeadName, NetworkSettings, cosine, first_set
+from distillation.kernel import KernelSettings, learn
+from distillation.lessons import Lesson, teach
+from etflayers.checks import require
+from etflayers.distill import DistilledSet
+from etflayers.errors import NonFiniteError
+from lab.data import ImageData, Split, load_inputs
+from lab.data.sampling import endless_batches
+from lab.evaluation import measure
+from lab.figures import PALETTE, draw_band, in_percent, in_plain_numbers, legend_below, new_figure
+from lab.files import Row, kept
+from lab.heads import HeadOptions, make_head
+from lab.networks import Network, make_factory, seeded
+from lab.options import Count, Distinct, Free, MoreThanOne, NotNegative, Positive, Share
+from lab.progress import bar
+from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
+from lab.training import Progress, in_silence, threads
+
+# The measures that stand for NC1 to NC4 (docs/metrics.md has all of them).
+COLLAPSE = {
+    "nc1_trace": "NC1: trace ratio",
+    "nc2_etf_distance_means": "NC2: means to nearest ETF",
+    "nc3_distance": "NC3: classifier to means",
+    "nc4_disagreement": "NC4: disagreement",
+}
+ON_REAL = (
+    Column("test\nacc. %", "test_accuracy", ".1f", True, ".1g"),
+    Column("NC1\ntrain", "train_nc1_trace", ".3g", deviation_digits=".1g"),
+    Column("NC2 ETF\ntrain", "train_nc2_etf_distance_means", ".3f", deviation_digits=".1g"),
+    Column("NC3 dual\ntrain", "train_nc3_distance", ".3f", deviation_digits=".1g"),
+    Column("NC4 %\ntest", "test_nc4_disagreement", ".1f", True, ".1g"),
+    Column("margin\ntest", "test_margin_mean", ".3f", deviation_digits=".1g"),
+)
+ON_OWN = (
+    Column("acc. %", "own_accuracy", ".1f", True, ".1g"),
+    Column("NC1", "own_nc1_trace", ".2g", deviation_digits=".1g"),
+    Column("NC2 ETF", "own_nc2_etf_distance_means", ".3f", deviation_digits=".1g"),
+    Column("NC3 dual", "own_nc3_distance", ".3f", deviation_digits=".1g"),
+    Column("NC4 %", "own_nc4_disagreement", ".1f", True, ".1g"),
+    Column("margin", "own_margin_mean", ".3f", deviation_digits=".1g"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollapseSettings(NetworkSettings):
+    """Train networks with different heads on distilled and on real images, and measure how far they collapse.
+
+    All trainings take the same steps, at the same rates. Finished ones are kept for `--resume`.
+    """
+
+    default_out: ClassVar[str] = "runs/distill-collapse"
+    small: ClassVar[dict[str, Any]] = {"data": "digits", "network": "mlp", "width": 32}
+    small |= {"steps": 100, "spacing": 4.0, "kernel_steps": 30}
+
+    sets: Free[tuple[Path, ...]] = ()
+    """Files of distilled sets, as the other studies write them (default: a kernel set is learned first)."""
+    per_class: Free[Count] = 10
+    """Without `--sets`: images of each class in the kernel set."""
+    kernel_steps: Free[Count] = 200
+    """Without `--sets`: updates of the kernel set."""
+    heads: Free[Distinct[DistilHeadName]] = ("standard", "fixed", "nearest")
+    """standard: a learned weight with rows of length 1, without a bias; fixed, nearest: the ETF heads of this
+    library; linear: nn.Linear."""
+    normalize: bool = True
+    """Whether the standard and the ETF heads divide features by their length."""
+    scale: Positive = 5.0
+    """Scale of their logits. The frame of the fixed head is rotated at random."""
+
+    steps: Count = 500
+    """Training steps."""
+    batch_size: Count = 50
+    """Images in a step; all, if there are no more."""
+    lr: Positive = 0.02
+    """Learning rate at the start; it falls to 0 as a cosine."""
+    momentum: Share = 0.9
+    """Nesterov's."""
+    weight_decay: NotNegative = 1e-3
+    """Of all parameters."""
+    spacing: MoreThanOne = 3.0
+    """Ratio of successive steps that are measured."""
+
+    def check(self) -> None:
+        super().check()
+        stems = [path.stem for path in self.sets]
+        require(len(set(stems)) == len(stems), f"--sets must be files of different names, got {stems}")
+        for path in self.sets:
+            require(path.is_file(), f"--sets {path}: there is no such file")
+
+    def measured_steps(self) -> list[int]:
+        """0, 1, then a geometric sequence, and the last step."""
+        steps = [0, 1]
+        while steps[-1] < self.steps:
+            steps.append(min(self.steps, max(steps[-1] + 1, int(steps[-1] * self.spacing))))
+        return steps
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What networks are trained on: images, and classes ``(n,)`` or probabilities ``(n, K)``.
+
+    With a lesson, in the steps and at the rates that the images were learned for, and no others.
+    """
+
+    name: str
+    inputs: Tensor
+    labels: Tensor
+    lesson: Lesson | None = None
+
+    @classmethod
+    def of(cls, name: str, distilled: DistilledSet) -> TrainingSet:
+        """The images of a distilled set. Labels that are no probabilities, those that a regression has
+        learned, become the class of their largest entry."""
+        labels = distilled.labels.detach()
+        if labels.dtype.is_floating_point:
+            sums = labels.sum(-1)
+            if labels.min() < 0 or not torch.allclose(sums, torch.ones_like(sums)):
+                labels = labels.argmax(-1)
+        return cls(name, distilled.inputs.detach(), labels)
+
+    def taught(self, distilled: DistilledSet) -> TrainingSet | None:
+        """The same with the lesson that comes with the set, if there is one."""
+        learned_for = distilled.metadata.get("settings", {})
+        if distilled.log_rates is None or not {"steps", "optimizer"} <= learned_for.keys():
+            return None
+        lesson = Lesson.of(distilled, learned_for["steps"], learned_for["optimizer"])
+        return replace(self, name=f"{self.name}, own steps", lesson=lesson)
+
+    @property
+    def classes(self) -> Tensor:
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(-1)
+
+    @property
+    def digest(self) -> str:
+        """What tells the set from another that has its name."""
+        rates = [] if self.lesson is None else [self.lesson.rates]
+        content = (
+            tensor.cpu().contiguous().numpy().tobytes() for tensor in (self.inputs, self.labels, *rates)
+        )
+        return hashlib.sha256(b"".join(content)).hexdigest()
+
+
+def collapse_study(settings: CollapseSettings, console: Console) -> list[Row]:
+    """Train each head on each set for each seed; write tables and figures."""
+    settings = settings.resolved
+    settings.check()
+    results = Results(settings.folder, console)
+    rows: list[Row] = []
+    with threads(settings.threads):
+        data = load_inputs(settings)
+        for seed in settings.seeds:
+            for training in training_sets(settings, seed, data, console):
+                for head in settings.heads:
+                    named = {"set": training.name, "images": len(training.inputs), "head": head, "seed": seed}
+                    history = _kept_history(training, head, seed, data, settings, console)
+                    rows += [{**named, **row} for row in history]
+    summary = summary_rows(rows)
+    title = f"{settings.network} on {data.name}, {settings.steps} steps"
+    results.csv("collapse", rows)
+    results.csv("summary", summary)
+    results.json("summary", {"settings": settings.fingerprint(), "summary": summary})
+    parts = {"real-images": "train", "own-images": "own"}
+    results.figures({name: partial(curves_figure, rows, part, title) for name, part in parts.items()})
+    labels = {"trained on": "set", "head": "head"}
+    for where, columns in {"real training and test images": ON_REAL, "the images trained on": ON_OWN}.items():
+        console.print(summary_table(f"{title}: on {where}", labels, columns, summary, "\n± "))
+    results.tell()
+    return rows
+
+
+def training_sets(
+    settings: CollapseSettings, seed: int, data: ImageData, console: Console
+) -> list[TrainingSet]:
+    """All real images, the distilled sets, and as many random real images as each of these has.
+
+    A distilled set that has learning rates is there twice: for the steps of all the others, and for its own.
+    """
+    distilled: list[TrainingSet] = []
+    for path in settings.sets:
+        content = _read(path, data)
+        distilled.append(TrainingSet.of(path.stem, content))
+        taught = distilled[-1].taught(content)
+        distilled += [] if taught is None else [taught]
+    if not distilled:
+        distilled = [_kernel_set(settings, seed, data, console)]
+    sets = [TrainingSet("all real images", data.train.images, data.train.targets), *distilled]
+    for per_class in sorted({len(training.inputs) // data.num_classes for training in distilled}):
+        generator = torch.Generator().manual_seed(seed)
+        random = first_set("real", per_class, data, generator)
+        sets.append(TrainingSet.of(f"{len(random.inputs)} random real images", random))
+    return sets
+
+
+def _read(path: Path, data: ImageData) -> DistilledSet:
+    distilled = DistilledSet.load(path, device=data.device)
+    require(
+        distilled.inputs.shape[1:] == data.shape and distilled.num_classes == data.num_classes,
+        f"--sets {path}: {distilled.num_classes} classes of images {tuple(distilled.inputs.shape[1:])}, "
+        f"--data has {data.num_classes} of {data.shape}",
+    )
+    return distilled
+
+
+def _kernel_set(settings: CollapseSettings, seed: int, data: ImageData, console: Console) -> TrainingSet:
+    """A set learned by kernel regression, in a place where it can be found again."""
+    same = ("data", "data_dir", "image_size", "classes", "device", "resume")
+    chosen: dict[str, Any] = {name: getattr(settings, name) for name in same}
+    kernel = KernelSettings(**chosen, out=settings.folder, outer_steps=settings.kernel_steps)
+    name = f"kernel-{settings.per_class}-a-class-seed{seed}"
+    learned = learn(kernel, settings.per_class, seed, data, name).distilled
+    learned.save(settings.folder / f"{name}.safetensors")
+    console.print(f"learned {len(learned.inputs)} images by kernel regression, seed {seed}", highlight=False)
+    return TrainingSet.of(f"{len(learned.inputs)} kernel images", learned)
+
+
+def _kept_history(
+    training: TrainingSet,
+    head: DistilHeadName,
+    seed: int,
+    data: ImageData,
+    settings: CollapseSettings,
+    console: Console,
+) -> list[Row]:
+    """The history of a training, from the file of an earlier run where there is one and it may be used."""
+    name = f"{training.name.replace(',', '').replace(' ', '-')}-{head}-seed{seed}"
+    own = {"head": head, "seed": seed, "images of the set": training.digest}
+
+    def make() -> list[Row]:
+        with bar(console, name) as shown:
+            history = train_and_measure(training, head, seed, data, settings, shown)
+        console.print(
+            f"{training.name}, {head} head, seed {seed}: test accuracy {history[-1]['test_accuracy']:.2%}, "
+            f"{shown.seconds:.0f} s",
+            highlight=False,
+        )
+        return history
+
+    found: list[Row] = kept(
+        settings.checkpoint(name), settings.fingerprint() | own, make, resume=settings.resume
+    )
+    return found
+
+
+def train_and_measure(
+    training: TrainingSet,
+    head: DistilHeadName,
+    seed: int,
+    data: ImageData,
+    settings: CollapseSettings,
+    progress: Progress = in_silence,
+) -> list[Row]:
+    """Train a network and return a row for each measured step.
+
+    In eval mode, on three sets of images: ``own_...`` those that it is trained on, ``train_...`` and
+    ``test_...`` real ones. NC4 on the test set is against the class means of the real training set.
+
+    Raises:
+        InvalidArgumentError: a network that does not fit the data.
+        NonFiniteError: training has diverged.
+    """
+    network = make_network(head, seed, data, settings)
+    if training.lesson is not None:
+        before = _measures(network, training, data, head)
+        after = _measures(teach(network, training.lesson), training, data, head)
+        return [{"step": 0, **before}, {"step": training.lesson.steps, **after}]
+    options = {"momentum": settings.momentum, "nesterov": settings.momentum > 0}
+    decay = settings.weight_decay
+    optimizer = torch.optim.SGD(network.parameters(), settings.lr, weight_decay=decay, **options)
+    generator = torch.Generator().manual_seed(seed)
+    batches = endless_batches(len(training.inputs), settings.batch_size, generator)
+    rows, measured = [], set(settings.measured_steps())
+    for step in range(settings.steps + 1):
+        if step in measured:
+            rows.append({"step": step, **_measures(network, training, data, head)})
+            progress(step, settings.steps, None)
+        if step == settings.steps:
+            break
+        optimizer.param_groups[0]["lr"] = settings.lr * cosine(step, settings.steps)
+        chosen = next(batches).to(data.device)
+        network.train()
+        optimizer.zero_grad()
+        labels = training.labels[chosen]
+        F.cross_entropy(network(training.inputs[chosen], labels), labels).backward()
+        optimizer.step()
+    return rows
+
+
+def make_network(head: DistilHeadName, seed: int, data: ImageData, settings: CollapseSettings) -> Network:
+    """The network that the other studies train, its head replaced by one with the options of this study.
+
+    One seed gives all heads the same body.
+    """
+    # Always of a linear head, or its random numbers would leave each head another body.
+    network = seeded(make_factory(settings.network, data, width=settings.width, norm=settings.norm), seed)
+    options = HeadOptions(normalize=settings.normalize, scale=settings.scale, rotation="haar")
+    with torch.random.fork_rng():
+        made = make_head(head, network.head.in_features, data.num_classes, seed, options)
+    return Network(network.body, made).to(data.device)
+
+
+def _measures(network: nn.Module, training: TrainingSet, data: ImageData, head: DistilHeadName) -> Row:
+    own = Split(training.inputs, training.classes)
+    row: Row = {}
+    centers = None
+    try:
+        for part, split in (("own", own), ("train", data.train), ("test", data.test)):
+            against = centers if part == "test" else None
+            measured = measure(network, nn.CrossEntropyLoss(), split, data, centers=against)
+            row |= {f"{part}_{name}": value for name, value in measured.row.items()}
+            centers = measured.statistics  # after "train", those that the test set is measured against
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{training.name}, {head} head: {error}") from error
+    return row
+
+
+def summary_rows(rows: Sequence[Row]) -> list[Row]:
+    """One row for each set and head: mean and deviation over the seeds of every measure at the last step.
+
+    Where some seed has no value, because its class means coincide, there is none.
+    """
+    summary = []
+    for (name, head), runs in grouped(rows, "set", "head").items():
+        last = max(row["step"] for row in runs)
+        same = [row for row in runs if row["step"] == last]
+        entry: Row = {"set": name, "images": same[0]["images"], "head": head, "seeds": len(same)}
+        measures = [key for key in same[0] if key.startswith(("own_", "train_", "test_"))]
+        summary.append(entry | mean_and_deviation(same, measures))
+    return summary
+
+
+def curves_figure(rows: Sequence[Row], part: str, title: str) -> Figure:
+    """Test accuracy, and NC1 to NC4 on a part of the images, by step: a column for each head.
+
+    NC4 on real images is that of the test set.
+    """
+    heads, colors = grouped(rows, "head"), dict(zip(grouped(rows, "set"), PALETTE * len(rows), strict=False))
+    measures = {"test_accuracy": "test accuracy"} if part == "train" else {"own_accuracy": "accuracy"}
+    for name, label in COLLAPSE.items():
+        source = "test" if part == "train" and name == "nc4_disagreement" else part
+        measures[f"{source}_{name}"] = label
+    images = "real images" if part == "train" else "the images trained on"
+    size = (1.6 + 3.3 * len(heads), 2.1 * len(measures))
+    figure = new_figure(*size, f"{title}: measured on {images}")
+    grid = figure.subplots(len(measures), len(heads), sharex=True, sharey="row", squeeze=False)
+    for line, (measure_name, label) in zip(grid, measures.items(), strict=True):
+        line[0].set_ylabel(label.replace(": ", "\n"))
+        for axes, mine in zip(line, heads.values(), strict=True):
+            for (name,), same in grouped(mine, "set").items():
+                runs = grouped(same, "seed").values()
+                curves = [[row.get(measure_name, np.nan) for row in run] for run in runs]
+                steps, color = sorted({row["step"] for row in same}), colors[name,]
+                if name.endswith("own steps"):  # its end alone, which is no point of a curve
+                    end = {"color": color, "marker": "D", "markersize": 5, "linestyle": "none"}
+                    axes.plot([steps[-1]] * len(curves), [curve[-1] for curve in curves], label=name, **end)
+                else:
+                    draw_band(axes, steps, curves, color=color, label=name)
+            axes.set_xscale("symlog", linthresh=1)
+            if measure_name.endswith("nc1_trace"):
+                axes.set_yscale("log")
+                in_plain_numbers(axes)
+            elif measure_name.endswith(("accuracy", "disagreement")):
+                in_percent(axes)
+    for top, bottom, (head,) in zip(grid[0], grid[-1], heads, strict=True):
+        top.set_title(f"{head} head")
+        bottom.set_xlabel("training step")
+    legend_below(figure, grid[0, 0])
+    return figure

@@ -1,1 +1,0 @@
-"""Neural collapse of networks trained on distilled and on real images."""

@@ -1,0 +1,279 @@
+"""The study of learned images: sets, what networks make of them and of baselines, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+
+from distillation import unrolled
+from distillation.common import digest
+from distillation.lessons import Lesson, Outcome, best_rate, evaluate, real_lesson
+from distillation.unrolled import ImagesSettings, Starts, Unrolled
+from etflayers.checks import require
+from etflayers.distill import DistilledSet, write_png
+from lab.data import ImageData, Split, load_inputs
+from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
+from lab.files import Row, kept, write_csv, write_json
+from lab.networks import make_factory
+from lab.progress import bar
+from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
+from lab.training import threads
+
+ENLARGED = 3
+KINDS = {"random real images": "real", "k-means centers": "kmeans", "average images": "means"}
+# What was learned is drawn in solid lines.
+STYLES: dict[str, tuple[str, str]] = {
+    "distilled": (RED, "-"),
+    "distilled, other order": (ORANGE, "-"),
+    "distilled, other batches": (GREEN, "-"),
+    "distilled, fresh networks": (PINK, "-"),
+    "random real images": (SKY, "--"),
+    "k-means centers": (BLUE, "--"),
+    "average images": (GREY, "--"),
+}
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """The set learned with a seed, and what networks made of it and of the baselines."""
+
+    seed: int
+    learned: Unrolled
+    outcomes: list[Outcome]
+
+
+def learn_images(settings: ImagesSettings, console: Console) -> list[SeedResult]:
+    """Learn a set for each seed, train networks on it and on the baselines; write tables and figures."""
+    settings = settings.resolved
+    settings.check()
+    with threads(settings.threads):
+        study = Study(settings, console)
+        found = [study.one_seed(seed) for seed in settings.seeds]
+    study.report(found)
+    return found
+
+
+class Study:
+    """What all seeds share: settings, data, those of the pretrained networks, and what is learned for."""
+
+    def __init__(self, settings: ImagesSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.results = Results(settings.folder, console)
+        self.data = data = load_inputs(settings)
+        self.source = self._source_data()
+        self.objective = unrolled.make_objective(settings, data.num_classes)
+        console.print(
+            f"{data.name}: {len(data.train)} images to learn from, {len(data.test)} to test on; "
+            f"{settings.per_class * data.num_classes} images for {settings.inner_steps} steps of a "
+            f"{settings.network} from {settings.initialization} initial states",
+            highlight=False,
+        )
+
+    def _source_data(self) -> ImageData:
+        data, name = self.data, self.settings.source
+        if name is None or name == self.settings.data:
+            return data
+        source = load_inputs(replace(self.settings, data=name, image_size=data.shape[-1]))
+        require(
+            source.shape == data.shape and source.num_classes == data.num_classes,
+            f"--source {name} has images {source.shape} of {source.num_classes} classes, --data "
+            f"{self.settings.data} {data.shape} of {data.num_classes}: one network must fit both",
+        )
+        return source
+
+    def one_seed(self, seed: int) -> SeedResult:
+        """Learn a set, judge it, and write both."""
+        settings, name, headline = self.settings, f"seed{seed}", self.objective.headline
+        starts = unrolled.make_starts(settings, self.data, self.source, seed)
+        run = Unrolled(settings, seed, self.data, starts, self.objective)
+        resume, every = settings.resume, settings.checkpoint_every
+
+        def tell(row: Row) -> str:
+            return f"loss {row['loss']:.3f}, {headline} {row[headline]:.1%}"
+
+        with bar(self.console, name, tell) as shown:
+            run.finish(settings.checkpoint(name), resume=resume, every=every, progress=shown)
+        self._print(
+            f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last {tell(run.history[-1])} "
+            f"on its {settings.outer_batch} training images"
+        )
+        folder, plain, distilled = settings.folder, settings.fingerprint(), run.distilled
+        distilled.metadata = {"settings": plain, "seed": seed}
+        distilled.save(folder / f"{name}.safetensors")
+        # Every pixel as a square, or small images could not be seen.
+        picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
+        write_png(folder / f"{name}-images.png", picture)
+        write_csv(folder / f"{name}-history.csv", run.history)
+
+        asked = settings.values("evaluations", "other_networks", "draws", "baselines")
+        path = settings.checkpoint(f"{name}-outcomes-{digest(asked)}")
+        found = kept(path, run.fingerprint, lambda: self.judge(seed, starts, distilled), resume=resume)
+        outcomes = [Outcome(**outcome) for outcome in found]
+        for outcome in outcomes:
+            self._print(f"  {outcome_text(outcome)}")
+        content: Row = {"settings": plain, "evaluation": asked, "seed": seed, "seconds": run.seconds}
+        content["rates"] = distilled.rates.tolist()
+        content["outcomes"] = [
+            {**asdict(o), "networks": len(o.each), **mean_and_deviation(o.each, o.each[0])} for o in outcomes
+        ]
+        write_json(folder / f"{name}.json", content | {"history": run.history})
+        return SeedResult(seed, run, outcomes)
+
+    def judge(self, seed: int, starts: Starts, distilled: DistilledSet) -> list[Row]:
+        """Outcomes of the set as it was learned, in other conditions, and of the baselines."""
+        settings, data, judge = self.settings, self.data, self.objective.judge
+        lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
+        rest, validation = data.held_out()
+        many, count = settings.evaluations, 1 if starts.single else settings.evaluations
+        outcomes: list[Outcome] = []
+
+        def note(training: str, lessons: list[Lesson], number: int = count, **options: Any) -> None:
+            options = {"network": settings.network, "fresh": starts.fresh, "curves": True, **options}
+            outcomes.append(
+                evaluate(training, lessons=lessons, count=number, data=data, judge=judge, **options)
+            )
+
+        note("distilled", [lesson])
+        if settings.steps > 1:
+            generator = torch.Generator().manual_seed(seed)
+            orders = [lesson.in_other_order(generator) for _ in range(count)]
+            note("distilled, other order", orders)
+            note("distilled, other batches", [lesson.in_other_batches(generator) for _ in range(count)])
+        if starts.single:
+            fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
+            note("distilled, fresh networks", [lesson], many, fresh=fresh)
+        for other in settings.other_networks:
+            fresh = unrolled.unseen(make_factory(other, data, head=settings.head, norm=settings.norm), seed)
+            options: dict[str, Any] = {"network": other, "fresh": fresh, "curves": False}
+            note("distilled", [lesson], many, **options)
+            rate = best_rate([lesson], fresh, validation, judge)
+            note("distilled, rate chosen", [lesson.with_rate(rate)], many, rate=rate, **options)
+        for training, kind in KINDS.items() if settings.baselines else ():
+            if kind == "kmeans" and settings.per_class == 1:
+                continue  # the one center of a class is its average image
+            draws = settings.draws if kind == "real" else 1
+            seeds = range(1000 * seed, 1000 * seed + draws)
+            tried, chosen = (
+                [baseline(kind, images, settings, data.num_classes, number) for number in seeds]
+                for images in (rest, data.train)
+            )
+            rate = best_rate(tried, starts.fresh, validation, judge)
+            note(training, [one.with_rate(rate) for one in chosen], max(count, draws), rate=rate)
+        return [asdict(outcome) for outcome in outcomes]
+
+    def report(self, found: Sequence[SeedResult]) -> None:
+        """Tables and figures over all seeds."""
+        rows, name = summary_rows(found), self.data.name
+        self.results.csv("summary", [{n: v for n, v in r.items() if not n.endswith("_seeds")} for r in rows])
+        self.results.json("summary", {"settings": self.settings.fingerprint(), "rows": rows})
+        makers = {"steps": steps_figure, "learning": learning_figure}
+        options = (found, self.objective.headline, name)
+        self.results.figures({figure: partial(make, *options) for figure, make in makers.items()})
+        measures = [measure for measure in ("attack", "others", "accuracy") if measure in rows[0]]
+        columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
+        columns.append(Column("of", "networks", "d"))
+        labels = {"training": "training", "network": "network", "rate": "rate"}
+        shown = [{**row, "rate": row["rate"] or "learned"} for row in rows]
+        title = f"Networks trained on a few images, tested on {name}"
+        self.console.print(summary_table(title, labels, columns, shown))
+        self.results.tell(", and the sets")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:
+    """As many real images, in as many steps, as are learned."""
+    shape = (settings.per_class, settings.steps, settings.inner_steps)
+    return real_lesson(kind, *shape, settings.optimizer, images, num_classes, seed)
+
+
+def summary_rows(results: Sequence[SeedResult]) -> list[Row]:
+    """One row for each training and architecture: mean and deviation over all networks of all seeds.
+
+    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained.
+    """
+    rows = []
+    outcomes = [vars(outcome) for result in results for outcome in result.outcomes]
+    for (training, network), same in grouped(outcomes, "training", "network").items():
+        every = [measures for o in same for measures in o["each"]]
+        rates = sorted({o["rate"] for o in same if o["rate"] is not None})
+        row: Row = {"training": training, "network": network, "networks": len(every)}
+        row["rate"] = ", ".join(f"{rate:g}" for rate in rates) if rates else None
+        row |= mean_and_deviation(every, every[0])
+        before = [curve[0][1] for o in same for curve in o["curves"]]  # after no step
+        for name in every[0]:
+            row[f"{name}_seeds"] = [fmean(measures[name] for measures in o["each"]) for o in same]
+            if before:
+                row[f"{name}_before"] = fmean(measures[name] for measures in before)
+        rows.append(row)
+    return rows
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """One line: what was trained on what, and how well."""
+    found = mean_and_deviation(outcome.each, outcome.each[0])
+    parts = [f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in outcome.each[0]]
+    rate = "" if outcome.rate is None else f", rate {outcome.rate:g}"
+    return f"{outcome.training}, {outcome.network}{rate}: {', '.join(parts)}"
+
+
+def steps_figure(results: Sequence[SeedResult], measure: str, title: str) -> Figure:
+    """The measure on test images by training steps: mean and deviation over networks and seeds."""
+    figure = new_figure(7.5, 4)
+    axes = figure.subplots()
+    outcomes = [vars(outcome) for result in results for outcome in result.outcomes]
+    for (training,), same in grouped(outcomes, "training").items():
+        curves = [curve for outcome in same for curve in outcome["curves"]]
+        if not curves:
+            continue
+        color, dashes = STYLES[training]
+        steps = [step for step, _ in curves[0]]
+        values = np.asarray([[measures[measure] for _, measures in curve] for curve in curves])
+        mean, deviation = values.mean(0), values.std(0)
+        axes.plot(steps, mean, color=color, linestyle=dashes, label=training)
+        axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+    axes.set(title=f"Trained on a few images, tested on {title}", xlabel="training step", ylim=(0, 1))
+    axes.set_ylabel(f"test {measure}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    in_percent(axes)
+    legend_beside(figure, axes)
+    return figure
+
+
+def learning_figure(results: Sequence[SeedResult], measure: str, title: str) -> Figure:
+    """Outer loss and measure on training batches, and the norm of the hypergradient, by outer step."""
+    figure = new_figure(11, 3.4, f"Learning the images of {title}")
+    panels = {"loss": "outer loss", measure: f"{measure}, training batches"}
+    panels["gradient_norm"] = "hypergradient norm"
+    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for result in results:
+            history = result.learned.history
+            values = _smoothed(np.asarray([row[name] for row in history]))
+            axes.plot([row["step"] for row in history], values, label=f"seed {result.seed}")
+        axes.set(title=label, xlabel="outer step")
+        if name == measure:
+            in_percent(axes)
+        elif name == "gradient_norm":
+            axes.set_yscale("log")
+    figure.axes[0].legend()
+    return figure
+
+
+def _smoothed(values: np.ndarray, width: int = 15) -> np.ndarray:
+    """A running mean, over what there is near the ends and where a batch had something to measure."""
+    width = max(1, min(width, len(values) // 4))
+    known = np.isfinite(values)
+    kernel = np.ones(width)
+    total = np.convolve(np.where(known, values, 0), kernel, mode="same")
+    count = np.convolve(known.astype(float), kernel, mode="same")
+    return total / np.maximum(count, 1)

@@ -1,1 +1,0 @@
-"""Images, labels and rates learned through unrolled training: the outer loop, its judges and baselines."""

@@ -1,0 +1,445 @@
+"""Kernel inducing points: images and labels learned by the loss of regression on them, arXiv 2011.00050."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from distillation.common import (
+    DistillationSettings,
+    OuterRun,
+    StartName,
+    cosine,
+    digest,
+    first_set,
+    share_right,
+)
+from distillation.lessons import EVALUATION_BATCH
+from etflayers import distill
+from etflayers.checks import require
+from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, centered_one_hot, write_png
+from etflayers.errors import NonFiniteError
+from lab.data import ImageData, Split, load_inputs
+from lab.data.sampling import endless_batches, shifted
+from lab.figures import BLUE, GREY, PALETTE, RED, SKY, in_percent, in_plain_numbers, legend_beside, new_figure
+from lab.files import Row, kept, write_csv
+from lab.networks import NetworkName, make_factory, seeded
+from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
+from lab.progress import bar
+from lab.results import Results, grouped, make_table, mean_and_deviation, percent
+from lab.training import Progress, in_silence, threads
+
+BASELINES = {"random images": "real", "class means": "means", "k-means centers": "kmeans"}
+RIVALS = ("random images", "k-means centers")  # that networks are trained on, too
+COLORS = {"learned": RED, "random images": SKY, "class means": GREY, "k-means centers": BLUE}
+FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
+LARGEST = 6000  # images whose kernel matrix is made as a whole
+PREDICTION_BATCH = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings(DistillationSettings):
+    """Learn images and labels in closed form: the support of a kernel regression on real images."""
+
+    default_out: ClassVar[str] = "runs/distill-kernel"
+    small: ClassVar[dict[str, Any]] = {"data": "digits", "per_class": (1, 10), "networks": ("mlp",)}
+    small |= {"outer_steps": 60, "outer_batch": 200, "draws": 2, "evaluations": 2, "training_steps": 100}
+    small |= {"rate_grid": (1e-3,)}
+
+    kernel: Literal["ntk", "nngp", "rbf", "linear"] = "ntk"
+    """ntk, nngp: of a ReLU network of infinite width, all of it trained or its last layer; rbf: a Gaussian;
+    linear: inner products, that is linear regression."""
+    depth: Count = 1
+    """Hidden layers of `--kernel ntk` and `nngp`."""
+    bias_variance: NotNegative = 0.01
+    """Of the biases of `--kernel ntk`, `nngp` and `linear`."""
+    bandwidth: Positive = 0.5
+    """Of `--kernel rbf`, in units of the root of the number of pixels."""
+    ridge: NotNegative = 1e-6
+    """Relative to the mean of the diagonal of the kernel of the support."""
+
+    per_class: Free[Distinct[Count]] = (1, 10, 50)
+    """Images of each class; one set is learned for each number."""
+    start: StartName = "kmeans"
+    """What the images start from: noise, random real images, centers of k-means or class means."""
+    labels: Literal["fixed", "learned", "solved"] = "learned"
+    """fixed: centered one-hot vectors; learned: by Adam, from these; solved: in closed form, for each batch
+    while images are learned and in the end for all training images."""
+    shift: Natural = 0
+    """Augmentation: shift each real image by up to this many pixels each way."""
+    outer_steps: Count = 500
+    """Updates of the images."""
+    outer_batch: Count = 500
+    """Real images in the loss of each."""
+    image_rate: Positive = 0.05
+    """Adam's learning rate for images, with a cosine decay to 0."""
+    label_rate: Positive = 0.02
+    """Adam's learning rate for labels, likewise."""
+
+    draws: Free[Count] = 5
+    """Sets of random real images among the baselines."""
+    networks: Free[tuple[NetworkName, ...]] = ("mlp", "lenet")
+    """Finite networks that are trained on the learned set, by Adam on the squared error to its labels, and on
+    as many random real images and k-means centers."""
+    evaluations: Free[Count] = 3
+    """Networks of each kind for each set."""
+    training_steps: Free[Count] = 300
+    """Steps of their training."""
+    training_batch: Free[Count] = 100
+    """Images in a step; all, if there are no more."""
+    rate_grid: Free[Distinct[Positive]] = (3e-4, 1e-3, 3e-3)
+    """Adam's learning rates for them: the best on a part of the training images is taken, for each set."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.labels != "solved" or self.outer_batch >= 10 * max(self.per_class),
+            f"--labels solved fits labels to each batch: --outer-batch {self.outer_batch} must be at least "
+            f"ten times --per-class {max(self.per_class)}",
+        )
+
+
+def make_loop(settings: KernelSettings, data: ImageData) -> KernelRidgeInnerLoop:
+    """Ridge regression with the kernel of the settings."""
+    kernel: distill.Kernel
+    if settings.kernel == "rbf":
+        kernel = distill.RBFKernel(settings.bandwidth * math.prod(data.shape) ** 0.5)
+    elif settings.kernel == "linear":
+        kernel = distill.LinearKernel(settings.bias_variance)
+    else:
+        wide = distill.NTKKernel if settings.kernel == "ntk" else distill.NNGPKernel
+        kernel = wide(depth=settings.depth, bias_variance=settings.bias_variance)
+    return KernelRidgeInnerLoop(kernel, ridge=settings.ridge)
+
+
+@torch.no_grad()
+def predictions(loop: KernelRidgeInnerLoop, distilled: DistilledSet, inputs: Tensor) -> Tensor:
+    """``(m, K)``, in parts that need little memory."""
+    parts = inputs.split(PREDICTION_BATCH)
+    return torch.cat([loop(part, distilled.inputs, distilled.labels) for part in parts])
+
+
+@torch.no_grad()
+def with_solved_labels(loop: KernelRidgeInnerLoop, distilled: DistilledSet, images: Split) -> DistilledSet:
+    """The same images with the labels that are best for regression on ``images``."""
+    targets = centered_one_hot(images.targets, distilled.num_classes)
+    labels = loop.solve_labels(images.images, targets, distilled.inputs)
+    return DistilledSet(distilled.inputs, labels, mean=distilled.mean, std=distilled.std)
+
+
+class Inducing(OuterRun):
+    """A set learned by gradients of the error of the regression on batches of the training images."""
+
+    def __init__(self, settings: KernelSettings, per_class: int, seed: int, data: ImageData) -> None:
+        self.settings, self.data, self.loop = settings, data, make_loop(settings, data)
+        # A stream for every size, so that none depends on which others are asked for.
+        generator = torch.Generator().manual_seed(1000 * seed + per_class)
+        distilled = first_set(settings.start, per_class, data, generator, labels="centered")
+        groups: list[dict[str, Any]] = [{"params": [distilled.inputs], "lr": settings.image_rate}]
+        if settings.labels == "learned":
+            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
+        fingerprint = {**settings.fingerprint(), "images of a class": per_class, "seed": seed}
+        super().__init__(distilled, groups, settings.outer_steps, generator, fingerprint)
+
+    def update(self) -> Row:
+        """The loss of the regression on a batch of real images, and a step of Adam."""
+        inputs, classes = self.batch()
+        targets = centered_one_hot(classes, self.data.num_classes)
+        support, labels = self.distilled.inputs, self.distilled.labels
+        if self.settings.labels == "solved":
+            # At the best labels the loss does not change with them: its gradient needs none through them.
+            labels = self.loop.solve_labels(inputs, targets, support.detach())
+        outputs = self.loop(inputs, support, labels)
+        loss = (outputs - targets).square().sum(-1).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss of step {self.step} is {loss.item()}: take a smaller --image-rate or a larger "
+                "--ridge"
+            )
+        loss.backward()
+        self.optimizer.step()
+        return {"step": self.step, "loss": loss.item(), "accuracy": share_right(outputs, classes)}
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Real images, shifted where asked."""
+        inputs, classes = self.data.train.batch(self.settings.outer_batch, self.generator)
+        reach = self.settings.shift
+        if reach == 0:
+            return inputs, classes
+        shifts = torch.randint(-reach, reach + 1, (len(inputs), 2), generator=self.generator)
+        mean, deviation = self.data.normalization.values()
+        black = (-mean / deviation).view(1, -1, 1, 1)  # what comes in at the edge
+        return shifted(inputs - black, shifts.to(inputs.device)) + black, classes
+
+
+def learn(
+    settings: KernelSettings,
+    per_class: int,
+    seed: int,
+    data: ImageData,
+    name: str | None = None,
+    progress: Progress = in_silence,
+) -> Inducing:
+    """Learn a set, in the checkpoint of this name if one is given."""
+    run = Inducing(settings, per_class, seed, data)
+    run.finish(
+        None if name is None else settings.checkpoint(name),
+        resume=settings.resume,
+        every=settings.checkpoint_every,
+        progress=progress,
+    )
+    if settings.labels == "solved":
+        run.distilled = with_solved_labels(run.loop, run.distilled, data.train)
+    return run
+
+
+def learn_kernel_set(settings: KernelSettings, console: Console) -> list[Row]:
+    """Learn a set for each size and seed, compare it with baselines; write sets, tables and figures."""
+    settings = settings.resolved
+    settings.check()
+    with threads(settings.threads):
+        study = Study(settings, console)
+        rows = [
+            row for size in settings.per_class for seed in settings.seeds for row in study.one_set(size, seed)
+        ]
+    study.report(rows)
+    return rows
+
+
+class Study:
+    """What all sets share: settings, real images, and what the kernel makes of all of them."""
+
+    def __init__(self, settings: KernelSettings, console: Console) -> None:
+        self.settings, self.console = settings, console
+        self.results = Results(settings.folder, console)
+        self.data = data = load_inputs(settings)
+        self.loop = make_loop(settings, data)
+        self.histories: dict[int, list[list[Row]]] = {}
+        plain, path = settings.fingerprint(), settings.checkpoint("all-images")
+        self.full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
+        worth = "too many for" if self.full is None else f"test accuracy {self.full:.2%} of"
+        console.print(
+            f"{settings.kernel} on {data.name}: {len(data.train)} images to learn from, {len(data.test)} to "
+            f"test on; {worth} the kernel of all of them",
+            highlight=False,
+        )
+
+    def one_set(self, per_class: int, seed: int) -> list[Row]:
+        """Learn a set, write it with its picture, and judge it."""
+        settings, name = self.settings, f"{per_class}-a-class-seed{seed}"
+
+        def tell(row: Row) -> str:
+            return f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}"
+
+        with bar(self.console, name, tell) as shown:
+            learned = learn(settings, per_class, seed, self.data, name, shown)
+        learned.distilled.metadata = {"settings": settings.fingerprint(), "seed": seed}
+        learned.distilled.save(settings.folder / f"{name}.safetensors")
+        if self.data.shape[0] in (1, 3):
+            write_png(settings.folder / f"{name}.png", learned.distilled.images())
+        write_csv(settings.folder / f"{name}-history.csv", learned.history)
+        self.histories.setdefault(per_class, []).append(learned.history)
+        judged = ("draws", "networks", "evaluations", "training_steps", "training_batch", "rate_grid")
+        path = settings.checkpoint(f"{name}-rows-{digest(settings.values(*judged))}")
+        make = partial(self.judge, learned.distilled, per_class, seed)
+        rows: list[Row] = kept(path, learned.fingerprint, make, resume=settings.resume)
+        accuracy = f"test accuracy {rows[0]['test_accuracy']:.2%}, {learned.seconds:.0f} s"
+        self.console.print(f"{per_class} a class, seed {seed}: {accuracy}", highlight=False)
+        return rows
+
+    def judge(self, learned: DistilledSet, per_class: int, seed: int) -> list[Row]:
+        """What the learned set and the baselines are worth, to the kernel and to networks."""
+        named, sets = {"per_class": per_class, "seed": seed}, self.named_sets(learned, per_class, seed)
+        rows = [{**named, **found.row(), **self.kernel_row(found.distilled)} for found in sets]
+        chosen = [
+            found
+            for found in sets
+            if found.draw == 0
+            and found.images in ("learned", *RIVALS)
+            and found.labels in (self.settings.labels, "one-hot")
+        ]
+        for network in self.settings.networks:
+            fresh = partial(seeded, make_factory(network, self.data))
+            for found in chosen:
+                row = self.network_row(found.distilled, fresh, FRESH_SEEDS + 1000 * seed)
+                rows.append({**named, **found.row(), "learner": network, **row})
+        return rows
+
+    def named_sets(self, learned: DistilledSet, per_class: int, seed: int) -> list[NamedSet]:
+        """The learned set and the baselines, each with its labels and with those solved for all images."""
+        sets = [NamedSet("learned", self.settings.labels, 0, learned)]
+        for images, kind in BASELINES.items():
+            for draw in range(self.settings.draws if kind == "real" else 1):
+                generator = torch.Generator().manual_seed(1000 * seed + draw)
+                made = first_set(kind, per_class, self.data, generator, labels="centered")
+                sets.append(NamedSet(images, "one-hot", draw, made))
+        for found in [found for found in sets if found.labels != "solved"]:
+            solved = with_solved_labels(self.loop, found.distilled, self.data.train)
+            sets.append(found._replace(labels="solved", distilled=solved))
+        return sets
+
+    def kernel_row(self, distilled: DistilledSet) -> Row:
+        """Accuracy of the regression on a set."""
+        row: Row = {"learner": "kernel"}
+        for part, split in (("train", self.data.train), ("test", self.data.test)):
+            outputs = predictions(self.loop, distilled, split.images)
+            row[f"{part}_accuracy"] = share_right(outputs, split.targets)
+        return row
+
+    def network_row(self, distilled: DistilledSet, fresh: Callable[[int], nn.Module], first: int) -> Row:
+        """Accuracy of networks trained on a set with the best learning rate of the grid.
+
+        The rate is chosen on a part of the training images, which all but the learned set, a rival made from
+        all of them, have seen as well.
+        """
+        settings, (_, validation) = self.settings, self.data.held_out()
+        scores = {
+            rate: _accuracy(train_network(fresh(first), distilled, rate, settings), validation)
+            for rate in settings.rate_grid
+        }
+        rate = max(scores, key=lambda rate: scores[rate])
+        seeds = range(first, first + settings.evaluations)
+        models = [train_network(fresh(seed), distilled, rate, settings) for seed in seeds]
+        row: Row = {"rate": rate, "networks": len(models)}
+        for part, split in (("train", self.data.train), ("test", self.data.test)):
+            row[f"{part}_accuracy"] = fmean(_accuracy(model, split) for model in models)
+        return row
+
+    def report(self, rows: Sequence[Row]) -> None:
+        """Tables and figures over all sets."""
+        settings, name, summary = self.settings, self.data.name, summary_rows(rows)
+        self.results.csv("sets", rows)
+        self.results.csv("summary", summary)
+        content = {"settings": settings.fingerprint(), "full": self.full, "summary": summary}
+        self.results.json("summary", content)
+        title = f"{settings.kernel} kernel, {name}"
+        makers = {"accuracy": partial(accuracy_figure, summary, self.full, title)}
+        self.results.figures(makers | {"learning": partial(learning_figure, self.histories, title)})
+        for learner in dict.fromkeys(row["learner"] for row in summary):
+            title = f"Test accuracy of {learner} trained on a few images of {name}, %"
+            self.console.print(summary_table(summary, learner, title))
+        self.results.tell(", and the sets")
+
+
+class NamedSet(NamedTuple):
+    """A set, and what it is called: its images, its labels, and which draw of several it is."""
+
+    images: str
+    labels: str
+    draw: int
+    distilled: DistilledSet
+
+    def row(self) -> Row:
+        return {"images": self.images, "labels": self.labels, "draw": self.draw}
+
+
+def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
+    """Test accuracy of the regression on all training images; ``None`` where they are too many."""
+    if len(data.train) > LARGEST:
+        return None
+    whole = DistilledSet(data.train.images, centered_one_hot(data.train.targets, data.num_classes))
+    outputs = predictions(make_loop(settings, data), whole, data.test.images)
+    return share_right(outputs, data.test.targets)
+
+
+def train_network(
+    network: nn.Module, distilled: DistilledSet, rate: float, settings: KernelSettings
+) -> nn.Module:
+    """Adam on the squared error to the labels, its rate falling to 0, in batches drawn by a fixed stream."""
+    inputs, labels = (value.detach() for value in (distilled.inputs, distilled.labels))
+    optimizer = torch.optim.Adam(network.parameters(), rate)
+    network.train()
+    batches = endless_batches(len(inputs), settings.training_batch, torch.Generator().manual_seed(0))
+    for step, chosen in zip(range(settings.training_steps), batches, strict=False):
+        optimizer.param_groups[0]["lr"] = rate * cosine(step, settings.training_steps)
+        optimizer.zero_grad()
+        (network(inputs[chosen]) - labels[chosen]).square().sum(-1).mean().backward()
+        optimizer.step()
+    return network
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, split: Split) -> float:
+    network.eval()
+    outputs = torch.cat([network(part) for part in split.images.split(EVALUATION_BATCH)])
+    return share_right(outputs, split.targets)
+
+
+def summary_rows(rows: Sequence[Row]) -> list[Row]:
+    """One row for each learner, kind of set and number of images: mean and deviation over seeds and draws."""
+    names = ("learner", "per_class", "images", "labels")
+    summary = []
+    for key, same in grouped(rows, *names).items():
+        entry: Row = {**dict(zip(names, key, strict=True)), "sets": len(same)}
+        entry |= mean_and_deviation(same, ("train_accuracy", "test_accuracy"))
+        rates = sorted({row["rate"] for row in same if row.get("rate") is not None})
+        summary.append(entry | {"rates": ", ".join(f"{rate:g}" for rate in rates) or None})
+    return summary
+
+
+def summary_table(summary: Sequence[Row], learner: str, title: str) -> Table:
+    """Test accuracy of one learner in per cent: a row for each kind of set, a column for each size."""
+    mine = [row for row in summary if row["learner"] == learner]
+    sizes = sorted({row["per_class"] for row in mine})
+    table = make_table(title, ("images", "labels"), (f"{size} a class" for size in sizes))
+    for kind, same in grouped(mine, "images", "labels").items():
+        found = {row["per_class"]: (row["test_accuracy"], row["test_accuracy_std"]) for row in same}
+        table.add_row(*kind, *(percent(*found[size]) if size in found else "–" for size in sizes))
+    return table
+
+
+def accuracy_figure(summary: Sequence[Row], full: float | None, title: str) -> Figure:
+    """Test accuracy by images of a class, a panel for each learner."""
+    learners = grouped(summary, "learner")
+    figure = new_figure(2.2 + 3.6 * len(learners), 4, title)
+    panels = figure.subplots(1, len(learners), sharey=True, squeeze=False)[0]
+    for axes, ((learner,), mine) in zip(panels, learners.items(), strict=True):
+        for (images, labels), same in grouped(mine, "images", "labels").items():
+            same.sort(key=lambda row: row["per_class"])
+            axes.errorbar(
+                [row["per_class"] for row in same],
+                [row["test_accuracy"] for row in same],
+                yerr=[row["test_accuracy_std"] or 0.0 for row in same],
+                color=COLORS[images],
+                linestyle="--" if labels == "solved" else "-",
+                marker="o",
+                markersize=4,
+                label=f"{images}, labels {labels}",
+            )
+        if learner == "kernel" and full is not None:
+            axes.axhline(full, color="#999999", linestyle=":", label="all training images")
+        sizes = sorted({row["per_class"] for row in mine})
+        axes.set(title=f"trained: {learner}", xlabel="images of a class", xscale="log")
+        axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axes.minorticks_off()
+        in_percent(axes)
+    panels[0].set_ylabel("test accuracy")
+    legend_beside(figure, panels[0])
+    return figure
+
+
+def learning_figure(histories: Mapping[int, Sequence[Sequence[Row]]], title: str) -> Figure:
+    """Loss and accuracy on the batches of real images by outer step, a line for each size."""
+    figure = new_figure(9, 3.6, title)
+    left, right = figure.subplots(1, 2)
+    for color, (per_class, runs) in zip(PALETTE * len(histories), histories.items(), strict=False):
+        for axes, name in ((left, "loss"), (right, "accuracy")):
+            values = np.asarray([[row[name] for row in history] for history in runs])
+            axes.plot(values.mean(0), color=color, label=f"{per_class} a class", linewidth=1)
+    left.set(title="Squared error on real batches", yscale="log", xlabel="outer step")
+    in_plain_numbers(left)
+    right.set(title="Accuracy on real batches", xlabel="outer step")
+    in_percent(right)
+    left.legend()
+    return figure

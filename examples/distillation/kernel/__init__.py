@@ -1,1 +1,0 @@
-"""Images and labels learned in closed form: kernel inducing points."""

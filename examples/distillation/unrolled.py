@@ -1,0 +1,412 @@
+"""Images, labels and learning rates that are learned by differentiating through the training on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, share_right
+from distillation.lessons import MOMENTUM, Fresh, Judge, Measures, inner_loss
+from etflayers import distill
+from etflayers.checks import require
+from etflayers.errors import NonFiniteError
+from lab.data import ImageData
+from lab.files import Row, kept
+from lab.networks import Factory, NetworkName, make_factory, seeded
+from lab.options import Count, Free, Positive
+from lab.settings import DataName
+
+# The learning rate that the inner steps start with, where the command line gives none.
+RATES = {"sgd": 0.05, "momentum": 0.01, "adam": 0.003}
+PRETRAINING_BATCH, PRETRAINING_RATE = 64, 1e-3
+# Far from the seeds of the runs, and from each other: no network of one kind is ever one of another.
+POOL_SEEDS, FRESH_SEEDS = 10**6, 2 * 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesSettings(NetworkSettings):
+    """Learn images, their labels and learning rates by differentiating through the training on them."""
+
+    default_out: ClassVar[str] = "runs/distill-images"
+    small: ClassVar[dict[str, Any]] = {"data": "digits", "network": "mlp", "width": 32, "epochs": 10}
+    small |= {"outer_steps": 60, "outer_batch": 128, "evaluations": 4, "draws": 2, "image_rate": 0.1}
+
+    head: DistilHeadName = "linear"
+    """linear: nn.Linear; standard: a learned weight with rows of length 1, without a bias; fixed, nearest:
+    the ETF heads of this library."""
+    initialization: Literal["fixed", "random", "pool", "online", "pretrained"] = "fixed"
+    """Where the networks start that the images train. fixed: one network, known beforehand; random: a new one
+    each time; pool: one of POOL known ones; online: one of POOL networks that train on the images while these
+    are learned, each for at most MAX_AGE rounds; pretrained: one of POOL networks trained on SOURCE."""
+    pool: Count = 8
+    """Networks in the pool of `--initialization pool`, `online` and `pretrained`."""
+    max_age: Count = 10
+    """Rounds through the images after which the online pool replaces a network by a new one."""
+    source: DataName | None = None
+    """Data on which `--initialization pretrained` has trained its networks (default: those of --data)."""
+    source_epochs: Count = 10
+    """Passes over them."""
+
+    per_class: Count = 1
+    """Images of each class."""
+    labels: Literal["hard", "soft"] = "hard"
+    """soft: labels are learned too, and start one-hot."""
+    start: StartName = "means"
+    """What the images start from: noise, random real images, centers of k-means, or class means (of random
+    parts of a class, if it has several images)."""
+    steps: Count = 1
+    """Batches into which the images are split; a step is taken on each in turn."""
+    epochs: Count = 30
+    """Passes over the batches: training takes STEPS times EPOCHS steps, each with its own learning rate."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "momentum"
+    """The rule of the inner steps; momentum: 0.9."""
+    rate: Positive | None = None
+    """Learning rate of every inner step at the start (default: 0.05 sgd, 0.01 momentum, 0.003 adam)."""
+
+    outer: Literal["classify", "misclassify"] = "classify"
+    """What the images are learned for. misclassify: that a trained network takes images of class ATTACKED for
+    class TARGET, and nothing else for anything else."""
+    attacked: int = 0
+    """Class that `--outer misclassify` attacks."""
+    target: int = 1
+    """Class for which it is to be taken."""
+    outer_steps: Count = 200
+    """Updates of the images."""
+    outer_batch: Count = 512
+    """Real images in the outer loss."""
+    networks: Count = 1
+    """Networks that each update averages over."""
+    adjoint: Literal["steps", "kept"] = "steps"
+    """How the hypergradient flows. steps: training steps are derived again going back, which takes little
+    memory; kept: their graph is kept, which takes less time where it is small."""
+    together: bool = True
+    """Train the networks of an update side by side, by vmap, where there are several; not with
+    `--initialization online`."""
+    image_rate: Positive = 0.02
+    """Adam's learning rate for images, with a cosine decay to 0."""
+    label_rate: Positive = 0.02
+    """Adam's learning rate for soft labels, likewise."""
+    log_rate: Positive = 0.02
+    """Adam's learning rate for the logarithms of the inner rates, likewise."""
+    clip: Positive = 2.0
+    """Hypergradients longer than this times their running length are shortened to it."""
+    window: Literal["full", "last", "random", "moving"] = "full"
+    """Inner steps through which the hypergradient flows: all, the last WINDOW_LENGTH, that many before a
+    random end of training, or that many at a place that moves from the first steps to the last."""
+    window_length: int | None = None
+    """Steps in the window (default: half of them)."""
+
+    evaluations: Free[Count] = 20
+    """Fresh networks that are trained on the images when these are finished."""
+    other_networks: Free[tuple[NetworkName, ...]] = ()
+    """Architectures that are trained on them besides, which the images have not been learned for."""
+    baselines: Free[bool] = True
+    """Also train on random real images, centers of k-means and average images: as many, for as many steps."""
+    draws: Free[Count] = 5
+    """Sets of random real images."""
+
+    @property
+    def resolved(self) -> ImagesSettings:
+        rate = {"sgd": 0.5, "momentum": 0.1, "adam": 0.01}[self.optimizer]
+        return replace(super().resolved, rate=rate) if self.quick else self
+
+    @property
+    def inner_steps(self) -> int:
+        return self.steps * self.epochs
+
+    @property
+    def first_rate(self) -> float:
+        return RATES[self.optimizer] if self.rate is None else self.rate
+
+    @property
+    def window_steps(self) -> int:
+        return max(1, self.inner_steps // 2) if self.window_length is None else self.window_length
+
+    def check(self) -> None:
+        super().check()
+        require(
+            1 <= self.window_steps <= self.inner_steps,
+            f"--window-length must lie in [1, {self.inner_steps}], the number of inner steps, got "
+            f"{self.window_length}",
+        )
+        require(
+            self.source is None or self.initialization == "pretrained",
+            "--source is the data of pretrained networks: add --initialization pretrained",
+        )
+        require(
+            not self.other_networks or self.initialization != "pretrained",
+            "--other-networks are trained from scratch: leave them out with --initialization pretrained",
+        )
+        require(
+            self.network not in self.other_networks,
+            f"--other-networks must be others than --network {self.network}",
+        )
+        require(
+            self.outer == "classify" or self.initialization == "pretrained",
+            "--outer misclassify needs trained networks to mislead: add --initialization pretrained",
+        )
+        require(
+            self.outer == "classify" or self.attacked != self.target,
+            f"--attacked and --target must be two classes, got {self.attacked} twice",
+        )
+        require(
+            self.initialization != "online" or self.window in ("full", "last"),
+            "--initialization online trains every network to the end of a round: take --window full or last",
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"rate": self.first_rate, "window_length": self.window_steps}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of trained networks on real images, and the shares by which people judge it; the first is the
+    headline, to become large."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    judge: Judge
+    headline: str
+
+
+def classify() -> Objective:
+    """The network is to classify real images rightly."""
+    judge: Judge = lambda logits, targets: {"accuracy": share_right(logits, targets)}  # noqa: E731
+    return Objective(F.cross_entropy, judge, "accuracy")
+
+
+def misclassify(attacked: int, target: int) -> Objective:
+    """The network is to take the attacked class for the target class, and to classify the others rightly.
+
+    Reference:
+        Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959, on malicious data poisoning.
+    """
+
+    def wanted(targets: Tensor) -> Tensor:
+        return targets.masked_fill(targets == attacked, target)
+
+    def judge(logits: Tensor, targets: Tensor) -> Measures:
+        victims = targets == attacked
+        return {
+            "attack": share_right(logits[victims], wanted(targets[victims])),
+            "others": share_right(logits[~victims], targets[~victims]),
+            "accuracy": share_right(logits, targets),
+        }
+
+    loss = partial(lambda logits, targets: F.cross_entropy(logits, wanted(targets)))
+    return Objective(loss, judge, "attack")
+
+
+def make_objective(settings: ImagesSettings, num_classes: int) -> Objective:
+    """The objective that the settings name.
+
+    Raises:
+        InvalidArgumentError: a class that the data do not have.
+    """
+    if settings.outer == "classify":
+        return classify()
+    for name, value in settings.values("attacked", "target").items():
+        require(0 <= value < num_classes, f"--{name} must be a class in [0, {num_classes}), got {value}")
+    return misclassify(settings.attacked, settings.target)
+
+
+def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:
+    """Of the network that the images are learned for."""
+    return make_factory(settings.network, data, head=settings.head, width=settings.width, norm=settings.norm)
+
+
+def unseen(factory: Factory, seed: int) -> Fresh:
+    """Networks that no run has seen."""
+    return lambda index: seeded(factory, FRESH_SEEDS + 1000 * seed + index)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The source of initial states for learning, and ``fresh(i)``, the i-th network to judge by.
+
+    Attributes:
+        source: see ``etflayers.distill``.
+        fresh: a new network each time it is called, in training mode: not seen while learning, but for
+            ``--initialization fixed``, where it is the one network that the images are for.
+        single: whether there is but one.
+    """
+
+    source: Callable[[torch.Generator], distill.InitialState] | distill.OnlinePool
+    fresh: Fresh
+    single: bool = False
+
+
+def make_starts(settings: ImagesSettings, data: ImageData, source: ImageData, seed: int) -> Starts:
+    """The networks of ``settings.initialization``; pretrained ones are kept beside the checkpoints.
+
+    Raises:
+        InvalidArgumentError: a network that does not fit the data.
+    """
+    factory = main_factory(settings, data)
+    fresh = unseen(factory, seed)
+    if settings.initialization == "fixed":
+        one = distill.FixedInitialization(seeded(factory, seed))
+        return Starts(one, lambda index: seeded(factory, seed), single=True)
+    if settings.initialization == "random":
+        return Starts(distill.RandomInitialization(factory), fresh)
+    if settings.initialization == "pool":
+        networks = (seeded(factory, POOL_SEEDS + 1000 * seed + index) for index in range(settings.pool))
+        return Starts(distill.StoredPool([distill.InitialState.of(network) for network in networks]), fresh)
+    if settings.initialization == "online":
+        generator = torch.Generator().manual_seed(POOL_SEEDS + seed)
+        max_age = settings.max_age * settings.inner_steps
+        pool = distill.OnlinePool(factory, size=settings.pool, max_age=max_age, generator=generator)
+        return Starts(pool, fresh)
+
+    @cache
+    def trained(first: int, index: int) -> nn.Module:
+        return _pretrained(factory, first + 1000 * seed + index, settings, source)
+
+    states = [distill.InitialState.of(trained(POOL_SEEDS, index)) for index in range(settings.pool)]
+    return Starts(distill.StoredPool(states), lambda index: deepcopy(trained(FRESH_SEEDS, index)))
+
+
+def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: ImageData) -> nn.Module:
+    """A network trained on real images, read from its file if that belongs to these settings."""
+    network, images = seeded(factory, seed), data.train
+
+    def trained() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.Adam(network.parameters(), PRETRAINING_RATE)
+        for _ in range(settings.source_epochs):
+            order = torch.randperm(len(images), generator=generator).to(data.device)
+            for chosen in order.split(PRETRAINING_BATCH):
+                optimizer.zero_grad()
+                inner_loss(network, images.images[chosen], images.targets[chosen]).backward()
+                optimizer.step()
+        return network.state_dict()
+
+    used = ("network", "width", "norm", "head", "source", "data", "classes", "image_size", "source_epochs")
+    path = settings.checkpoint(f"pretrained-{seed}")
+    state = kept(path, {**settings.values(*used), "seed": seed}, trained, resume=settings.resume)
+    network.load_state_dict(state)
+    return network
+
+
+class Unrolled(OuterRun):
+    """A set learned by hypergradients through unrolled training.
+
+    Args:
+        settings: of everything.
+        seed: of everything random.
+        data: real images; only the training set is looked at.
+        starts: where the networks start.
+        objective: what the images are learned for.
+    """
+
+    def __init__(
+        self, settings: ImagesSettings, seed: int, data: ImageData, starts: Starts, objective: Objective
+    ) -> None:
+        self.settings, self.data, self.source, self.objective = settings, data, starts.source, objective
+        # Two networks of one kind: steps are re-derived in the mode they were taken in, training, while the
+        # outer loss sees the trained network as its user would.
+        factory = main_factory(settings, data)
+        self.trainee, self.judge = seeded(factory, seed).train(), seeded(factory, seed).eval()
+        distilled = set_before(settings, data, seed)
+        groups: list[dict[str, Any]] = [
+            {"params": [distilled.inputs], "lr": settings.image_rate},
+            {"params": [distilled.log_rates], "lr": settings.log_rate},
+        ]
+        if isinstance(distilled.labels, nn.Parameter):
+            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
+        self.clip = distill.RunningNormClip(factor=settings.clip)
+        momentum = MOMENTUM if settings.optimizer == "momentum" else 0.0
+        self.rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
+        pool = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
+        generator = torch.Generator().manual_seed(seed)
+        fingerprint = {**settings.fingerprint(), "seed": seed}
+        super().__init__(
+            distilled, groups, settings.outer_steps, generator, fingerprint, clip=self.clip, **pool
+        )
+
+    def update(self) -> Row:
+        """The mean hypergradient over some networks, clipped, and a step of Adam."""
+        settings = self.settings
+        row: Row = {"step": self.step, "loss": 0.0}
+        together = settings.together and not isinstance(self.source, distill.OnlinePool)
+        # One by one, the graph of a network is gone before that of the next is made.
+        for count in (settings.networks,) if together else (1,) * settings.networks:
+            losses = []
+            for state in self._trained(count):
+                loss, measures = self._outer(state)
+                losses.append(loss / settings.networks)
+                for name, value in measures.items():
+                    row[name] = row.get(name, 0.0) + value / settings.networks
+            total = torch.stack(losses).sum()
+            total.backward()
+            row["loss"] += total.item()
+        if not math.isfinite(row["loss"]):
+            raise NonFiniteError(
+                f"the outer loss of step {self.step} is {row['loss']}: take a smaller --rate, --image-rate "
+                "or --log-rate, or a --window"
+            )
+        row["gradient_norm"] = float(self.clip(self.distilled.parameters()))
+        self.optimizer.step()
+        row["mean_rate"] = self.distilled.rates.mean().item()
+        return row
+
+    def _outer(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Measures]:
+        inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
+        logits = functional_call(self.judge, dict(state), (inputs,))
+        return self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
+
+    def _trained(self, count: int) -> list[dict[str, Tensor]]:
+        """Parameters and buffers of some networks after training."""
+        starts = [self.source(self.generator) for _ in range(count)]
+        if count > 1:
+            together = self._train(distill.stack_states(starts), count).state
+            return [{name: value[index] for name, value in together.items()} for index in range(count)]
+        trained = self._train(starts[0])
+        if isinstance(self.source, distill.OnlinePool):
+            state = distill.InitialState(trained.params, trained.buffers)
+            self.source.put_back(state, steps=self.settings.inner_steps)
+        return [trained.state]
+
+    def _train(self, start: distill.InitialState, together: int | None = None) -> distill.InnerSolution:
+        inputs, labels = self.distilled.batches(self.settings.steps)
+        return distill.unrolled_inner_loop(
+            self.trainee,
+            start.params,
+            inputs,
+            labels,
+            lr=self.distilled.rates,
+            epochs=self.settings.epochs,
+            loss=inner_loss,
+            optimizer=self.rule,
+            adjoint=distill.StepAdjoint() if self.settings.adjoint == "steps" else distill.KeptGraph(),
+            window=self._window(),
+            buffers=start.buffers,
+            generator=self.generator,
+            initializations=together,
+        )
+
+    def _window(self) -> range | None:
+        length, steps = self.settings.window_steps, self.settings.inner_steps
+        if self.settings.window == "full":
+            return None
+        if self.settings.window == "last":
+            return distill.last_window(length, steps)
+        if self.settings.window == "random":
+            return distill.random_window(length, steps, generator=self.generator)
+        return distill.moving_window(length, steps, progress=self.step / max(1, self.total - 1))
+
+
+def set_before(settings: ImagesSettings, data: ImageData, seed: int) -> distill.DistilledSet:
+    """The set before it is learned."""
+    labels = "hard" if settings.labels == "hard" else "one-hot"
+    rates = torch.full((settings.inner_steps,), settings.first_rate)
+    generator = torch.Generator().manual_seed(seed)
+    return first_set(settings.start, settings.per_class, data, generator, labels=labels, rates=rates)

@@ -1,0 +1,1 @@
+"""What every study shares: data, models, settings, training, evaluation, figures, reports."""

@@ -1,0 +1,272 @@
+"""One training of a network with one head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from etflayers.checks import require
+from etflayers.errors import ManifoldError, NonFiniteError
+from etflayers.functional import nearest_etf
+from etflayers.metrics import frame_distance, read_classifier
+from lab.data import ImageData, load
+from lab.data.sampling import affine_maps, epoch_order, shifted, transformed
+from lab.evaluation import Measures, measure
+from lab.files import Row
+from lab.heads import HeadName, captured_features, head_of, targets_for
+from lab.losses import make_criterion, make_optimizers, set_learning_rate, total_loss
+from lab.models import LABELS, make_classifier
+from lab.progress import bar
+from lab.ranks import distributed, rank, share, with_shared_statistics, world_size
+from lab.settings import Settings
+from lab.training import GlobalStreams, Progress, Run, in_silence, reproducible, synchronize
+
+FITTED = 0.999  # train accuracy at which a run counts as fitted
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: the history by epoch and what the figures show of its first and last moment.
+
+    Attributes:
+        head: what was trained.
+        seed: of weights and batches.
+        history: a row for each epoch, the first before training.
+        snapshots: ``first_...`` and ``last_...``: class means and frame ``(K, d)``, and the cosine margins of
+            the samples of the training and the test set, ascending ``(N,)``; with four classes also
+            features ``(N, d)`` and targets of the training set.
+        model: in its last state.
+    """
+
+    head: HeadName
+    seed: int
+    history: list[Row]
+    snapshots: dict[str, Tensor]
+    model: nn.Module
+
+    @property
+    def name(self) -> str:
+        return run_name(self.head, self.seed)
+
+    @property
+    def last(self) -> Row:
+        return self.history[-1]
+
+    @property
+    def epochs_to_fit(self) -> int | None:
+        return next((int(row["epoch"]) for row in self.history if row["train_accuracy"] >= FITTED), None)
+
+
+def run_name(head: str, seed: int) -> str:
+    """Stem of the files of a training."""
+    return f"{head}-seed{seed}"
+
+
+class Trainer(Run):
+    """Model, optimizers and position of one training.
+
+    Everything random in an epoch, the order of the images and their augmentation, comes from a generator
+    seeded by (seed, epoch): a continued run draws it again and skips the steps already taken.
+    """
+
+    def __init__(self, head: HeadName, seed: int, settings: Settings, data: ImageData) -> None:
+        self.settings, self.data, self.seed, self.device = settings, data, seed, settings.torch_device
+        self.model = make_classifier(head, settings, data, seed).to(self.device)
+        self.model = with_shared_statistics(self.model, self.device)
+        self.network = distributed(self.model, self.device)
+        self.optimizers = make_optimizers(self.model, settings)
+        self.criterion = make_criterion(settings)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.steps_per_epoch = len(data.train) // settings.batch_size
+        require(
+            self.steps_per_epoch > 0,
+            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images",
+        )
+        self.snapshots: dict[str, Tensor] = {}
+        self.to_come: Iterator[tuple[Tensor, Tensor]] | None = None
+        parts = {"model": self.model, "random": GlobalStreams(self.device)}
+        parts |= {f"optimizer{number}": part for number, part in enumerate(self.optimizers)}
+        if self.scaler.is_enabled():
+            parts["scaler"] = self.scaler
+        own = {"head": head, "seed": seed, "classes": data.num_classes, "ranks": world_size()}
+        super().__init__(parts, settings.fingerprint() | own, settings.epochs * self.steps_per_epoch)
+        # Dropout and the like draw the same numbers with every head, and other ones on every rank.
+        torch.manual_seed(seed + (rank() << 32))
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the current epoch that are still to come: of each the share of this rank."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        train, size, settings = self.data.train, self.settings.batch_size, self.settings
+        order = epoch_order(
+            train.targets.cpu(), self.data.num_classes, generator, balanced=settings.balanced
+        ).to(self.device)
+        shifts = torch.randint(-settings.shift, settings.shift + 1, (len(train), 2), generator=generator)
+        flips = torch.rand(len(train), generator=generator) < 0.5
+        maps = affine_maps(len(train), settings.affine_size, generator)
+        done = self.step % self.steps_per_epoch
+        for start in range(done * size, self.steps_per_epoch * size, size):
+            chosen = share(order[start : start + size])
+            images = train.images[chosen]
+            if settings.shift:
+                images = shifted(images, shifts[chosen.cpu()].to(self.device))
+            if settings.flip:
+                mirror = flips[chosen.cpu()].to(self.device).view(-1, 1, 1, 1)
+                images = torch.where(mirror, images.flip(-1), images)
+            if settings.affine_size:
+                images = transformed(images, maps[chosen.cpu()].to(self.device))
+            yield self.data.normalized(images), train.targets[chosen]
+
+    def begin(self) -> Row:
+        return self.record(epoch=0)
+
+    def advance(self) -> Row | None:
+        with self.clock():
+            if self.to_come is None:
+                self.model.train()
+                self.to_come = self.batches()
+            set_learning_rate(self.optimizers, self.settings, self.step, self.total)
+            self.update(*next(self.to_come))
+        if (self.step + 1) % self.steps_per_epoch:
+            return None
+        self.to_come = None
+        with self.clock():
+            synchronize(self.device)
+        return self.record(self.epoch + 1)
+
+    def update(self, images: Tensor, targets: Tensor) -> None:
+        """One step of training."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with (
+            autocast(self.settings),
+            targets_for(self.model, targets),
+            captured_features(self.model) as features,
+        ):
+            loss = total_loss(self.criterion, self.network(images), targets, features[0], self.settings)
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def record(self, epoch: int) -> Row:
+        """Measure the model."""
+        with autocast(self.settings):
+            train = measure(self.model, self.criterion, self.data.train, self.data)
+            test = measure(self.model, self.criterion, self.data.test, self.data, centers=train.statistics)
+        row: Row = {"epoch": epoch}
+        for part, measured in (("train", train), ("test", test)):
+            row |= {f"{part}_{name}": value for name, value in measured.row.items()}
+        drift = self._drift(train.statistics.means)
+        if drift is not None:
+            row["train_nc2_etf_drift_means"] = drift
+        row["seconds"], self.seconds = round(self.seconds, 3), 0.0
+        self._keep(train, test, ("first", "last") if epoch == 0 else ("last",))
+        return row
+
+    def _drift(self, class_means: Tensor) -> float | None:
+        """How far the ETF nearest to the class means has moved since the last epoch."""
+        before = self.snapshots.get("last_class_means")
+        if before is None or class_means.shape[1] < len(class_means) - 1:
+            return None
+        frames = nearest_etf(torch.stack((before.to(class_means), class_means)))
+        return float(frame_distance(*frames))
+
+    def _keep(self, train: Measures, test: Measures, moments: tuple[str, ...]) -> None:
+        now = {
+            "class_means": train.statistics.means,
+            "frame": read_classifier(head_of(self.model)).weight.clone(),
+            "train_margins": train.margins,
+            "test_margins": test.margins,
+        }
+        if self.data.num_classes == 4:  # whose class means span a space that can be shown
+            now |= {"features": train.answers.features, "features_targets": train.answers.targets}
+        for moment in moments:
+            self.snapshots |= {f"{moment}_{name}": tensor.cpu() for name, tensor in now.items()}
+
+    def due(self, every: int) -> bool:
+        return super().due(every) or self.step % self.steps_per_epoch == 0
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"snapshots": self.snapshots}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.snapshots = {name: tensor.cpu() for name, tensor in state["snapshots"].items()}
+
+
+def train(
+    head: HeadName, seed: int, settings: Settings, data: ImageData, *, progress: Progress = in_silence
+) -> Trained:
+    """Train a head, from its checkpoint where there is one and ``settings.resume`` asks for it.
+
+    Raises:
+        InvalidArgumentError: a checkpoint of another run, or settings that do not fit the data.
+        NonFiniteError: training has diverged.
+    """
+    trainer = Trainer(head, seed, settings, data)
+    try:
+        with reproducible(trainer.device):
+            trainer.finish(
+                settings.checkpoint(run_name(head, seed)),
+                resume=settings.resume,
+                every=settings.checkpoint_every,
+                progress=progress,
+            )
+    except (NonFiniteError, ManifoldError) as error:
+        raise NonFiniteError(
+            f"training of the {head} head diverged in epoch {trainer.epoch}: take a smaller --lr ({error})"
+        ) from error
+    return Trained(head, seed, trainer.history, trainer.snapshots, trainer.model)
+
+
+def train_and_tell(
+    head: HeadName,
+    seed: int,
+    settings: Settings,
+    data: ImageData,
+    console: Console,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Trained:
+    """Train a head, show how far it is, and call ``on_row`` after each epoch."""
+    with bar(
+        console, f"{head} (seed {seed})", lambda row: f"test accuracy {row['test_accuracy']:.2%}"
+    ) as shown:
+
+        def progress(step: int, total: int, row: Row | None) -> None:
+            shown(step, total, row)
+            if row is not None:
+                on_row(row)
+
+        run = train(head, seed, settings, data, progress=progress)
+    console.print(
+        f"{head} (seed {seed}): train accuracy {run.last['train_accuracy']:.2%}, "
+        f"test accuracy {run.last['test_accuracy']:.2%}, {shown.seconds:.0f} s",
+        highlight=False,
+    )
+    return run
+
+
+def load_and_tell(settings: Settings, console: Console) -> tuple[ImageData, str]:
+    """The data on the device of the settings, announced, and a title for what is trained on it."""
+    data = load(settings).to(settings.torch_device)
+    title = f"{LABELS.get(settings.model, settings.model)} on {data.name}"
+    console.print(
+        f"{title}: {len(data.train)} images to train, {len(data.test)} to test, "
+        f"{data.num_classes} classes; epochs: {settings.epochs}, device: {settings.torch_device}"
+    )
+    return data, title
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    """Mixed precision as the settings want it."""
+    dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
+    return torch.autocast(settings.torch_device.type, dtype=dtype, enabled=settings.amp != "off")

@@ -1,0 +1,132 @@
+"""Training on several devices: one process each, which together take every step that one process would.
+
+Each rank takes its share of every batch and of the data that are evaluated. Gradients are averaged by
+``DistributedDataParallel``, class means and metrics by the library, batch statistics by the layers below: so
+the numbers are those of one process, but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from etflayers.checks import require
+from etflayers.nn.distributed import all_reduce_sum
+from lab.data import Split
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """The number of this process, 0 where there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(rows: Tensor) -> Tensor:
+    """The rows of this rank: every n-th, so that shares differ by one row at most."""
+    return rows[rank() :: world_size()]
+
+
+def share_of_split(split: Split) -> Split:
+    """The images of this rank."""
+    return split if world_size() == 1 else Split(share(split.images), share(split.targets))
+
+
+def gathered(item: Item) -> list[Item]:
+    """What each rank has, in their order, on every rank."""
+    if world_size() == 1:
+        return [item]
+    items: list[Item] = [item] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def launch(script: str, arguments: Sequence[str], devices: int) -> int:
+    """Run a script once for each device under torchrun and return the exit status."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    # Threads as one process would have: torchrun itself asks for one in each.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    command = [*torchrun, f"--nproc-per-node={devices}", script, *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the ranks that torchrun started: nccl on CUDA, gloo on the CPU. Alone, do nothing."""
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model to train with: the same module, its gradients and batch statistics shared by all ranks."""
+    if world_size() == 1:
+        return model
+    device_ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+
+
+def with_shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let batch normalization see the batch of all ranks. Changes the model.
+
+    Raises:
+        InvalidArgumentError: on the CPU, a kind of batch normalization that is not ``nn.BatchNorm2d``.
+    """
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            require(
+                type(module) is nn.BatchNorm2d,
+                f"--devices on a CPU knows nn.BatchNorm2d only, and the model has a {type(module).__name__}: "
+                "take --model small or resnet18, or --device cuda",
+            )
+            module.__class__ = SharedBatchNorm2d  # the same parameters and buffers, another forward pass
+    return model
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` over the batches of all ranks on a CPU, which ``nn.SyncBatchNorm`` does not know."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        axes = (0, 2, 3)
+        count = all_reduce_sum(images.new_tensor([images.numel() / images.shape[1]]))
+        mean = all_reduce_sum(images.sum(axes)) / count
+        centered = images - mean.view(1, -1, 1, 1)
+        variance = all_reduce_sum(centered.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance * count / (count - 1), momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)

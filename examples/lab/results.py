@@ -1,0 +1,133 @@
+"""The folder of a study, and the tables that people read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lab.classifiers import Trained
+from lab.figures import write_figure
+from lab.files import Row, write_atomically, write_csv, write_json
+
+
+class Results:
+    """What a study writes into its folder, told in one line at the end."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self.started = time.perf_counter()
+        self.names: list[str] = []
+
+    def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._note(write_csv(self.folder / f"{name}.csv", rows))
+
+    def json(self, name: str, content: Any) -> None:
+        self._note(write_json(self.folder / f"{name}.json", content))
+
+    def run(self, run: Trained, settings: Mapping[str, Any]) -> None:
+        """Every epoch of a training as CSV, and as JSON with the settings that gave it."""
+        self.csv(run.name, run.history)
+        own = {"head": run.head, "seed": run.seed, "settings": settings, "epochs_to_fit": run.epochs_to_fit}
+        self.json(run.name, own | {"history": run.history})
+
+    def text(self, name: str, content: str) -> None:
+        self._note(write_atomically(self.folder / name, content.encode()))
+
+    def figures(self, makers: Mapping[str, Callable[[], Figure]]) -> list[Path]:
+        """Make and write the figures of these names."""
+        paths = [write_figure(self.folder / f"{name}.png", make) for name, make in makers.items()]
+        for path in paths:
+            self._note(path)
+        return paths
+
+    def tell(self, more: str = "") -> None:
+        """Say how long it took and what was written."""
+        seconds, names = time.perf_counter() - self.started, ", ".join(self.names)
+        self.console.print(f"{seconds:.0f} s. Written to {self.folder}: {names}{more}", highlight=False)
+
+    def _note(self, path: Path) -> None:
+        self.names.append(path.name)
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """The rows by their values of these names, in the order in which these come."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def mean_and_deviation(rows: Sequence[Mapping[str, Any]], measures: Iterable[str]) -> Row:
+    """``NAME`` and ``NAME_std`` of each measure over the rows; one row has no deviation.
+
+    A measure that some row does not have has no mean: one over those that have it would flatter.
+    """
+    found: Row = {}
+    for name in measures:
+        values = [row.get(name, math.nan) for row in rows]
+        found |= {name: fmean(values), f"{name}_std": stdev(values) if len(values) > 1 else None}
+    return found
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure in a table for reading, with its mean and deviation; digits as in a format."""
+
+    heading: str
+    measure: str
+    digits: str = ".3f"
+    percent: bool = False
+    deviation_digits: str | None = None
+
+    def text(self, row: Mapping[str, Any], plus_minus: str = " ± ") -> str:
+        """A dash where there is no mean."""
+        mean, deviation = row.get(self.measure), row.get(f"{self.measure}_std")
+        if mean is None or math.isnan(mean):
+            return "–"
+        factor = 100 if self.percent else 1
+        text = f"{factor * mean:{self.digits}}"
+        if deviation is None:
+            return text
+        return f"{text}{plus_minus}{factor * deviation:{self.deviation_digits or self.digits}}"
+
+
+def percent(mean: float, deviation: float | None = None) -> str:
+    """Mean and, if there is one, deviation, in per cent."""
+    return Column("", "x", ".1f", percent=True).text({"x": mean, "x_std": deviation})
+
+
+def make_table(title: str, labels: Sequence[str], headings: Iterable[str]) -> Table:
+    """An empty table: labels stand left, numbers right."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in labels:
+        table.add_column(heading, justify="left", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def summary_table(
+    title: str,
+    labels: Mapping[str, str],
+    columns: Sequence[Column],
+    rows: Iterable[Mapping[str, Any]],
+    plus_minus: str = " ± ",
+) -> Table:
+    """A table of rows that have means and deviations; ``labels`` are headings of what tells rows apart."""
+    table = make_table(title, list(labels), (column.heading for column in columns))
+    for row in rows:
+        names = (str(row[name]) for name in labels.values())
+        table.add_row(*names, *(column.text(row, plus_minus) for column in columns))
+    return table

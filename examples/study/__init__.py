@@ -1,1 +1,0 @@
-"""How classifier heads collapse: trainings over heads and seeds, their metrics, figures and a report."""
