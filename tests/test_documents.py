@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,5 @@ def test_code_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.Mon
     check_md_file(document, memory=True)
 
 
-@pytest.mark.parametrize("document", containing(">>> "), ids=lambda path: path.name)
-def test_what_is_typed_at_the_prompt_answers_so(document: Path) -> None:
-    pytest.importorskip("triton")  # which the answers of docs/kernels.md take for granted
-    found = doctest.testfile(str(document), module_relative=False)
-    assert found.attempted > 0
-    assert found.failed == 0
-
-
 def test_there_is_something_to_run() -> None:
     assert {"README.md", "heads.md", "metrics.md"} <= {path.name for path in containing("```python")}
-    assert containing(">>> ")

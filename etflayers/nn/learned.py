@@ -30,10 +30,9 @@ from etflayers.errors import ManifoldError
 from etflayers.functional.nearest import nearest_etf
 from etflayers.geometry import (
     centered_basis_adjoint,
-    centered_basis_apply,
     etf_radius,
+    random_stiefel,
     require_rotation,
-    simplex_etf,
 )
 from etflayers.geometry.tolerance import default_atol
 from etflayers.nn.averages import keep_precision
@@ -108,35 +107,31 @@ class LearnedETFHead(ETFHead):
         if isinstance(rotation, Tensor):
             require_floating("rotation", rotation.dtype)
             dtype = working_dtype(rotation.dtype if dtype is None else dtype)
-            rotation = rotation.detach().to(device, dtype)
-            require_rotation(rotation, num_classes, in_features)  # as precisely as training will hold it
+            start = rotation.detach().to(device, dtype, copy=True)
+            require_rotation(start, num_classes, in_features)  # as precisely as training will hold it
         else:
             require(rotation == "haar", f"rotation must be 'haar' or a tensor, got {rotation!r}")
             dtype = torch.get_default_dtype() if dtype is None else dtype
             require_floating("dtype", dtype)
+            start = random_stiefel(
+                in_features, num_classes - 1, generator=generator, device=device, dtype=working_dtype(dtype)
+            )
+        start = start.contiguous()  # as sharding and safetensors want a parameter; QR leaves it transposed
         self.manifold = manifold
-        start = simplex_etf(
-            num_classes,
-            in_features,
-            rotation=rotation,
-            generator=generator,
-            device=device,
-            dtype=working_dtype(dtype),
-        )
         if manifold is None:
-            self.prototypes = nn.Parameter(start)
+            self.prototypes = nn.Parameter(_frame_of(start))
         else:
             geoopt = require_module("geoopt", extra="solvers")
             # The QR retraction of the Euclidean metric returns to the manifold at every step; the Cayley
             # transform of the canonical metric would let rounding errors add up.
-            self.rotation = geoopt.ManifoldParameter(_rotation_of(start), geoopt.EuclideanStiefel())
+            self.rotation = geoopt.ManifoldParameter(start, manifold=geoopt.EuclideanStiefel())
 
     @property
     def frame(self) -> Tensor:
         """W, ``(K, d)``, unit rows, differentiable in the parameter."""
         if self.manifold is None:
             return nearest_etf(gathered(self.prototypes))
-        return etf_radius(self.num_classes) * centered_basis_adjoint(gathered(self.rotation).mT)
+        return _frame_of(gathered(self.rotation))
 
     def logit_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
         """See :meth:`CodeHead.logit_terms`.
@@ -177,23 +172,17 @@ class LearnedETFHead(ETFHead):
         Under ``torch.distributed`` all ranks call it, and get the frame that the first one draws.
         """
         parameter = self.prototypes if self.manifold is None else self.rotation
-        frame = simplex_etf(
-            self.num_classes,
-            self.in_features,
-            rotation="haar",
-            device=parameter.device,
-            dtype=parameter.dtype,
+        rotation = random_stiefel(
+            self.in_features, self.num_classes - 1, device=parameter.device, dtype=parameter.dtype
         )
-        overwrite(parameter, frame if self.manifold is None else _rotation_of(frame))
+        overwrite(parameter, _frame_of(rotation) if self.manifold is None else rotation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rotation = state_dict.get(prefix + "rotation")
         if self.manifold is None and rotation is not None:
             # A checkpoint of a head on the manifold, which was the only kind before version 0.2.
             require_rotation(rotation, self.num_classes, self.in_features)
-            state_dict[prefix + "prototypes"] = simplex_etf(
-                self.num_classes, self.in_features, rotation=state_dict.pop(prefix + "rotation")
-            )
+            state_dict[prefix + "prototypes"] = _frame_of(state_dict.pop(prefix + "rotation"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedETFHead:
@@ -205,6 +194,6 @@ class LearnedETFHead(ETFHead):
         return f"{super().extra_repr()}, manifold={self.manifold!r}"
 
 
-def _rotation_of(frame: Tensor) -> Tensor:
-    """Q of W = c E'Q', contiguous, as sharding and safetensors want a parameter."""
-    return (centered_basis_apply(frame).mT / etf_radius(frame.shape[-2])).contiguous()
+def _frame_of(rotation: Tensor) -> Tensor:
+    """W = c E'Q'."""
+    return etf_radius(rotation.shape[-1] + 1) * centered_basis_adjoint(rotation.mT)
