@@ -7,7 +7,7 @@ EXTRAS := dev,distill,examples,metrics,solvers,tracking,triton
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench lint format clean
+.PHONY: help demo test test-all slow bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,12 +15,18 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## train the heads side by side on a small problem
 	@$(BIN)/python examples/train_heads.py --demo
 
-test: lint  ## lint, then tests and doctests
+# In parallel, one process a core and one thread a process: the tensors of a test are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+test: lint  ## lint, then tests and doctests: under five minutes on two cores
 	@echo "==> tests and doctests"
-	@$(BIN)/pytest -q
+	@$(PYTEST)
+
+test-all: test slow  ## everything: also the tests that take minutes
 
 slow: $(INSTALLED)  ## the tests that take minutes
-	@$(BIN)/pytest -q -m slow
+	@echo "==> the tests that take minutes"
+	@$(PYTEST) -m slow
 
 bench: $(INSTALLED)  ## measure time and memory
 	@$(BIN)/python -m benchmarks

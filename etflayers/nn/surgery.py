@@ -79,7 +79,13 @@ def replace_classifier(
     for (place, linear), new in zip(linears.items(), heads, strict=True):
         _LOG.info("replaced %r, %s, by %s", place, linear, type(new).__name__)
     sizes = {linear.out_features for linear in linears.values()}
-    others = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features in sizes]
+    # A head of somebody else's may be, or hold, a linear layer itself.
+    placed = {module for new in heads for module in new.modules()}
+    others = [
+        place
+        for place, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features in sizes and module not in placed
+    ]
     if others:
         _LOG.warning(
             "replaced %s; linear layers with as many outputs stay: %s (if they are classifiers, too, give "

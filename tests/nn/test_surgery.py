@@ -149,6 +149,17 @@ def test_what_was_replaced_and_what_stays_is_logged(caplog: pytest.LogCaptureFix
     assert "linear layers with as many outputs stay: ['auxiliary']" in caplog.text
 
 
+def test_a_head_that_is_a_linear_layer_is_not_said_to_stay(caplog: pytest.LogCaptureFixture) -> None:
+    class LinearHead(nn.Linear):
+        @property
+        def num_classes(self) -> int:
+            return self.out_features
+
+    with caplog.at_level(logging.INFO, logger="etflayers"):
+        replace_classifier(ResNet(), LinearHead)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
 def test_a_model_inside_ddp_is_refused() -> None:
     class Wrapped(nn.parallel.DistributedDataParallel):
         def __init__(self) -> None:
