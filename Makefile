@@ -10,12 +10,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constrain
 .PHONY: help demo test test-all slow bench lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## train the heads side by side on a small problem
 	@$(BIN)/python examples/train_heads.py --demo
 
-# In parallel, one process a core and one thread a process: the tensors of a test are small.
+# In parallel, one process a core and one thread a process: the tensors of a test are small. What is compiled is
+# kept here: a file that a killed process of somebody else left half written would fail a test.
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.pytest_cache/inductor
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test: lint  ## lint, then tests and doctests: under five minutes on two cores
