@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from etflayers._torch import assume_constant_result
+
 __all__ = ["autocast_dtype", "default_tolerance", "full_precision", "smallest_divisor", "working_dtype"]
 
 
@@ -15,12 +17,17 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+@assume_constant_result  # Dynamo of PyTorch 2.6 cannot look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast has products computed in on a device of this type, where it is on.
 
     On a type without autocast, such as ``meta``, ``torch.is_autocast_enabled`` raises instead of answering.
     """
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

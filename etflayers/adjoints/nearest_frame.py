@@ -173,7 +173,8 @@ class _NearestFrame(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.form = inputs[3].of
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        # The vmap rule that PyTorch 2.6 generates takes no None for the gradient of an output without one.
+        ctx.set_materialize_grads(inside_transform())
         ctx.save_for_backward(inputs[0], *output)
         ctx.save_for_forward(inputs[0], *output)
 

@@ -287,7 +287,8 @@ def _draw(limit: int, generator: torch.Generator | None) -> int:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """The global generators, of the CPU and of the accelerator in use, start at ``seed`` and come back."""
-    accelerator = torch.accelerator.current_accelerator()
+    # A build for an accelerator names it as the current one on a machine that has none, too.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         devices, kind = [], "cuda"
     else:

@@ -34,6 +34,11 @@ def _set_matmul_precision(precision: str | None) -> None:
         torch.set_float32_matmul_precision(precision)
 
 
+def _default_device() -> torch.device:
+    # torch.get_default_device of PyTorch 2.6 does not see `with torch.device(...)`.
+    return torch.empty(0).device
+
+
 _KNOWN: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
@@ -56,7 +61,7 @@ class Settings:
     @classmethod
     def now(cls) -> Settings:
         """Those in force."""
-        return cls(tuple(get() for get, _ in _KNOWN), torch.get_default_device())
+        return cls(tuple(get() for get, _ in _KNOWN), _default_device())
 
     @contextmanager
     def restored(self) -> Iterator[None]:

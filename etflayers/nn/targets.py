@@ -169,7 +169,7 @@ class _Hooks:
 def _heads_of(model: nn.Module) -> list[CodeHead]:
     heads = [m for m in model.modules() if isinstance(m, CodeHead) and m.accepts_targets]
     require(
-        bool(heads),
+        len(heads) > 0,
         "model has no head that accepts targets, such as NearestETFHead: put one in with "
         "replace_classifier(model, head)",
     )

@@ -328,7 +328,7 @@ class MatmulPrecision:
         (MatmulPrecision(), torch.get_float32_matmul_precision),
         (WithoutMkldnn(), lambda: torch.backends.mkldnn.enabled),
         (torch.backends.cudnn.flags(enabled=False), lambda: torch.backends.cudnn.enabled),
-        (torch.device("meta"), torch.get_default_device),
+        (torch.device("meta"), lambda: torch.empty(0).device),
     ],
     ids=["dtype", "deterministic", "matmul", "mkldnn", "cudnn", "device"],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import pytest
 import torch
+from torch import nn
 
 from etflayers.nn import ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead
 
@@ -78,6 +80,21 @@ def _make(kind: str) -> MakeHead:
 def make_head(request: pytest.FixtureRequest) -> MakeHead:
     kind: str = request.param
     return _make(kind)
+
+
+@pytest.fixture
+def require_tracing() -> Callable[[nn.Module], None]:
+    """Skip where Dynamo sees no tensor in a subclass of ``nn.Parameter``, such as geoopt's: PyTorch 2.6."""
+
+    def require(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            try:
+                torch.compile(lambda p=parameter: p.mT * p.shape[-1], fullgraph=True, backend="eager")()
+            except Exception:
+                assert type(parameter) is not nn.Parameter
+                pytest.skip(f"this Dynamo cannot look into {type(parameter).__name__}")
+
+    return require
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,6 +18,10 @@ from torch.multiprocessing.spawn import spawn
 from etflayers.geometry import is_simplex_etf
 from etflayers.nn import CodeHead, FixedETFHead, LearnedETFHead, NearestETFHead, provide_targets
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this PyTorch does not run on a CPU"
+)
+
 WORLD, STEPS = 2, 4
 HEADS = {
     "canonical": lambda: FixedETFHead(6, 6),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -315,9 +316,13 @@ def test_a_double_head_is_double_throughout(make_head: MakeHead, generator: torc
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_as_one_graph_with_the_same_numbers(
-    make_head: MakeHead, generator: torch.Generator, training: bool
+    make_head: MakeHead,
+    generator: torch.Generator,
+    training: bool,
+    require_tracing: Callable[[nn.Module], None],
 ) -> None:
     eager, head = make_head(scale=2.0).train(training), make_head(scale=2.0).train(training)
+    require_tracing(head)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         features, targets = batch(generator)
@@ -347,8 +352,11 @@ def test_inductor_compiles_the_nearest_head(generator: torch.Generator, training
     torch.testing.assert_close(head.frame, eager.frame, rtol=1e-5, atol=1e-5)
 
 
-def test_the_eval_path_exports_with_a_dynamic_batch(make_head: MakeHead, generator: torch.Generator) -> None:
+def test_the_eval_path_exports_with_a_dynamic_batch(
+    make_head: MakeHead, generator: torch.Generator, require_tracing: Callable[[nn.Module], None]
+) -> None:
     head = trained(make_head(), generator).eval()
+    require_tracing(head)
     features, _ = batch(generator)
     program = torch.export.export(
         head, (features,), dynamic_shapes={"features": {0: torch.export.Dim("batch")}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -211,8 +212,11 @@ def test_ordinary_steps_too_small_to_notice_one_by_one_are_noticed_in_sum() -> N
         steps(500)
 
 
-def test_an_ordinary_step_is_noticed_in_compiled_training() -> None:
+def test_an_ordinary_step_is_noticed_in_compiled_training(
+    require_tracing: Callable[[nn.Module], None],
+) -> None:
     head = make()
+    require_tracing(head)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     features = torch.ones(2, 6)
     compiled(features)
