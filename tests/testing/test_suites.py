@@ -106,6 +106,7 @@ class TestDetached(AdjointSuite):
             "test_compile",
             "test_general_objective",
             "test_degenerate_input",
+            "test_time",
         ),
         "the minimizer is a constant: it has no derivative",
     )
