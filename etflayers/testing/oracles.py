@@ -96,8 +96,8 @@ def adjoint_identity_error(function: Callable[[Tensor], Tensor], point: Tensor) 
     cotangent, tangent = torch.randn_like(value), torch.randn_like(point)
     (pulled,) = pullback(cotangent)
     _, pushed = torch.func.jvp(function, (point,), (tangent,))  # type: ignore[misc]
-    left, right = float((pulled * tangent).sum()), float((cotangent * pushed).sum())
-    scale = float(pulled.norm() * tangent.norm() + cotangent.norm() * pushed.norm())
+    left, right = float((pulled * tangent).sum().detach()), float((cotangent * pushed).sum().detach())
+    scale = float((pulled.norm() * tangent.norm() + cotangent.norm() * pushed.norm()).detach())
     return abs(left - right) / scale if scale > 0 else 0.0
 
 

@@ -1,0 +1,141 @@
+"""The library's own heads, solvers, adjoints, rules and losses, in the suites that users inherit."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from etflayers.adjoints import Detached, Implicit, Unrolled
+from etflayers.nn import (
+    DotRegressionLoss,
+    FixedETFHead,
+    HuberNearestETF,
+    LearnedETFHead,
+    MahalanobisNearestETF,
+    NearestETF,
+    NearestETFHead,
+)
+from etflayers.solvers import SVD, ByRegime, GramEigh, GramRoot, RiemannianNewton
+from etflayers.testing.suites import (
+    AdjointSuite,
+    FrameRuleSuite,
+    FrameSolverSuite,
+    HeadSuite,
+    LossSuite,
+    StiefelSolverSuite,
+)
+
+# What the general node, which finds these frames, does not do.
+BY_THE_STIEFEL_NODE = StiefelSolverSuite.unsupported
+
+
+class TestFixedETFHead(HeadSuite):
+    def make(self) -> FixedETFHead:
+        return FixedETFHead(6, 4, rotation="haar", scale=3.0)
+
+
+class TestCanonicalETFHead(HeadSuite):
+    def make(self) -> FixedETFHead:
+        return FixedETFHead(6, 4, rotation="canonical")
+
+
+class TestNearestETFHead(HeadSuite):
+    def make(self) -> NearestETFHead:
+        return NearestETFHead(6, 4, scale=2.0)
+
+
+class TestNormalizedNearestETFHead(HeadSuite):
+    def make(self) -> NearestETFHead:
+        return NearestETFHead(6, 4, scale=2.0, normalize=True)
+
+
+class TestLearnedETFHead(HeadSuite):
+    def make(self) -> LearnedETFHead:
+        return LearnedETFHead(6, 4)
+
+
+class TestByRegime(FrameSolverSuite):
+    def make(self) -> ByRegime:
+        return ByRegime()
+
+
+class TestSVD(FrameSolverSuite):
+    def make(self) -> SVD:
+        return SVD()
+
+
+class TestGramEigh(FrameSolverSuite):
+    unsupported: ClassVar = {"test_degenerate_input": "needs means of full rank, and says so"}
+
+    def make(self) -> GramEigh:
+        return GramEigh()
+
+
+class TestGramRoot(FrameSolverSuite):
+    def make(self) -> GramRoot:
+        return GramRoot()
+
+
+class TestRiemannianNewton(StiefelSolverSuite):
+    def make(self) -> RiemannianNewton:
+        return RiemannianNewton()
+
+
+class TestImplicit(AdjointSuite):
+    def make(self) -> Implicit:
+        return Implicit()
+
+
+class TestUnrolled(AdjointSuite):
+    unsupported: ClassVar = {
+        "test_degenerate_input": "it divides by differences of singular values, and says so where they vanish"
+    }
+
+    def make(self) -> Unrolled:
+        return Unrolled()
+
+
+class TestDetached(AdjointSuite):
+    unsupported: ClassVar = dict.fromkeys(
+        (
+            "test_gradcheck",
+            "test_gradgradcheck",
+            "test_forward_mode",
+            "test_compile",
+            "test_general_objective",
+            "test_degenerate_input",
+            "test_time",
+        ),
+        "the minimizer is a constant: it has no derivative",
+    )
+
+    def make(self) -> Detached:
+        return Detached()
+
+
+@pytest.mark.slow  # gradgradcheck solves hundreds of problems
+class TestMahalanobisNearestETF(FrameRuleSuite):
+    unsupported = BY_THE_STIEFEL_NODE
+
+    def make(self) -> MahalanobisNearestETF:
+        return MahalanobisNearestETF(6)
+
+
+@pytest.mark.slow  # gradgradcheck solves hundreds of problems
+class TestHuberNearestETF(FrameRuleSuite):
+    unsupported = BY_THE_STIEFEL_NODE
+
+    def make(self) -> HuberNearestETF:
+        return HuberNearestETF(threshold=0.4)
+
+
+class TestNearestETF(FrameRuleSuite):
+    def make(self) -> NearestETF:
+        return NearestETF()
+
+
+class TestDotRegressionLoss(LossSuite):
+    def make(self) -> DotRegressionLoss:
+        return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]))
