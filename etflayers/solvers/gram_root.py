@@ -26,7 +26,7 @@ class GramRoot(FrameSolver):
     The relative error is about 1e-16 kappa^2 for a condition number kappa of the centered means. Directions
     with less than about 1e-6 of the largest singular value count as absent, also for float64 data, for which
     :class:`~etflayers.solvers.SVD` tells them from zero. For rank-deficient M many frames are equally good;
-    this returns one of them, exactly a simplex ETF.
+    this returns one of them, a simplex ETF to within 1e-10.
 
     Args:
         impl: ``"auto"``: the kernel where it can run. ``"reference"``: PyTorch operations. ``"triton"``: the
