@@ -9,7 +9,7 @@ average of models or a checkpoint, W is an ETF. At P = W the derivative of W is 
 tangent space of the frames, so that a gradient step in P is a Riemannian one with the polar retraction. The
 length of P has no influence on W, and so gets no gradient.
 
-PyTorch's ``parametrizations.orthogonal`` would do the same with Householder products. These take 6 to 20
+PyTorch's ``parametrizations.orthogonal`` would do the same with Householder products. These take 12 to 24
 times as long, forward and backward (``benchmarks/bench_learned.py``), because their derivative visits one
 reflection after the other, and a module with a registered parametrization cannot be pickled.
 
