@@ -46,7 +46,8 @@ def write_tensors(
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"metadata must be something that JSON can hold: {error}") from error
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    content = safetensors.save(values, {_RECORD: text, _CHECKSUM: _checksum(text, values)})
+    # One entry: safetensors writes several in an order that changes from file to file.
+    content = safetensors.save(values, {_RECORD: _sealed(text, _checksum(text, values))})
     _write_whole(Path(path), content)
 
 
@@ -77,6 +78,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     require(_RECORD in header, f"{path} was not written by etflayers: its header has no {_RECORD!r}")
     record = _parsed(header[_RECORD], path)
     found = record.pop("format", None)
+    record.pop(_CHECKSUM, None)
     if found == _WITHOUT_CHECKSUM:
         warnings.warn(
             f"{path} has no checksum, because an earlier version of etflayers wrote it: whether it is "
@@ -86,11 +88,17 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         )
         return tensors, record
     require(found == _FORMAT, f"{path} has format {found}, this version reads {_FORMAT}: update etflayers")
+    text = json.dumps({"format": found, **record})
     require(
-        header.get(_CHECKSUM) == _checksum(header[_RECORD], tensors),
+        header[_RECORD] == _sealed(text, _checksum(text, tensors)),
         f"{path} is damaged: its content does not have the checksum that was written with it",
     )
     return tensors, record
+
+
+def _sealed(text: str, checksum: str) -> str:
+    """The JSON object ``text`` with the checksum as its last entry."""
+    return f'{text[:-1]}, "{_CHECKSUM}": "{checksum}"}}'
 
 
 def _metadata(content: bytes) -> dict[str, str]:
