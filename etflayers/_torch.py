@@ -82,7 +82,8 @@ def is_concrete(tensor: Tensor) -> bool:
     public question for these, nor for tensors inside a ``torch.func`` transform.
     """
     return not (
-        torch.compiler.is_compiling()
+        tensor.is_meta
+        or torch.compiler.is_compiling()
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         or isinstance(tensor, (FakeTensor, FunctionalTensor))
     )

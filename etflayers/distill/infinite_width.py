@@ -39,8 +39,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etflayers.checks import require
-from etflayers.distill.kernels import require_variance, sample_rows
+from etflayers.checks import require, require_number
+from etflayers.distill.kernels import sample_rows
 from etflayers.precision import full_precision
 
 __all__ = ["NNGPKernel", "NTKKernel"]
@@ -62,11 +62,8 @@ class _ReLUNetwork:
             self.depth >= 1,
             f"depth must be at least one hidden layer, got {self.depth}: LinearKernel is the kernel of none",
         )
-        require(
-            0 < self.weight_variance < math.inf,
-            f"weight_variance must be a finite number > 0, got {self.weight_variance}",
-        )
-        require_variance("bias_variance", self.bias_variance)
+        require_number("weight_variance", self.weight_variance, positive=True)
+        require_number("bias_variance", self.bias_variance)
 
     def _layers(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """``(K_l, s_w^2 E[relu'(u) relu'(v)])`` for l = 0 to L; the second of the first is zero."""

@@ -17,12 +17,11 @@ not change with them to first order.
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_finite, require_floating, require_values
+from etflayers.checks import require, require_finite, require_floating, require_number, require_values
 from etflayers.distill.kernels import FeatureKernel, Kernel
 from etflayers.distill.labels import class_indices
 from etflayers.precision import full_precision
@@ -174,7 +173,7 @@ class KernelRidgeInnerLoop(nn.Module):
 
     def __init__(self, kernel: Kernel, *, ridge: float = 1e-6, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        _check_ridge(ridge)
+        require_number("ridge", ridge)
         _check_dtype(dtype)
         require(
             callable(kernel) and not isinstance(kernel, type),
@@ -204,7 +203,7 @@ def _factorized(
     inputs: Tensor, support: Tensor, kernel: Kernel, ridge: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """K(X, S) and the Cholesky factor of K(S, S) + r I."""
-    _check_ridge(ridge)
+    require_number("ridge", ridge)
     _check_dtype(dtype)
     require_floating("inputs", inputs.dtype)
     require_floating("support", support.dtype)
@@ -250,11 +249,6 @@ def _check_labels(name: str, labels: Tensor, count: int, samples: str) -> None:
         f"got {tuple(labels.shape)}",
     )
     require_finite(labels, f"{name} must be finite, got NaN or infinity")
-
-
-def _check_ridge(ridge: float) -> None:
-    number = isinstance(ridge, Real) and not isinstance(ridge, bool)
-    require(number and 0 <= ridge < math.inf, f"ridge must be a finite number >= 0, got {ridge!r}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

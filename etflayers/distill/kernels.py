@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_floating
+from etflayers.checks import require, require_floating, require_number
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["FeatureKernel", "Kernel", "LinearKernel", "RBFKernel", "require_variance", "sample_rows"]
+__all__ = ["FeatureKernel", "Kernel", "LinearKernel", "RBFKernel", "sample_rows"]
 
 
 class Kernel(Protocol):
@@ -79,7 +79,7 @@ class LinearKernel:
     bias_variance: float = 0.0
 
     def __post_init__(self) -> None:
-        require_variance("bias_variance", self.bias_variance)
+        require_number("bias_variance", self.bias_variance)
 
     def __call__(self, x: Tensor, y: Tensor, /) -> Tensor:
         """K(x_i, y_j), ``(n, m)``."""
@@ -107,10 +107,7 @@ class RBFKernel:
     bandwidth: float
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.bandwidth < math.inf,
-            f"bandwidth must be a finite number > 0, got {self.bandwidth}",
-        )
+        require_number("bandwidth", self.bandwidth, positive=True)
 
     def __call__(self, x: Tensor, y: Tensor, /) -> Tensor:
         """K(x_i, y_j), ``(n, m)``."""
@@ -164,8 +161,3 @@ class FeatureKernel:
             f"got shape {tuple(features.shape)}",
         )
         return features.to(samples.dtype)
-
-
-def require_variance(name: str, value: float) -> None:
-    """Raise unless ``value`` is a finite number >= 0."""
-    require(0 <= value < math.inf, f"{name} must be a finite number >= 0, got {value}")

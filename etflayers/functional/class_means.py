@@ -113,22 +113,21 @@ def require_same_device(features: Tensor, targets: Tensor) -> None:
     )
 
 
-def require_class_indices(targets: Tensor) -> None:
+def require_class_indices(targets: Tensor, name: str = "targets") -> None:
     """Raise unless ``targets`` is a tensor with an integer dtype."""
-    _require_tensor(targets)
+    _require_tensor(targets, name)
     dtype = targets.dtype
     require(
         not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool),
-        f"targets must be integers (class indices), got {dtype}: convert them with .long(), "
+        f"{name} must be integers (class indices), got {dtype}: convert them with .long(), "
         "one-hot targets with .argmax(-1)",
     )
 
 
-def _require_tensor(targets: object) -> None:
+def _require_tensor(targets: object, name: str = "targets") -> None:
     require(
         isinstance(targets, Tensor),
-        f"targets must be a tensor of integers (class indices), got {type(targets).__name__}: pass "
-        "torch.as_tensor(targets)",
+        f"{name} must be a tensor, got {type(targets).__name__}: pass torch.as_tensor({name})",
     )
 
 

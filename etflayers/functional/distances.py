@@ -35,15 +35,9 @@ from torch import Tensor
 
 from etflayers.adjoints import Adjoint
 from etflayers.checks import require, require_finite, require_floating, require_values
-from etflayers.functional.nearest import (
-    check_anchor,
-    check_proximity,
-    check_weights,
-    nearest_etf,
-    require_means,
-)
+from etflayers.functional.nearest import check_pull, nearest_etf, require_means
 from etflayers.functional.stiefel import stiefel_argmin
-from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_apply, etf_from_coordinates, etf_radius
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import StiefelSolver
 
@@ -110,7 +104,7 @@ def mahalanobis_nearest_etf(
 
 def _mahalanobis(rotation: Tensor, rows: Tensor, factor: Tensor, *pull: Tensor) -> Tensor:
     weights, total, _, _ = pull
-    frame = _frame(rotation)
+    frame = etf_from_coordinates(rotation.mT)
     gap = rows - frame
     gap = gap - _weighted_mean(gap, weights, total)
     return (weights * (gap @ factor).square().sum(-1)).sum(-1) + _distance(frame, *pull)
@@ -177,7 +171,7 @@ def huber_nearest_etf(
 
 def _huber(rotation: Tensor, rows: Tensor, tau: Tensor, *pull: Tensor) -> Tensor:
     weights = pull[0]
-    frame = _frame(rotation)
+    frame = etf_from_coordinates(rotation.mT)
     gap = rows - frame
     center = torch.zeros_like(gap[..., :1, :])
     for _ in range(_REWEIGHTINGS):
@@ -204,26 +198,17 @@ class _Pull(NamedTuple):
         cls, rows: Tensor, means: Tensor, weights: Tensor | None, anchor: Tensor | None, proximity: float
     ) -> _Pull:
         """The arguments of a call for means ``(..., K, d)``, as a batch beside ``rows`` ``(B, K, d)``."""
+        check_pull(means, weights, anchor, proximity)
         if weights is None:
             spread = rows.new_ones(rows.shape[:-1])
         else:
-            check_weights(weights, means)
             spread = weights.to(rows.dtype).expand(means.shape[:-1]).reshape(rows.shape[:-1])
-        check_proximity(proximity)
-        if anchor is not None:
-            check_anchor(anchor, means)
-        require(
-            anchor is not None or proximity == 0,
-            f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
-        )
-        near = rows.new_zeros(()) if anchor is None else anchor.to(rows.dtype).expand_as(means)
+        if anchor is None:
+            near = rows.new_zeros(()).expand_as(rows)
+        else:
+            near = anchor.to(rows.dtype).expand_as(means).reshape(rows.shape)
         total = spread.sum(-1)
-        return cls(
-            spread,
-            torch.where(total > 0, total, 1),
-            near.reshape(rows.shape) if anchor is not None else near.expand_as(rows),
-            rows.new_tensor(proximity),
-        )
+        return cls(spread, torch.where(total > 0, total, 1), near, rows.new_tensor(proximity))
 
     def mean(self, rows: Tensor) -> Tensor:
         """The weighted mean of the rows, ``(B, 1, d)``."""
@@ -243,11 +228,6 @@ class _Pull(NamedTuple):
 
 def _weighted_mean(rows: Tensor, weights: Tensor, total: Tensor) -> Tensor:
     return (weights[..., None] * rows).sum(-2, keepdim=True) / total[:, None, None]
-
-
-def _frame(rotation: Tensor) -> Tensor:
-    """W = c E'Q'."""
-    return etf_radius(rotation.shape[-1] + 1) * centered_basis_adjoint(rotation.mT)
 
 
 def _distance(frame: Tensor, weights: Tensor, total: Tensor, anchor: Tensor, proximity: Tensor) -> Tensor:
@@ -274,7 +254,7 @@ def _nearest(
     rotation = stiefel_argmin(
         objective, rows, parameter.to(rows.dtype), *pull, start=start, solver=solver, adjoint=adjoint
     )
-    return _frame(rotation).reshape(like.shape).to(like.dtype)
+    return etf_from_coordinates(rotation.mT).reshape(like.shape).to(like.dtype)
 
 
 def _checked(means: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from etflayers.adjoints import Adjoint, FrameProblem, as_adjoint
-from etflayers.checks import require, require_finite, require_floating, require_values
+from etflayers.checks import require, require_finite, require_floating, require_number, require_values
 from etflayers.geometry import centered_basis_apply, etf_radius, require_etf_dims
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, rank_cutoff
@@ -246,16 +246,7 @@ def checked_linear_form(
 ) -> Tensor:
     """M in the working precision, after checking every argument."""
     require_means(means)
-    if weights is not None:
-        check_weights(weights, means)
-    if anchor is not None:
-        check_anchor(anchor, means)
-        check_proximity(proximity)
-    else:
-        require(
-            not isinstance(proximity, Tensor) and proximity == 0,
-            f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
-        )
+    check_pull(means, weights, anchor, proximity)
     return linear_form(means.to(working_dtype(means.dtype)), weights, anchor, proximity)
 
 
@@ -279,8 +270,23 @@ def _weighted(means: Tensor, weights: Tensor) -> Tensor:
     return column * (rows - (column * rows).sum(-2, keepdim=True) / total)
 
 
-def check_weights(weights: Tensor, means: Tensor) -> None:
-    """Raise unless ``weights`` are ``(..., K)`` and not negative."""
+def check_pull(
+    means: Tensor, weights: Tensor | None, anchor: Tensor | None, proximity: float | Tensor
+) -> None:
+    """Raise unless weights, anchor and proximity, as far as they are given, fit the means and each other."""
+    if weights is not None:
+        _check_weights(weights, means)
+    if anchor is not None:
+        _check_anchor(anchor, means)
+        _check_proximity(proximity)
+    else:
+        require(
+            not isinstance(proximity, Tensor) and proximity == 0,
+            f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
+        )
+
+
+def _check_weights(weights: Tensor, means: Tensor) -> None:
     require_floating("weights", weights.dtype)
     require(
         weights.ndim >= 1 and weights.shape[-1] == means.shape[-2],
@@ -291,8 +297,7 @@ def check_weights(weights: Tensor, means: Tensor) -> None:
     )
 
 
-def check_anchor(anchor: Tensor, means: Tensor) -> None:
-    """Raise unless ``anchor`` has the shape of ``means``, ``(..., K, d)``."""
+def _check_anchor(anchor: Tensor, means: Tensor) -> None:
     require_floating("anchor", anchor.dtype)
     require(
         anchor.shape[-2:] == means.shape[-2:],
@@ -301,10 +306,9 @@ def check_anchor(anchor: Tensor, means: Tensor) -> None:
     )
 
 
-def check_proximity(proximity: float | Tensor) -> None:
-    """Raise unless ``proximity`` is finite and not negative."""
+def _check_proximity(proximity: float | Tensor) -> None:
     if isinstance(proximity, Tensor):
         require_floating("proximity", proximity.dtype)
         require_values((proximity.detach() >= 0).all(), "proximity must not be negative or NaN")
     else:
-        require(0 <= proximity < float("inf"), f"proximity must be a finite number >= 0, got {proximity}")
+        require_number("proximity", proximity)

@@ -36,6 +36,7 @@ __all__ = [
     "centered_basis_adjoint",
     "centered_basis_apply",
     "centered_rows",
+    "etf_from_coordinates",
     "etf_radius",
     "is_simplex_etf",
     "require_etf_dims",
@@ -152,6 +153,18 @@ def centered_basis_adjoint(coordinates: Tensor) -> Tensor:
     return torch.cat((-first, coordinates - first / (root + 1)), dim=-2)
 
 
+def etf_from_coordinates(coordinates: Tensor) -> Tensor:
+    """The frame ``W = c E'R`` with given coordinates R: a simplex ETF where R has orthonormal rows.
+
+    Args:
+        coordinates: R, ``(..., K-1, d)``; for a rotation Q in St(d, K-1) it is Q'.
+
+    Returns:
+        ``(..., K, d)``.
+    """
+    return etf_radius(coordinates.shape[-2] + 1) * centered_basis_adjoint(coordinates)
+
+
 def simplex_etf(
     num_classes: int,
     in_features: int,
@@ -192,7 +205,7 @@ def simplex_etf(
     rank = num_classes - 1
     if isinstance(rotation, Tensor):
         require_rotation(rotation, num_classes, in_features)
-        device, dtype = device or rotation.device, dtype or rotation.dtype
+        dtype = dtype or rotation.dtype
     dtype = dtype or torch.get_default_dtype()
     require_floating("dtype", dtype)
     compute = working_dtype(dtype)
@@ -208,7 +221,7 @@ def simplex_etf(
         coordinates = torch.nn.functional.pad(basis, (0, in_features - basis.shape[-1]))
     else:
         require(False, f"rotation must be 'canonical', 'haar' or a tensor, got {rotation!r}")
-    return (etf_radius(num_classes) * centered_basis_adjoint(coordinates)).to(dtype)
+    return etf_from_coordinates(coordinates).to(dtype)
 
 
 def is_simplex_etf(frame: Tensor, *, atol: float | None = None) -> Check:

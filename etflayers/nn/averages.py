@@ -243,18 +243,13 @@ class FeatureMovingAverage(nn.Module):
             self.means.copy_(state.means)
             self.counts.copy_(state.counts)
             self.updates.copy_(state.updates)
-        if is_concrete(self.means) and not self.means.is_meta:
+        if is_concrete(self.means):
             self._committed = stamp(self.means)
 
     def _require_first_pass(self) -> None:
         # Another run of the same pass would start from the averages after it, and update them once more.
         # Where a caller hands in the averages of before (functional_call), these are other tensors.
-        again = (
-            is_concrete(self.means)
-            and not self.means.is_meta
-            and inside_backward()
-            and stamp(self.means) == self._committed
-        )
+        again = is_concrete(self.means) and inside_backward() and stamp(self.means) == self._committed
         if again:
             raise RecomputationError(
                 "a training pass of NearestETFHead or FeatureMovingAverage runs a second time, inside a "

@@ -1,6 +1,6 @@
 r"""The head whose frame is learned.
 
-Symbols: P <-> prototypes, Q <-> rotation, W <-> frame, E <-> centered_basis, c <-> etf_radius.
+Symbols: P <-> prototypes, Q <-> rotation, W <-> frame, E <-> centered_basis.
 
 **Free coordinates.** The frames form a manifold, and an optimizer that takes steps in a vector space leaves
 it. So the parameter is a matrix P without any constraint, and W(P) is the simplex ETF nearest to it: the node
@@ -29,8 +29,7 @@ from etflayers.checks import require, require_floating, require_module, require_
 from etflayers.errors import ManifoldError
 from etflayers.functional.nearest import nearest_etf
 from etflayers.geometry import (
-    centered_basis_adjoint,
-    etf_radius,
+    etf_from_coordinates,
     random_stiefel,
     require_rotation,
 )
@@ -119,7 +118,7 @@ class LearnedETFHead(ETFHead):
         start = start.contiguous()  # as sharding and safetensors want a parameter; QR leaves it transposed
         self.manifold = manifold
         if manifold is None:
-            self.prototypes = nn.Parameter(_frame_of(start))
+            self.prototypes = nn.Parameter(etf_from_coordinates(start.mT))
         else:
             geoopt = require_module("geoopt", extra="solvers")
             # The QR retraction of the Euclidean metric returns to the manifold at every step; the Cayley
@@ -131,7 +130,7 @@ class LearnedETFHead(ETFHead):
         """W, ``(K, d)``, unit rows, differentiable in the parameter."""
         if self.manifold is None:
             return nearest_etf(gathered(self.prototypes))
-        return _frame_of(gathered(self.rotation))
+        return etf_from_coordinates(gathered(self.rotation).mT)
 
     def logit_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
         """See :meth:`CodeHead.logit_terms`.
@@ -175,14 +174,14 @@ class LearnedETFHead(ETFHead):
         rotation = random_stiefel(
             self.in_features, self.num_classes - 1, device=parameter.device, dtype=parameter.dtype
         )
-        overwrite(parameter, _frame_of(rotation) if self.manifold is None else rotation)
+        overwrite(parameter, etf_from_coordinates(rotation.mT) if self.manifold is None else rotation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rotation = state_dict.get(prefix + "rotation")
         if self.manifold is None and rotation is not None:
             # A checkpoint of a head on the manifold, which was the only kind before version 0.2.
             require_rotation(rotation, self.num_classes, self.in_features)
-            state_dict[prefix + "prototypes"] = _frame_of(state_dict.pop(prefix + "rotation"))
+            state_dict[prefix + "prototypes"] = etf_from_coordinates(state_dict.pop(prefix + "rotation").mT)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedETFHead:
@@ -192,8 +191,3 @@ class LearnedETFHead(ETFHead):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{super().extra_repr()}, manifold={self.manifold!r}"
-
-
-def _frame_of(rotation: Tensor) -> Tensor:
-    """W = c E'Q'."""
-    return etf_radius(rotation.shape[-1] + 1) * centered_basis_adjoint(rotation.mT)

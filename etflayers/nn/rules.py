@@ -17,7 +17,7 @@ from etflayers.functional.distances import huber_nearest_etf, mahalanobis_neares
 from etflayers.functional.nearest import checked_linear_form, frame_of, nearest_etf
 from etflayers.functional.spread import unit_spread
 from etflayers.nn.distributed import overwrite
-from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver
+from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, as_stiefel_solver
 
 __all__ = ["FrameRule", "HuberNearestETF", "MahalanobisNearestETF", "NearestETF"]
 
@@ -133,6 +133,8 @@ class MahalanobisNearestETF(nn.Module):
     ) -> None:
         super().__init__()
         require_size("in_features", in_features)
+        as_stiefel_solver(solver)
+        as_adjoint(adjoint)
         self.factor = nn.Parameter(torch.eye(in_features, device=device, dtype=dtype))
         self.solver = solver
         self.adjoint = adjoint
@@ -204,6 +206,8 @@ class HuberNearestETF(nn.Module):
     ) -> None:
         super().__init__()
         require_number("threshold", threshold, positive=True)
+        as_stiefel_solver(solver)
+        as_adjoint(adjoint)
         self.threshold = threshold
         self.solver = solver
         self.adjoint = adjoint

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.adjoints import Adjoint
+from etflayers.adjoints import Adjoint, as_adjoint
 from etflayers.checks import require, require_floating
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 from etflayers.geometry import project_stiefel, random_stiefel
@@ -16,7 +16,7 @@ from etflayers.linalg import ConjugateGradients
 from etflayers.nn.averages import keep_precision
 from etflayers.nn.distributed import overwrite
 from etflayers.precision import working_dtype
-from etflayers.solvers import StiefelSolver
+from etflayers.solvers import StiefelSolver, as_stiefel_solver
 
 __all__ = ["StiefelNode"]
 
@@ -89,6 +89,8 @@ class StiefelNode(nn.Module):
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         require_floating("dtype", dtype)
+        as_stiefel_solver(solver)
+        as_adjoint(adjoint)
         self.objective = objective
         self.solver = solver
         self.adjoint = adjoint

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from etflayers.checks import require_concrete, require_module
 from etflayers.errors import ConvergenceError
-from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_apply, etf_from_coordinates
 from etflayers.solvers.frame_solver import FrameOnlySolver
 
 __all__ = ["ConvexHull"]
@@ -73,7 +73,7 @@ class ConvexHull(FrameOnlySolver):
             raise ConvergenceError(
                 f"{self!r} failed: {error}; raise max_steps or accuracy, or use solver=SVD() or the default"
             ) from error
-        frame: Tensor = etf_radius(linear.shape[-2]) * centered_basis_adjoint(factor.reshape(shape))
+        frame: Tensor = etf_from_coordinates(factor.reshape(shape))
         return frame.to(linear.device)
 
 

@@ -5,7 +5,7 @@ f(Q) = -<Q, R'>. Its maxima and saddles are critical points as well; the only lo
 factor, on the component of the manifold where the iteration runs. (For d = K - 1 there are two, rotations and
 reflections.)
 
-M <-> linear, R' <-> coordinates (scaled: target), Q <-> point, c <-> etf_radius.
+M <-> linear, R' <-> coordinates (scaled: target), Q <-> point.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from etflayers.checks import describe_argument, require_concrete
 from etflayers.errors import ConvergenceError, InvalidArgumentError
-from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
+from etflayers.geometry import centered_basis_apply, etf_from_coordinates
 from etflayers.solvers.frame_solver import FrameOnlySolver, FrameSolver
 from etflayers.solvers.newton import RiemannianNewton
 from etflayers.solvers.stiefel import StiefelSolver
@@ -67,7 +67,7 @@ class Iterative(FrameOnlySolver):
             raise ConvergenceError(
                 f"solver={self!r} ended after {solution.iterations} iterations: {worst.message}"
             )
-        frame: Tensor = etf_radius(linear.shape[-2]) * centered_basis_adjoint(solution.point.detach().mT)
+        frame: Tensor = etf_from_coordinates(solution.point.detach().mT)
         return frame.reshape(linear.shape)
 
 

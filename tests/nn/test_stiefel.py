@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from etflayers import nearest_etf
+from etflayers.adjoints import Implicit
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import huber_nearest_etf
 from etflayers.geometry import centered_basis_apply, etf_radius, is_simplex_etf, is_stiefel, project_stiefel
@@ -194,3 +195,19 @@ def test_the_huber_layer_is_its_function():
 def test_a_threshold_of_the_huber_layer_is_checked_when_it_is_made(threshold):
     with pytest.raises(InvalidArgumentError, match="threshold must be a finite number > 0"):
         HuberNearestETF(threshold=threshold)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: MahalanobisNearestETF(6, **options),
+        lambda **options: HuberNearestETF(**options),
+        lambda **options: StiefelNode(lambda q: q.sum((-2, -1)), 4, 2, **options),
+    ],
+    ids=["Mahalanobis", "Huber", "node"],
+)
+def test_a_solver_or_an_adjoint_that_is_none_is_named_where_it_is_given(make):
+    with pytest.raises(InvalidArgumentError, match=r"solver must .* got 'newton'"):
+        make(solver="newton")
+    with pytest.raises(InvalidArgumentError, match=r"adjoint must have a method attach.*the class Implicit"):
+        make(adjoint=Implicit)
