@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from distillation.collapse import CollapseSettings, collapse_study
 from distillation.images import learn_images
@@ -33,6 +32,7 @@ from distillation.kernel import KernelSettings, learn_kernel_set
 from distillation.linear import LinearSettings, linear_case
 from distillation.unrolled import ImagesSettings
 from lab.options import command
+from lab.progress import make_console
 
 STUDIES = {
     ImagesSettings: learn_images,
@@ -50,7 +50,7 @@ Settings = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the studies from the command line and return the exit status."""
-    return command(Settings, lambda settings: STUDIES[type(settings)](settings, Console()), argv)
+    return command(Settings, lambda settings: STUDIES[type(settings)](settings, make_console()), argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from etflayers.checks import require, require_module
 from etflayers.errors import InvalidArgumentError
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "write_tensors", "write_whole"]
 
 # In the header of the file, whose values are strings: the record, and the checksum of all there is.
 _RECORD, _CHECKSUM = "etflayers", "sha256"
@@ -48,7 +48,7 @@ def write_tensors(
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     # One entry: safetensors writes several in an order that changes from file to file.
     content = safetensors.save(values, {_RECORD: _sealed(text, _checksum(text, values))})
-    _write_whole(Path(path), content)
+    write_whole(path, content)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -67,9 +67,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     safetensors = require_module("safetensors", extra="distill")
     loader = require_module("safetensors.torch", extra="distill")
-    content = Path(
-        path
-    ).read_bytes()  # at once: safe_open opens a file twice, and it may be replaced in between
+    # At once: safe_open opens a file twice, and it may be replaced in between.
+    content = Path(path).read_bytes()
     try:
         tensors: dict[str, Tensor] = loader.load(content)
         header = _metadata(content)
@@ -127,8 +126,23 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(target: Path, content: bytes) -> None:
-    """Write a file such that its readers, and a power cut, find the old content or the new one."""
+def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file such that its readers, a kill and a power cut find the old content or the new one.
+
+    Args:
+        path: of the file; one that exists is replaced.
+        content: all of it.
+
+    Raises:
+        OSError: the file cannot be written, with its name.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_whole(f"{folder}/file", b"content")
+    ...     os.listdir(folder)
+    ['file']
+    """
+    target = Path(path)
     partial = target.with_name(f".{secrets.token_hex(8)}.partial")  # others may be writing the same file
     with _errors_name(target):
         try:
@@ -139,6 +153,12 @@ def _write_whole(target: Path, content: bytes) -> None:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+        if os.name == "posix":  # the rename itself reaches the disk with the folder
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 @contextmanager
@@ -147,4 +167,6 @@ def _errors_name(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(target)) from error

@@ -240,7 +240,7 @@ def _kept_history(
 ) -> list[Row]:
     """The history of a training, from the file of an earlier run where there is one and it may be used."""
     name = f"{training.name.replace(',', '').replace(' ', '-')}-{head}-seed{seed}"
-    own = {"head": head, "seed": seed, "images of the set": training.digest}
+    own = {**data.fingerprint, "head": head, "seed": seed, "images of the set": training.digest}
 
     def make() -> list[Row]:
         with bar(console, name) as shown:
@@ -366,11 +366,12 @@ def curves_figure(rows: Sequence[Row], part: str, title: str) -> Figure:
                 runs = grouped(same, "seed").values()
                 curves = [[row.get(measure_name, np.nan) for row in run] for run in runs]
                 steps, color = sorted({row["step"] for row in same}), colors[name,]
+                shown = f" {name}" if name.startswith("_") else name  # matplotlib hides what begins with _
                 if name.endswith("own steps"):  # its end alone, which is no point of a curve
                     end = {"color": color, "marker": "D", "markersize": 5, "linestyle": "none"}
-                    axes.plot([steps[-1]] * len(curves), [curve[-1] for curve in curves], label=name, **end)
+                    axes.plot([steps[-1]] * len(curves), [curve[-1] for curve in curves], label=shown, **end)
                 else:
-                    draw_band(axes, steps, curves, color=color, label=name)
+                    draw_band(axes, steps, curves, color=color, label=shown)
             axes.set_xscale("symlog", linthresh=1)
             if measure_name.endswith("nc1_trace"):
                 axes.set_yscale("log")

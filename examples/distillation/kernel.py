@@ -149,7 +149,8 @@ class Inducing(OuterRun):
         groups: list[dict[str, Any]] = [{"params": [distilled.inputs], "lr": settings.image_rate}]
         if settings.labels == "learned":
             groups.append({"params": [distilled.labels], "lr": settings.label_rate})
-        fingerprint = {**settings.fingerprint(), "images of a class": per_class, "seed": seed}
+        own = {"images of a class": per_class, "seed": seed}
+        fingerprint = {**settings.fingerprint(), **data.fingerprint, **own}
         super().__init__(distilled, groups, settings.outer_steps, generator, fingerprint)
 
     def update(self) -> Row:
@@ -226,7 +227,7 @@ class Study:
         self.data = data = load_inputs(settings)
         self.loop = make_loop(settings, data)
         self.histories: dict[int, list[list[Row]]] = {}
-        plain, path = settings.fingerprint(), settings.checkpoint("all-images")
+        plain, path = settings.fingerprint() | data.fingerprint, settings.checkpoint("all-images")
         self.full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
         worth = "too many for" if self.full is None else f"test accuracy {self.full:.2%} of"
         console.print(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distillation.theory import LinearTask
 from etflayers.checks import require
 from etflayers.distill import SGD, UnrolledInnerLoop
-from lab.data import load
+from lab.data import ImageData, load
 from lab.figures import BLUE, GREEN, ORANGE, RED, new_figure
 from lab.files import Row, kept
 from lab.options import Count, Distinct, Free, Positive
@@ -81,7 +81,8 @@ class LinearSettings(DataSettings):
 def linear_case(settings: LinearSettings, console: Console) -> list[Row]:
     """Learn images for every case, number of images and seed; write a table and a figure."""
     settings.check()
-    results, task = Results(settings.folder, console), make_task(settings)
+    results, data = Results(settings.folder, console), load(settings)
+    task = make_task(settings, data)
     console.print(
         f"linear model on {settings.data}: {len(task.inputs)} points of {task.dim} numbers, expected excess "
         f"before training {task.untrained:.4g}",
@@ -91,7 +92,7 @@ def linear_case(settings: LinearSettings, console: Console) -> list[Row]:
     with threads(1):
         for case in settings.cases:
             for count in settings.images or tuple(range(1, task.dim + 2)):
-                found = [_row(case, count, seed, task, settings) for seed in settings.seeds]
+                found = [_row(case, count, seed, task, settings, data) for seed in settings.seeds]
                 rows += found
                 excess, bound = _short(fmean(row["excess"] for row in found)), _short(found[-1]["bound"])
                 text = f"{LABELS[case]}, images: {count}: excess {excess}, bound {bound}"
@@ -105,9 +106,9 @@ def linear_case(settings: LinearSettings, console: Console) -> list[Row]:
     return rows
 
 
-def make_task(settings: LinearSettings) -> LinearTask:
+def make_task(settings: LinearSettings, data: ImageData) -> LinearTask:
     """Averaged training images and the parity of their classes, both of mean 0 and mean square 1."""
-    train = load(settings).train
+    train = data.train
     require(
         settings.side <= min(train.images.shape[-2:]),
         f"--side {settings.side} is more than the {min(train.images.shape[-2:])} pixels of the images",
@@ -183,12 +184,14 @@ def learn(case: CaseName, count: int, seed: int, task: LinearTask, settings: Lin
     return task.expected_excess(matrix, offset)
 
 
-def _row(case: CaseName, count: int, seed: int, task: LinearTask, settings: LinearSettings) -> Row:
+def _row(
+    case: CaseName, count: int, seed: int, task: LinearTask, settings: LinearSettings, data: ImageData
+) -> Row:
     """What :func:`learn` reaches, now or in an earlier run, and what could be reached."""
     own = {"case": case, "images": count, "seed": seed}
     excess = kept(
         settings.checkpoint(f"{case}-M{count}-seed{seed}"),
-        settings.fingerprint() | own,
+        settings.fingerprint() | data.fingerprint | own,
         lambda: learn(case, count, seed, task, settings),
         resume=settings.resume,
     )

@@ -291,7 +291,9 @@ def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: Ima
 
     used = ("network", "width", "norm", "head", "source", "data", "classes", "image_size", "source_epochs")
     path = settings.checkpoint(f"pretrained-{seed}")
-    state = kept(path, {**settings.values(*used), "seed": seed}, trained, resume=settings.resume)
+    state = kept(
+        path, {**settings.values(*used), **data.fingerprint, "seed": seed}, trained, resume=settings.resume
+    )
     network.load_state_dict(state)
     return network
 
@@ -327,7 +329,7 @@ class Unrolled(OuterRun):
         self.rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
         pool = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator = torch.Generator().manual_seed(seed)
-        fingerprint = {**settings.fingerprint(), "seed": seed}
+        fingerprint = {**settings.fingerprint(), **data.fingerprint, "seed": seed}
         super().__init__(
             distilled, groups, settings.outer_steps, generator, fingerprint, clip=self.clip, **pool
         )

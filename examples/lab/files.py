@@ -3,69 +3,77 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from etflayers.errors import InvalidArgumentError
+from etflayers.checks import require
+from etflayers.distill.storage import write_whole
 
 Row = dict[str, Any]  # numbers by name; what does not exist is not there
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Replace ``path`` by ``content`` so that a kill at any moment leaves the old file or the new one.
-
-    The content goes to a file beside it, onto the disk, and only then, by a rename, under its name. What a
-    kill leaves of the file beside it, the next write takes over.
-    """
+    """Replace ``path`` by ``content`` so that a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    if os.name == "posix":  # the rename itself reaches the disk with the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_whole(path, content)
     return path
 
 
+# torch.save writes a zip archive, which may end in a comment, whose length stands in the two bytes before it:
+# there goes the checksum of all that comes before, and others read the file as ever.
+MARK = b"sha256:"
+DIGITS = 64
+
+
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors, numbers and strings, nested in dicts and lists."""
+    """Write tensors, numbers and strings, nested in dicts and lists, with a checksum."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_atomically(path, buffer.getvalue())
+    body = buffer.getvalue()[:-2] + (len(MARK) + DIGITS).to_bytes(2, "little") + MARK
+    write_atomically(path, body + hashlib.sha256(body).hexdigest().encode())
 
 
 def load(path: Path, fingerprint: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what :func:`save` wrote.
 
     Raises:
-        InvalidArgumentError: the checkpoint belongs to a run with other settings.
+        InvalidArgumentError: a checkpoint of a run with other settings or data, or a damaged one.
     """
-    state = torch.load(path, map_location=device, weights_only=True)
-    before = state["fingerprint"]
-    changed = [
-        f"{name} was {before.get(name)!r}, is {value!r}"
-        for name, value in fingerprint.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise InvalidArgumentError(
-            f"--resume: {path} belongs to a run with other settings ({'; '.join(changed)}): repeat those, or "
-            "take another --out"
-        )
+    content = path.read_bytes()
+    body, digest = content[:-DIGITS], content[-DIGITS:]
+    require(
+        body.endswith(MARK) and hashlib.sha256(body).hexdigest().encode() == digest,
+        f"--resume: {path} is damaged, or older than checksums: remove it, and that run starts anew",
+    )
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    changed = differences(state["fingerprint"], fingerprint)
+    require(
+        not changed,
+        f"--resume: {path} belongs to a run with other settings ({changed}): repeat those, or take another "
+        "--out",
+    )
     return state
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is not as it was, in words; nothing if all is."""
+    return "; ".join(
+        f"{name} was {_shortened(before.get(name))}, is {_shortened(value)}"
+        for name, value in now.items()
+        if before.get(name) != value
+    )
+
+
+def _shortened(value: Any, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def kept(path: Path, fingerprint: Mapping[str, Any], make: Callable[[], Any], *, resume: bool) -> Any:

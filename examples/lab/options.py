@@ -8,8 +8,11 @@ with another value.
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -20,8 +23,12 @@ import tyro
 
 from etflayers.checks import require
 from etflayers.errors import EtfLayersError, InvalidArgumentError
+from lab.claim import claimed
+from lab.progress import print_notes
 
 T = TypeVar("T")
+
+INTERRUPTED = 130  # the exit status of what Ctrl-C has ended: 128 and the number of the signal
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,10 @@ class Options:
     """Steps between checkpoints."""
     resume: Free[bool] = False
     """Continue from the checkpoints in the output folder to the numbers of an unbroken run."""
+    overwrite: Free[bool] = False
+    """Replace what another run, or an unfinished one, has left in the output folder."""
+    skip_bad: Free[bool] = False
+    """Leave out the images of a folder that cannot be read, and list them at the end."""
 
     def check(self) -> None:
         """Raise :class:`~etflayers.errors.InvalidArgumentError` for what cannot be run."""
@@ -94,6 +105,15 @@ class Options:
             self.torch_device.type == "cpu" or torch.cuda.is_available(),
             f"--device {self.device} cannot be used, PyTorch finds no CUDA device here: take cpu",
         )
+        require(
+            not (self.resume and self.overwrite),
+            "--resume continues what --overwrite replaces: give one of them",
+        )
+
+    @property
+    def resolved(self) -> Any:
+        """What is run."""
+        return self
 
     @classmethod
     def _hints(cls) -> dict[str, Any]:
@@ -134,15 +154,43 @@ def _plain(value: Any) -> Any:
 
 
 def command(options: Any, action: Callable[[Any], object], argv: Sequence[str] | None = None) -> int:
-    """Run ``action`` with options from the command line, and return the exit status.
+    """Run ``action`` with options from the command line, alone in its output folder; return the exit status.
 
     A study raises InvalidArgumentError for settings that cannot be run, MissingDependencyError for a package
-    that they need, NonFiniteError if something has diverged: that is said in one line.
+    that they need, NonFiniteError if something has diverged; the system may refuse a file. That is said
+    without a traceback, as is how to continue what was interrupted.
     """
-    settings = tyro.cli(options, args=argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    settings: Options = tyro.cli(options, args=arguments).resolved
     try:
-        action(settings)
-    except EtfLayersError as error:
+        settings.check()
+        with _claim(settings):
+            action(settings)
+    except (EtfLayersError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"\n{how_to_continue(settings, arguments)}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        print_notes()
     return 0
+
+
+def _claim(settings: Options) -> AbstractContextManager[None]:
+    if "LOCAL_RANK" in os.environ:  # the process that started this one has claimed the folder
+        return nullcontext()
+    study = type(settings).__name__.removesuffix("Settings").lower()
+    flags = {"resume": settings.resume, "overwrite": settings.overwrite}
+    return claimed(settings.folder, study, settings.fingerprint(), **flags)
+
+
+def how_to_continue(settings: Options, arguments: Sequence[str]) -> str:
+    """What to do after an interruption, with the command to copy."""
+    folder = settings.checkpoint("*").parent
+    count = len(list(folder.glob("*.pt")))
+    if count == 0:
+        return "interrupted before the first checkpoint: nothing was kept"
+    kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    again = shlex.join(["python", sys.argv[0], *kept, "--resume"])
+    return f"interrupted; {count} checkpoint(s) in {folder}. To continue:\n  {again}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +22,8 @@ from rich.table import Table
 from lab.classifiers import Trained
 from lab.figures import write_figure
 from lab.files import Row, write_atomically, write_csv, write_json
+
+LONGEST = 32  # characters of a word in a figure
 
 
 class Results:
@@ -45,7 +51,14 @@ class Results:
 
     def figures(self, makers: Mapping[str, Callable[[], Figure]]) -> list[Path]:
         """Make and write the figures of these names."""
-        paths = [write_figure(self.folder / f"{name}.png", make) for name, make in makers.items()]
+        with (
+            warnings.catch_warnings()
+        ):  # a name in a script that the font lacks is a row of boxes, and no more
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            paths = [
+                write_figure(self.folder / f"{name}.png", partial(_legible, make))
+                for name, make in makers.items()
+            ]
         for path in paths:
             self._note(path)
         return paths
@@ -57,6 +70,16 @@ class Results:
 
     def _note(self, path: Path) -> None:
         self.names.append(path.name)
+
+
+def _legible(make: Callable[[], Figure]) -> Figure:
+    """A figure that shows names as they are: ``$`` begins no formula there, and long ones are cut."""
+    figure = make()
+    for text in figure.findobj(Text):
+        if "$" in text.get_text():
+            text.set_parse_math(False)
+        text.set_text(re.sub(rf"(\S{{{LONGEST}}})\S+", r"\1…", text.get_text()))
+    return figure
 
 
 def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from etflayers.errors import InvalidArgumentError, MissingDependencyError
-from lab.data import ImageData, fashion, glyphs, load, load_inputs
+from lab.data import ImageData, fashion, folder, glyphs, load, load_inputs
 from lab.data.sampling import affine_maps, transformed
 from lab.results import Results
 from lab.settings import Settings
@@ -138,8 +138,8 @@ def test_bad_folders_are_explained(tmp_path: Path) -> None:
 
 
 def test_classes_of_train_and_test_must_agree(tmp_path: Path) -> None:
-    for folder in ("train/a", "train/b", "test/a", "test/c"):
-        write_images(tmp_path / folder, 2)
+    for name in ("train/a", "train/b", "test/a", "test/c"):
+        write_images(tmp_path / name, 2)
     with pytest.raises(InvalidArgumentError, match=r"must be those in train"):
         load(of_folder(tmp_path))
 
@@ -283,3 +283,148 @@ def test_torchvision_data(
     assert data.train.images.shape == expected
     assert len(data.test) == 2
     assert data.train.images[3, -1, 1, 2] == pixels[(3, 1, 2) if len(shape) == 3 else (3, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_and_not_clipped(suffix: str, tmp_path: Path) -> None:
+    path, greys = tmp_path / f"deep.{suffix}", np.array([[0, 200], [30_000, 60_000]], np.uint16)
+    Image.fromarray(greys.repeat(8, 0).repeat(8, 1)).save(path)
+    pixels = folder._read_image(path, 16)
+    assert pixels.dtype == torch.uint8
+    assert pixels[::8, ::8].tolist() == [[0, 1], [117, 233]]  # of 255, as the others of 65,535
+
+
+def painted(mode: str, **options: object) -> Image.Image:
+    """A red picture in a mode of Pillow, or a dark grey one in those without color."""
+    return Image.new("RGB", (8, 8), (200, 30, 30)).convert(mode, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "expected"),
+    [
+        ("rgba.png", painted("RGBA"), (200, 30, 30)),
+        ("palette.png", painted("P", palette=Image.Palette.ADAPTIVE), (200, 30, 30)),
+        ("palette.gif", painted("P", palette=Image.Palette.ADAPTIVE), (200, 30, 30)),
+        ("cmyk.tif", painted("CMYK"), (200, 30, 30)),
+        ("bit.png", Image.new("1", (8, 8), 1), 255),
+        ("grey.png", Image.new("L", (8, 8), 77), 77),
+        ("clear.png", Image.new("RGBA", (8, 8), (0, 0, 0, 0)), (255, 255, 255)),
+        ("half.png", Image.new("LA", (8, 8), (0, 128)), 127),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_mode_is_read_as_people_see_it(
+    name: str, picture: Image.Image, expected: tuple[int, ...] | int, tmp_path: Path
+) -> None:
+    picture.save(tmp_path / name)
+    pixels = folder._read_image(tmp_path / name, 4)
+    assert pixels.shape == ((4, 4) if isinstance(expected, int) else (4, 4, 3))
+    assert (pixels.float() - torch.tensor(expected)).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_pixels_without_a_known_white_are_refused(dtype: type, mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "any.tif"
+    Image.fromarray(np.linspace(0, 1e5, 16).reshape(4, 4).astype(dtype)).save(path)
+    with pytest.raises(InvalidArgumentError, match=rf"any\.tif .* mode '{mode}', save it with 8 or 16 bits"):
+        folder._read_image(path, 4)
+
+
+def test_bad_images_are_all_named_and_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from distill import main
+
+    for label in ("a", "b"):
+        write_images(tmp_path / "data" / label, 6)
+    noise = tmp_path / "data" / "a" / "cut.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 12)).astype(np.uint8)).save(noise)
+    bad = {"a/cut.png": noise.read_bytes()[:100], "a/none.png": b"", "b/text.jpg": b"no picture"}
+    for name, content in bad.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    bomb = tmp_path / "data" / "b" / "bomb.png"
+    Image.new("L", (200, 200)).save(bomb)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(Results, "figures", lambda self, makers: [])
+    run = ("linear", "--data", "folder", "--data-dir", str(tmp_path / "data"), "--image-size", "8")
+    run += ("--side", "2", "--steps", "1", "--images", "1", "--out", str(tmp_path / "out"))
+    assert main(run) == 1
+    error = capsys.readouterr().err
+    for name in (*bad, "b/bomb.png"):
+        assert f"{tmp_path / 'data' / name} cannot be read as an image" in error
+    assert "add --skip-bad" in error
+    assert main([*run, "--skip-bad"]) == 0
+    noted = capsys.readouterr().err
+    assert noted.startswith("left out 4 image(s):")
+    assert noted.count("cannot be read as an image") == 4
+    for number in range(6):
+        (tmp_path / "data" / "a" / f"{number:03}.png").write_bytes(b"")
+    assert main([*run, "--skip-bad"]) == 1
+    assert "a holds no other image" in capsys.readouterr().err
+
+
+def test_damaged_idx_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    write_idx(path, np.random.RandomState(0).randint(0, 256, (20, 28, 28)).astype(np.uint8))
+    whole = path.read_bytes()
+    flipped = whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:]
+    for content in (whole[: len(whole) // 2], flipped, b"\x1f\x8b" + b"0" * 30, b"no archive"):
+        path.write_bytes(content)
+        with pytest.raises(InvalidArgumentError, match=r"idx3-ubyte\.gz is damaged .* fetch it again"):
+            load(Settings(data="fashion", data_dir=tmp_path))
+
+
+def test_damaged_glyphs_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glyphs, "common_characters", lambda paths: list("ABC"))
+    settings = Settings(data="glyphs", data_dir=tmp_path)
+    data, file = load(settings), tmp_path / "glyphs-32.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        file.write_bytes(content)
+        assert torch.equal(load(settings).train.images, data.train.images)
+        assert file.read_bytes() == whole
+
+
+def test_other_data_are_not_taken_for_those_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every study of distilled data names what has changed, and leaves its files as they were."""
+    from distill import main
+
+    monkeypatch.setattr(Results, "figures", lambda self, makers: [])
+    for name, labels, count, shade in (
+        ("first", "ab", 10, 0),
+        ("pixels", "ab", 10, 1),
+        ("names", "ac", 10, 0),
+        ("count", "ab", 11, 0),
+    ):
+        for label in labels:
+            write_images(tmp_path / name / label, count, shade=shade + 100 * (label != "a"))
+    tiny = ("--outer-steps", "1", "--evaluations", "1", "--draws", "1")
+    studies = {
+        "images": (*tiny, "--network", "mlp", "--epochs", "2", "--no-baselines"),
+        "kernel": (*tiny, "--per-class", "2", "--networks"),
+        "linear": ("--side", "2", "--steps", "2", "--images", "1"),
+        "collapse": ("--network", "mlp", "--steps", "2", "--kernel-steps", "1", "--per-class", "1"),
+    }
+    for study, options in studies.items():
+
+        def run(data: str, *more: str, study: str = study, options: tuple[str, ...] = options) -> int:
+            where = ("--data-dir", str(tmp_path / data), "--out", str(tmp_path / study))
+            return main([study, *options, "--data", "folder", "--image-size", "8", *where, *more])
+
+        assert run("first") == 0
+        summary = sorted((tmp_path / study).glob("*.json"))[-1]
+        before = summary.read_bytes()
+        assert run("first", "--resume") == 0
+        capsys.readouterr()
+        for name, what in {
+            "pixels": "content of the images was '",
+            "names": "class names was ['a', 'b'], is ['a', 'c']",
+            "count": "number of images was [16, 4], is [18, 4]",
+        }.items():
+            assert run(name, "--resume") == 1, (study, name)
+            error = capsys.readouterr().err
+            assert error.startswith("error: --resume: ")
+            assert what in error
+        assert summary.read_bytes() == before

@@ -17,6 +17,7 @@ from distillation.linear import LinearSet, LinearSettings, learn, linear_case, m
 from distillation.theory import LinearTask
 from etflayers.distill import SGD, unrolled_inner_loop
 from etflayers.errors import InvalidArgumentError
+from lab.data import load
 
 
 def random_task(dim: int = 4, deviation: float = 0.7) -> LinearTask:
@@ -133,7 +134,7 @@ def test_known_start_needs_one_image() -> None:
 def test_outputs_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = LinearSettings(side=2, steps=5, starts=4, images=(1, 4), seeds=(0, 1), repeats=2, out=tmp_path)
     rows = linear_case(settings, Console(quiet=True))
-    task = make_task(settings)
+    task = make_task(settings, load(settings))
     assert task.dim == 4
     assert len(rows) == 4 * 2 * 2
     with (tmp_path / "linear.csv").open() as file:
@@ -150,4 +151,4 @@ def test_outputs_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_pixels_than_there_are() -> None:
     with pytest.raises(InvalidArgumentError, match="--side 9 is more than the 8 pixels"):
-        make_task(LinearSettings(side=9))
+        make_task(LinearSettings(side=9), load(LinearSettings()))

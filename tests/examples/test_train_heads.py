@@ -88,7 +88,12 @@ def test_figures_are_pictures(digits: Path, name: str) -> None:
 def test_nothing_else_is_left_behind(digits: Path) -> None:
     runs = {f"{head}-seed{seed}" for head in HEADS for seed in (0, 1)}
     expected = {f"{run}.{kind}" for run in runs for kind in ("csv", "json")}
-    expected |= {f"{name}.png" for name in FIGURES} | {"summary.csv", "summary.json", "checkpoints"}
+    expected |= {f"{name}.png" for name in FIGURES} | {
+        "summary.csv",
+        "summary.json",
+        "run.json",
+        "checkpoints",
+    }
     assert {path.name for path in digits.iterdir()} == expected
     assert {path.name for path in (digits / "checkpoints").iterdir()} == {f"{run}.pt" for run in runs}
 

@@ -59,5 +59,5 @@ def _load(settings: DataSettings) -> ImageData:
     if name == "glyphs":
         return load_glyphs(root, side)
     if name == "folder":
-        return load_folder(root, side)
+        return load_folder(root, side, skip_bad=settings.skip_bad)
     return load_torchvision(name, root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require
-from etflayers.errors import MissingDependencyError
+from etflayers.errors import InvalidArgumentError, MissingDependencyError
 from lab.data.images import ImageData, Split
 from lab.data.packages import load_torchvision
 
@@ -43,12 +44,18 @@ def _read(folder: Path, part: str) -> Split:
     images = _read_idx(folder / f"{part}-images-idx3-ubyte.gz", dimensions=3)
     targets = _read_idx(folder / f"{part}-labels-idx1-ubyte.gz", dimensions=1)
     require(len(images) == len(targets), f"{folder}: {len(images)} images, {len(targets)} labels of {part}")
+    require(
+        int(targets.max()) < len(CLASSES), f"{folder}: the labels of {part} must lie in [0, {len(CLASSES)})"
+    )
     return Split(images.unsqueeze(1), targets.long())
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """Bytes in the format IDX: 0, 0, 8 (bytes), the number of dimensions, each size in 4 bytes, then data."""
-    content, head = gzip.decompress(path.read_bytes()), 4 + 4 * dimensions
+    try:
+        content, head = gzip.decompress(path.read_bytes()), 4 + 4 * dimensions
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InvalidArgumentError(f"{path} is damaged ({error}): fetch it again") from error
     sizes = np.frombuffer(content[4:head], ">u4").tolist()
     require(
         content[:4] == bytes((0, 0, 8, dimensions)) and len(content) == head + math.prod(sizes),

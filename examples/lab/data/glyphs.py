@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require_module
+from etflayers.distill.storage import read_tensors, write_tensors
+from etflayers.errors import InvalidArgumentError
 from lab.data.images import ImageData, Split
-from lab.files import write_atomically
 
 KINDS = ("L", "N", "S")  # Unicode's general categories: letters, numbers, symbols
 VALIDATION_FACES = ("DejaVuSans-Oblique", "DejaVuSerif-Bold")
@@ -37,8 +38,6 @@ def load_glyphs(root: Path, side: int = SIDE) -> ImageData:
     Classes are ordered: ASCII's digits and letters first, then by code point; the first K of them are K
     different classes at any K.
     """
-    storage = require_module("safetensors", extra="distill")
-    tensors = require_module("safetensors.torch", extra="distill")
     paths = face_paths()
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     made_from = {
@@ -47,14 +46,22 @@ def load_glyphs(root: Path, side: int = SIDE) -> ImageData:
         "recipe": RECIPE,
     }
     path = root / f"glyphs-{side}.safetensors"
-    if path.exists():
-        with storage.safe_open(path, "pt") as file:
-            if file.metadata() == made_from:
-                return _by_face(file.get_tensor("images"), file.get_tensor("characters"), paths)
-    characters, images = draw_classes(paths, side)
-    content = {"images": images, "characters": torch.tensor([ord(character) for character in characters])}
-    write_atomically(path, tensors.save(content, made_from))
+    content = _kept(path, made_from)
+    if content is None:
+        characters, images = draw_classes(paths, side)
+        content = {"images": images, "characters": torch.tensor([ord(character) for character in characters])}
+        root.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, content, made_from)
     return _by_face(content["images"], content["characters"], paths)
+
+
+def _kept(path: Path, made_from: dict[str, str]) -> dict[str, Tensor] | None:
+    """What an earlier run has drawn from the same; nothing if the file is damaged: it is drawn again."""
+    try:
+        content, record = read_tensors(path)
+    except (FileNotFoundError, InvalidArgumentError):
+        return None
+    return content if record == made_from else None
 
 
 def face_paths() -> list[Path]:

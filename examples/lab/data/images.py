@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +60,7 @@ class ImageData:
         class_names: one for each of the K classes.
         mean: of the training pixels, between 0 and 255, for each color ``(1, C, 1, 1)``.
         deviation: likewise.
+        fingerprint: what tells these data from others of their name; a run may be continued on them alone.
         validation: to choose by, where the data bring it; see :meth:`held_out`.
     """
 
@@ -68,6 +70,7 @@ class ImageData:
     class_names: tuple[str, ...]
     mean: Tensor
     deviation: Tensor
+    fingerprint: dict[str, Any]
     validation: Split | None = None
 
     @classmethod
@@ -79,10 +82,17 @@ class ImageData:
         class_names: tuple[str, ...],
         validation: Split | None = None,
     ) -> ImageData:
-        """With the mean and deviation of the training pixels."""
+        """With the mean and deviation of the training pixels, and the fingerprint of all."""
         colors = [torch.std_mean(train.images[:, color].double()) for color in range(train.images.shape[1])]
         deviation, mean = (torch.stack(part).float().view(1, -1, 1, 1) for part in zip(*colors, strict=True))
-        return cls(name, train, test, class_names, mean, deviation.clamp(min=1), validation)
+        parts = [part for part in (train, test, validation) if part is not None]
+        fingerprint = {
+            "class names": list(class_names),
+            "shape of the images": list(train.images.shape[1:]),
+            "number of images": [len(part) for part in parts],
+            "content of the images": _digest(parts),
+        }
+        return cls(name, train, test, class_names, mean, deviation.clamp(min=1), fingerprint, validation)
 
     @property
     def num_classes(self) -> int:
@@ -138,6 +148,14 @@ class ImageData:
             return self.train, self.validation
         generator = torch.Generator().manual_seed(0)
         return divided(self.train, VALIDATION_SHARE, lambda count: torch.randperm(count, generator=generator))
+
+
+def _digest(parts: Iterable[Split]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for tensor in (part.images, part.targets):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def divided(split: Split, share: float, permutation: Callable[[int], Tensor]) -> tuple[Split, Split]:
