@@ -34,6 +34,8 @@ def claimed(
     """
     require(not folder.exists() or folder.is_dir(), f"--out {folder} is a file: take the name of a folder")
     with _locked(folder):
+        for partial in folder.rglob(".*.partial"):  # of files that a killed run was writing
+            partial.unlink()
         record, before = folder / RECORD, _read(folder / RECORD)
         same_study = before.get("study", study) == study
         changed = differences(before.get("settings", settings), settings)

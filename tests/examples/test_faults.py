@@ -148,6 +148,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     if child == 0:
         with claimed(tmp_path, "study", {}):
             (tmp_path / "result").touch()
+            (tmp_path / ".123.partial").touch()
             os.write(go, b"1")
             signal.pause()
         os._exit(1)
