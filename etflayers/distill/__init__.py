@@ -6,6 +6,7 @@ from etflayers._imports import names_on_demand
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
 from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
+from etflayers.distill.evaluation import accuracy, best_rate, evaluate, judged
 from etflayers.distill.image_grid import image_grid, write_png
 from etflayers.distill.infinite_width import NNGPKernel, NTKKernel
 from etflayers.distill.initial_states import (
@@ -19,6 +20,8 @@ from etflayers.distill.initial_states import (
 from etflayers.distill.inner_loop import InnerSolution, UnrolledInnerLoop, unrolled_inner_loop
 from etflayers.distill.kernel_ridge import KernelRidgeInnerLoop, centered_one_hot, kernel_ridge, solve_labels
 from etflayers.distill.kernels import FeatureKernel, Kernel, LinearKernel, RBFKernel
+from etflayers.distill.lessons import Lesson, teach
+from etflayers.distill.linear_bound import LinearTask
 from etflayers.distill.memory import memory_forecast
 from etflayers.distill.objective import cross_entropy
 from etflayers.distill.optimizers import SGD, Adam, AdamW
@@ -49,7 +52,9 @@ __all__ = [
     "KeptGraph",
     "Kernel",
     "KernelRidgeInnerLoop",
+    "Lesson",
     "LinearKernel",
+    "LinearTask",
     "NNGPKernel",
     "NTKKernel",
     "OnlinePool",
@@ -59,10 +64,14 @@ __all__ = [
     "StepAdjoint",
     "StoredPool",
     "UnrolledInnerLoop",
+    "accuracy",
     "average_gradients",
+    "best_rate",
     "centered_one_hot",
     "cross_entropy",
+    "evaluate",
     "image_grid",
+    "judged",
     "kernel_ridge",
     "kmeans_centers",
     "last_window",
@@ -74,6 +83,7 @@ __all__ = [
     "random_window",
     "solve_labels",
     "stack_states",
+    "teach",
     "truncation_cosine",
     "unrolled_inner_loop",
     "write_png",

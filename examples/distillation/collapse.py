@@ -11,19 +11,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
-from distillation.common import DistilHeadName, NetworkSettings, cosine, first_set
+from distillation.common import DistilHeadName, NetworkSettings, first_set, inner_loss, random_lesson
 from distillation.kernel import KernelSettings, learn
-from distillation.lessons import Lesson, teach
 from etflayers.checks import require
-from etflayers.distill import DistilledSet
+from etflayers.distill import DistilledSet, Lesson, teach
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
-from lab.data.sampling import endless_batches
 from lab.evaluation import measure
 from lab.figures import PALETTE, draw_band, in_percent, in_plain_numbers, legend_below, new_figure
 from lab.files import Row, kept
@@ -103,6 +100,13 @@ class CollapseSettings(NetworkSettings):
         require(len(set(stems)) == len(stems), f"--sets must be files of different names, got {stems}")
         for path in self.sets:
             require(path.is_file(), f"--sets {path}: there is no such file")
+
+    def lesson(self, training: TrainingSet, seed: int) -> Lesson:
+        """The steps that all sets have in common."""
+        options = {"momentum": self.momentum, "nesterov": self.momentum > 0}
+        rule = partial(torch.optim.SGD, weight_decay=self.weight_decay, **options)
+        images = (training.inputs, training.labels)
+        return random_lesson(*images, self.batch_size, self.steps, rule, seed).scaled(self.lr)
 
     def measured_steps(self) -> list[int]:
         """0, 1, then a geometric sequence, and the last step."""
@@ -276,29 +280,17 @@ def train_and_measure(
         NonFiniteError: training has diverged.
     """
     network = make_network(head, seed, data, settings)
-    if training.lesson is not None:
-        before = _measures(network, training, data, head)
-        after = _measures(teach(network, training.lesson), training, data, head)
-        return [{"step": 0, **before}, {"step": training.lesson.steps, **after}]
-    options = {"momentum": settings.momentum, "nesterov": settings.momentum > 0}
-    decay = settings.weight_decay
-    optimizer = torch.optim.SGD(network.parameters(), settings.lr, weight_decay=decay, **options)
-    generator = torch.Generator().manual_seed(seed)
-    batches = endless_batches(len(training.inputs), settings.batch_size, generator)
-    rows, measured = [], set(settings.measured_steps())
-    for step in range(settings.steps + 1):
-        if step in measured:
-            rows.append({"step": step, **_measures(network, training, data, head)})
-            progress(step, settings.steps, None)
-        if step == settings.steps:
-            break
-        optimizer.param_groups[0]["lr"] = settings.lr * cosine(step, settings.steps)
-        chosen = next(batches).to(data.device)
-        network.train()
-        optimizer.zero_grad()
-        labels = training.labels[chosen]
-        F.cross_entropy(network(training.inputs[chosen], labels), labels).backward()
-        optimizer.step()
+    lesson = training.lesson or settings.lesson(training, seed)
+    stops = settings.measured_steps() if training.lesson is None else (0, lesson.steps)
+    rows: list[Row] = []
+
+    def look(steps: int) -> None:
+        if steps in stops:
+            rows.append({"step": steps, **_measures(network, training, data, head)})
+            progress(steps, lesson.steps, None)
+
+    look(0)
+    teach(network, lesson, loss=inner_loss, after_step=look)
     return rows
 
 

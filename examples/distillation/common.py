@@ -6,15 +6,19 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers.distill import DistilledSet, kmeans_centers, partial_means, random_samples
+from etflayers.distill import DistilledSet, Lesson, kmeans_centers, partial_means, random_samples
+from etflayers.distill.lessons import UpdateRule
 from lab.data import ImageData
+from lab.data.sampling import endless_batches
 from lab.files import Row
 from lab.networks import NetworkName, NormName
 from lab.options import Count, Flag, Free
@@ -70,14 +74,24 @@ def first_set(
     return DistilledSet.from_data(train.images, train.targets, **options).to(data.device)
 
 
-def share_right(outputs: Tensor, classes: Tensor) -> float:
-    """Share of the largest outputs that stand at the class; NaN if there are none."""
-    return (outputs.argmax(-1) == classes).double().mean().item()
+def inner_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, of a model that is given the labels too: the nearest-ETF head learns from them."""
+    return F.cross_entropy(model(images, labels), labels)
 
 
 def cosine(step: int, steps: int) -> float:
     """The factor to a rate that falls to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def random_lesson(
+    inputs: Tensor, labels: Tensor, size: int, steps: int, optimizer: str | UpdateRule, seed: int
+) -> Lesson:
+    """Random batches, each image once in every pass, and a rate that falls from 1 to 0."""
+    batches = endless_batches(len(inputs), size, torch.Generator().manual_seed(seed))
+    numbers = torch.stack(list(islice(batches, steps))).to(inputs.device)
+    rates = torch.tensor([cosine(step, steps) for step in range(steps)], dtype=torch.float64)
+    return Lesson(inputs, labels, numbers, rates, optimizer)
 
 
 def digest(content: Any) -> str:

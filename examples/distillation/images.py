@@ -15,11 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from distillation import unrolled
-from distillation.common import digest
-from distillation.lessons import Lesson, Outcome, best_rate, evaluate, real_lesson
-from distillation.unrolled import ImagesSettings, Starts, Unrolled
+from distillation.common import REPRESENTATIVES, digest, inner_loss
+from distillation.unrolled import Fresh, ImagesSettings, Starts, Unrolled
 from etflayers.checks import require
-from etflayers.distill import DistilledSet, write_png
+from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, per_class, write_png
+from etflayers.distill.evaluation import Measures
 from lab.data import ImageData, Split, load_inputs
 from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
 from lab.files import Row, kept, write_csv, write_json
@@ -29,6 +29,10 @@ from lab.results import Column, Results, grouped, mean_and_deviation, percent, s
 from lab.training import threads
 
 ENLARGED = 3
+CURVE_NETWORKS = 5  # that are judged on the way
+# Learning rates of plain descent that are tried for baselines; the other rules take these times a factor.
+RATE_GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+GRID_FACTOR = {"sgd": 1.0, "momentum": 0.2, "adam": 0.02}
 KINDS = {"random real images": "real", "k-means centers": "kmeans", "average images": "means"}
 # What was learned is drawn in solid lines.
 STYLES: dict[str, tuple[str, str]] = {
@@ -40,6 +44,25 @@ STYLES: dict[str, tuple[str, str]] = {
     "k-means centers": (BLUE, "--"),
     "average images": (GREY, "--"),
 }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What networks trained in one way make of the test images.
+
+    Attributes:
+        training: what they were trained on, and how.
+        network: their architecture.
+        each: the measures of each network after training.
+        curves: of some of them, by the number of steps: ``(steps, measures)``.
+        rate: the one rate of all steps, where it was chosen.
+    """
+
+    training: str
+    network: str
+    each: list[Measures]
+    curves: list[list[Any]]
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,17 +153,30 @@ class Study:
 
     def judge(self, seed: int, starts: Starts, distilled: DistilledSet) -> list[Row]:
         """Outcomes of the set as it was learned, in other conditions, and of the baselines."""
-        settings, data, judge = self.settings, self.data, self.objective.judge
+        settings, data = self.settings, self.data
+        how: dict[str, Any] = {"judge": self.objective.judge, "loss": inner_loss}
         lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
-        rest, validation = data.held_out()
+        rest, held = data.held_out()
         many, count = settings.evaluations, 1 if starts.single else settings.evaluations
         outcomes: list[Outcome] = []
 
-        def note(training: str, lessons: list[Lesson], number: int = count, **options: Any) -> None:
-            options = {"network": settings.network, "fresh": starts.fresh, "curves": True, **options}
-            outcomes.append(
-                evaluate(training, lessons=lessons, count=number, data=data, judge=judge, **options)
-            )
+        def note(
+            training: str,
+            lessons: list[Lesson],
+            number: int = count,
+            fresh: Fresh = starts.fresh,
+            network: str = settings.network,
+            rate: float | None = None,
+        ) -> None:
+            watched = CURVE_NETWORKS if network == settings.network else 0
+            options = {"count": number, "watched": watched, **how}
+            curves = evaluate(lessons, fresh, data.test.images, data.test.targets, **options)
+            ends = [curve[-1][1] for curve in curves]
+            outcomes.append(Outcome(training, network, ends, curves[:watched], rate))
+
+        def chosen_rate(lessons: list[Lesson], fresh: Fresh) -> float:
+            rates = [GRID_FACTOR[settings.optimizer] * rate for rate in RATE_GRID]
+            return best_rate(lessons, fresh, held.images, held.targets, rates=rates, **how)
 
         note("distilled", [lesson])
         if settings.steps > 1:
@@ -150,13 +186,13 @@ class Study:
             note("distilled, other batches", [lesson.in_other_batches(generator) for _ in range(count)])
         if starts.single:
             fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
-            note("distilled, fresh networks", [lesson], many, fresh=fresh)
+            note("distilled, fresh networks", [lesson], many, fresh)
         for other in settings.other_networks:
             fresh = unrolled.unseen(make_factory(other, data, head=settings.head, norm=settings.norm), seed)
-            options: dict[str, Any] = {"network": other, "fresh": fresh, "curves": False}
-            note("distilled", [lesson], many, **options)
-            rate = best_rate([lesson], fresh, validation, judge)
-            note("distilled, rate chosen", [lesson.with_rate(rate)], many, rate=rate, **options)
+            note("distilled", [lesson], many, fresh, other)
+            at_one = replace(lesson, rates=torch.ones_like(lesson.rates))
+            rate = chosen_rate([at_one], fresh)
+            note("distilled, rate chosen", [at_one.scaled(rate)], many, fresh, other, rate)
         for training, kind in KINDS.items() if settings.baselines else ():
             if kind == "kmeans" and settings.per_class == 1:
                 continue  # the one center of a class is its average image
@@ -166,8 +202,8 @@ class Study:
                 [baseline(kind, images, settings, data.num_classes, number) for number in seeds]
                 for images in (rest, data.train)
             )
-            rate = best_rate(tried, starts.fresh, validation, judge)
-            note(training, [one.with_rate(rate) for one in chosen], max(count, draws), rate=rate)
+            rate = chosen_rate(tried, starts.fresh)
+            note(training, [one.scaled(rate) for one in chosen], max(count, draws), rate=rate)
         return [asdict(outcome) for outcome in outcomes]
 
     def report(self, found: Sequence[SeedResult]) -> None:
@@ -192,9 +228,22 @@ class Study:
 
 
 def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:
-    """As many real images, in as many steps, as are learned."""
-    shape = (settings.per_class, settings.steps, settings.inner_steps)
-    return real_lesson(kind, *shape, settings.optimizer, images, num_classes, seed)
+    """As many real images of each class, in as many steps, as are learned, with rates still to be chosen.
+
+    ``means``: one average image for each class, in every batch again. Hard labels in the order of a distilled
+    set, so that batches of a multiple of K images are balanced.
+    """
+    inputs, labels = per_class(
+        images.images,
+        images.targets,
+        count=1 if kind == "means" else settings.per_class,
+        num_classes=num_classes,
+        representatives=REPRESENTATIVES[kind],
+        generator=torch.Generator().manual_seed(seed),
+    )
+    numbers = torch.arange(settings.per_class * num_classes, device=inputs.device) % len(inputs)
+    rates = torch.ones(settings.inner_steps, device=inputs.device)
+    return Lesson(inputs, labels, numbers.view(settings.steps, -1), rates, settings.optimizer)
 
 
 def summary_rows(results: Sequence[SeedResult]) -> list[Row]:

@@ -20,21 +20,29 @@ from distillation.common import (
     DistillationSettings,
     OuterRun,
     StartName,
-    cosine,
     digest,
     first_set,
-    share_right,
+    random_lesson,
 )
-from distillation.lessons import EVALUATION_BATCH
 from etflayers import distill
 from etflayers.checks import require
-from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, centered_one_hot, write_png
+from etflayers.distill import (
+    DistilledSet,
+    KernelRidgeInnerLoop,
+    Lesson,
+    accuracy,
+    best_rate,
+    centered_one_hot,
+    judged,
+    teach,
+    write_png,
+)
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
-from lab.data.sampling import endless_batches, shifted
+from lab.data.sampling import shifted
 from lab.figures import BLUE, GREY, PALETTE, RED, SKY, in_percent, in_plain_numbers, legend_beside, new_figure
 from lab.files import Row, kept, write_csv
-from lab.networks import NetworkName, make_factory, seeded
+from lab.networks import Factory, NetworkName, make_factory, seeded
 from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
 from lab.progress import bar
 from lab.results import Results, grouped, make_table, mean_and_deviation, percent
@@ -170,7 +178,7 @@ class Inducing(OuterRun):
             )
         loss.backward()
         self.optimizer.step()
-        return {"step": self.step, "loss": loss.item(), "accuracy": share_right(outputs, classes)}
+        return {"step": self.step, "loss": loss.item(), **accuracy(outputs, classes)}
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Real images, shifted where asked."""
@@ -271,9 +279,13 @@ class Study:
             and found.labels in (self.settings.labels, "one-hot")
         ]
         for network in self.settings.networks:
-            fresh = partial(seeded, make_factory(network, self.data))
+            factory = make_factory(network, self.data)
+
+            def fresh(index: int, factory: Factory = factory) -> nn.Module:
+                return seeded(factory, FRESH_SEEDS + 1000 * seed + index)
+
             for found in chosen:
-                row = self.network_row(found.distilled, fresh, FRESH_SEEDS + 1000 * seed)
+                row = self.network_row(found.distilled, fresh)
                 rows.append({**named, **found.row(), "learner": network, **row})
         return rows
 
@@ -295,27 +307,31 @@ class Study:
         row: Row = {"learner": "kernel"}
         for part, split in (("train", self.data.train), ("test", self.data.test)):
             outputs = predictions(self.loop, distilled, split.images)
-            row[f"{part}_accuracy"] = share_right(outputs, split.targets)
+            row[f"{part}_accuracy"] = accuracy(outputs, split.targets)["accuracy"]
         return row
 
-    def network_row(self, distilled: DistilledSet, fresh: Callable[[int], nn.Module], first: int) -> Row:
+    def network_row(self, distilled: DistilledSet, fresh: Callable[[int], nn.Module]) -> Row:
         """Accuracy of networks trained on a set with the best learning rate of the grid.
 
         The rate is chosen on a part of the training images, which all but the learned set, a rival made from
         all of them, have seen as well.
         """
-        settings, (_, validation) = self.settings, self.data.held_out()
-        scores = {
-            rate: _accuracy(train_network(fresh(first), distilled, rate, settings), validation)
-            for rate in settings.rate_grid
-        }
-        rate = max(scores, key=lambda rate: scores[rate])
-        seeds = range(first, first + settings.evaluations)
-        models = [train_network(fresh(seed), distilled, rate, settings) for seed in seeds]
+        settings, held, images = self.settings, self.data.held_out()[1], self.data
+        lessons, judge = [self.lesson(distilled)], {"judge": accuracy, "loss": squared_error}
+        grid = {"rates": settings.rate_grid, "networks": 1, **judge}
+        rate = best_rate(lessons, fresh, held.images, held.targets, **grid)
+        chosen = lessons[0].scaled(rate)
+        models = [teach(fresh(index), chosen, loss=squared_error) for index in range(settings.evaluations)]
         row: Row = {"rate": rate, "networks": len(models)}
-        for part, split in (("train", self.data.train), ("test", self.data.test)):
-            row[f"{part}_accuracy"] = fmean(_accuracy(model, split) for model in models)
+        for part, split in (("train", images.train), ("test", images.test)):
+            found = [judged(model, split.images, split.targets)["accuracy"] for model in models]
+            row[f"{part}_accuracy"] = fmean(found)
         return row
+
+    def lesson(self, distilled: DistilledSet) -> Lesson:
+        """Adam at a rate that falls to 0, in batches drawn by a fixed stream."""
+        settings, (inputs, labels) = self.settings, distilled.dataset().tensors
+        return random_lesson(inputs, labels, settings.training_batch, settings.training_steps, "adam", seed=0)
 
     def report(self, rows: Sequence[Row]) -> None:
         """Tables and figures over all sets."""
@@ -351,30 +367,12 @@ def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
         return None
     whole = DistilledSet(data.train.images, centered_one_hot(data.train.targets, data.num_classes))
     outputs = predictions(make_loop(settings, data), whole, data.test.images)
-    return share_right(outputs, data.test.targets)
+    return accuracy(outputs, data.test.targets)["accuracy"]
 
 
-def train_network(
-    network: nn.Module, distilled: DistilledSet, rate: float, settings: KernelSettings
-) -> nn.Module:
-    """Adam on the squared error to the labels, its rate falling to 0, in batches drawn by a fixed stream."""
-    inputs, labels = (value.detach() for value in (distilled.inputs, distilled.labels))
-    optimizer = torch.optim.Adam(network.parameters(), rate)
-    network.train()
-    batches = endless_batches(len(inputs), settings.training_batch, torch.Generator().manual_seed(0))
-    for step, chosen in zip(range(settings.training_steps), batches, strict=False):
-        optimizer.param_groups[0]["lr"] = rate * cosine(step, settings.training_steps)
-        optimizer.zero_grad()
-        (network(inputs[chosen]) - labels[chosen]).square().sum(-1).mean().backward()
-        optimizer.step()
-    return network
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, split: Split) -> float:
-    network.eval()
-    outputs = torch.cat([network(part) for part in split.images.split(EVALUATION_BATCH)])
-    return share_right(outputs, split.targets)
+def squared_error(model: Callable[..., Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+    """The mean over a batch of the squared distance to the labels."""
+    return (model(inputs) - labels).square().sum(-1).mean()
 
 
 def summary_rows(rows: Sequence[Row]) -> list[Row]:

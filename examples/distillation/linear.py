@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from distillation.theory import LinearTask
 from etflayers.checks import require
-from etflayers.distill import SGD, UnrolledInnerLoop
+from etflayers.distill import SGD, LinearTask, UnrolledInnerLoop
 from lab.data import ImageData, load
 from lab.figures import BLUE, GREEN, ORANGE, RED, new_figure
 from lab.files import Row, kept

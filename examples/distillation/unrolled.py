@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, share_right
-from distillation.lessons import MOMENTUM, Fresh, Judge, Measures, inner_loss
+from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, inner_loss
 from etflayers import distill
 from etflayers.checks import require
+from etflayers.distill.evaluation import Judge, Measures, accuracy
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
@@ -28,6 +28,7 @@ from lab.settings import DataName
 # The learning rate that the inner steps start with, where the command line gives none.
 RATES = {"sgd": 0.05, "momentum": 0.01, "adam": 0.003}
 PRETRAINING_BATCH, PRETRAINING_RATE = 64, 1e-3
+Fresh = Callable[[int], nn.Module]  # makes the i-th network
 # Far from the seeds of the runs, and from each other: no network of one kind is ever one of another.
 POOL_SEEDS, FRESH_SEEDS = 10**6, 2 * 10**6
 
@@ -179,8 +180,7 @@ class Objective:
 
 def classify() -> Objective:
     """The network is to classify real images rightly."""
-    judge: Judge = lambda logits, targets: {"accuracy": share_right(logits, targets)}  # noqa: E731
-    return Objective(F.cross_entropy, judge, "accuracy")
+    return Objective(F.cross_entropy, accuracy, "accuracy")
 
 
 def misclassify(attacked: int, target: int) -> Objective:
@@ -196,9 +196,9 @@ def misclassify(attacked: int, target: int) -> Objective:
     def judge(logits: Tensor, targets: Tensor) -> Measures:
         victims = targets == attacked
         return {
-            "attack": share_right(logits[victims], wanted(targets[victims])),
-            "others": share_right(logits[~victims], targets[~victims]),
-            "accuracy": share_right(logits, targets),
+            "attack": accuracy(logits[victims], wanted(targets[victims]))["accuracy"],
+            "others": accuracy(logits[~victims], targets[~victims])["accuracy"],
+            **accuracy(logits, targets),
         }
 
     loss = partial(lambda logits, targets: F.cross_entropy(logits, wanted(targets)))
@@ -325,7 +325,7 @@ class Unrolled(OuterRun):
         if isinstance(distilled.labels, nn.Parameter):
             groups.append({"params": [distilled.labels], "lr": settings.label_rate})
         self.clip = distill.RunningNormClip(factor=settings.clip)
-        momentum = MOMENTUM if settings.optimizer == "momentum" else 0.0
+        momentum = 0.9 if settings.optimizer == "momentum" else 0.0
         self.rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
         pool = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator = torch.Generator().manual_seed(seed)

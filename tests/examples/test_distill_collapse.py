@@ -22,8 +22,8 @@ from distillation.collapse import (
     train_and_measure,
     training_sets,
 )
-from distillation.lessons import teach
-from etflayers.distill import DistilledSet
+from distillation.common import inner_loss
+from etflayers.distill import DistilledSet, teach
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from lab.data import ImageData, load_inputs
 
@@ -114,7 +114,7 @@ def test_own_steps_are_those_of_the_set(digits: ImageData) -> None:
     rows = train_and_measure(training, "linear", 1, digits, settings)
     assert [row["step"] for row in rows] == [0, 4]
     network = make_network("linear", 1, digits, settings)
-    teach(network, training.lesson).eval()
+    teach(network, training.lesson, loss=inner_loss).eval()
     with torch.no_grad():
         right = network(digits.test.images).argmax(-1) == digits.test.targets
     assert rows[-1]["test_accuracy"] == pytest.approx(right.double().mean().item(), rel=1e-6)

@@ -17,18 +17,23 @@ from torch import Tensor
 from torch.func import functional_call
 
 from distill import main
+from distillation.common import inner_loss
 from distillation.images import baseline
-from distillation.lessons import Lesson, best_rate, evaluate, inner_loss, judged, teach
 from distillation.unrolled import (
     ImagesSettings,
     Unrolled,
-    classify,
     make_objective,
     make_starts,
     misclassify,
     set_before,
 )
-from etflayers.distill import DistilledSet, unrolled_inner_loop
+from etflayers.distill import (
+    DistilledSet,
+    Lesson,
+    judged,
+    teach,
+    unrolled_inner_loop,
+)
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from lab.data import ImageData, Split, load_inputs
 from lab.networks import make_factory, seeded
@@ -47,9 +52,6 @@ def small(**options: Any) -> ImagesSettings:
 @pytest.fixture(scope="module")
 def digits() -> ImageData:
     return load_inputs(ImagesSettings(data="digits"))
-
-
-JUDGE = classify().judge
 
 
 def unrolled(settings: ImagesSettings, data: ImageData, seed: int = 0) -> Unrolled:
@@ -96,7 +98,7 @@ def test_inner_loop_is_ordinary_training(digits: ImageData, optimizer: Any) -> N
         loss=inner_loss,
         optimizer=rule,
     )
-    taught = teach(network, lesson_of(distilled, settings))
+    taught = teach(network, lesson_of(distilled, settings), loss=inner_loss)
     for name, value in taught.named_parameters():
         torch.testing.assert_close(value, trained.params[name], rtol=1e-10, atol=1e-12)
 
@@ -213,55 +215,21 @@ def test_learning_and_choosing_do_not_see_the_test_images(digits: ImageData) -> 
     assert torch.bincount(held.targets).min() >= 25
 
 
-def test_best_rate_is_the_best_of_the_grid(digits: ImageData) -> None:
-    settings = small(epochs=10)
-    rest, held = digits.held_out()
-    factory = make_factory("mlp", digits, width=16)
-
-    def fresh(index: int) -> torch.nn.Module:
-        return seeded(factory, index)
-
-    lesson = baseline("real", rest, settings, 10, 0)
-    chosen = best_rate([lesson], fresh, held, JUDGE)
-
-    def score(rate: float) -> float:
-        taught = [teach(fresh(index), lesson.with_rate(rate)) for index in range(3)]
-        return fmean(judged(network, held, JUDGE)["accuracy"] for network in taught)
-
-    assert score(chosen) > max(score(0.005), score(0.02))
-    assert score(chosen) > 0.4
-
-
 @pytest.mark.parametrize("kind", ["real", "kmeans", "means"])
 def test_baselines_have_the_size_of_the_set(kind: str, digits: ImageData) -> None:
     settings = small()
     lesson = baseline(kind, digits.train, settings, 10, 0)
     learned = lesson_of(set_before(settings, digits, 0), settings)
-    assert lesson.inputs.shape == learned.inputs.shape
+    assert lesson.batches.shape == learned.batches.shape
     assert lesson.steps == learned.steps
-    assert [sorted(labels) for labels in lesson.labels.tolist()] == [list(range(10))] * 2
+    assert [sorted(labels) for labels in lesson.labels[lesson.batches].tolist()] == [list(range(10))] * 2
     train = digits.train
     if kind == "means":
         mean = train.images[train.targets == 3].mean(0)
-        torch.testing.assert_close(lesson.inputs[:, 3], mean.expand(2, -1, -1, -1))
+        torch.testing.assert_close(lesson.inputs[lesson.batches[:, 3]], mean.expand(2, -1, -1, -1))
     if kind == "real":
-        for image, label in zip(lesson.inputs.flatten(0, 1), lesson.labels.flatten(), strict=True):
+        for image, label in zip(lesson.inputs, lesson.labels, strict=True):
             assert (train.images[train.targets == label] == image).all(-1).all(-1).all(-1).any()
-
-
-def test_shuffled_lesson_keeps_images_labels_and_rates() -> None:
-    inputs = torch.arange(12.0).view(3, 4, 1)
-    lesson = Lesson(inputs, 10 * inputs[..., 0], torch.rand(6), "sgd")
-    generator = torch.Generator().manual_seed(0)
-    order, mixture = lesson.in_other_order(generator), lesson.in_other_batches(generator)
-    for shuffled in (order, mixture):
-        torch.testing.assert_close(10 * shuffled.inputs[..., 0], shuffled.labels)
-        assert sorted(shuffled.inputs.flatten().tolist()) == inputs.flatten().tolist()
-        assert not torch.equal(shuffled.inputs, inputs)
-        assert shuffled.rates is lesson.rates
-    batches = {tuple(batch) for batch in inputs[..., 0].tolist()}
-    assert {tuple(batch) for batch in order.inputs[..., 0].tolist()} == batches
-    assert {tuple(batch) for batch in mixture.inputs[..., 0].tolist()} != batches
 
 
 def test_misclassification_by_hand() -> None:
@@ -272,25 +240,6 @@ def test_misclassification_by_hand() -> None:
     assert measures == {"attack": 0.5, "others": 0.5, "accuracy": 0.25}
     wanted = F.cross_entropy(logits, torch.tensor([2, 2, 1, 2]))
     torch.testing.assert_close(objective.loss(logits, targets), wanted)
-
-
-def test_evaluation_takes_each_lesson_and_each_network(digits: ImageData) -> None:
-    """At rate 0 networks stay those that come in; the curve ends where training does."""
-    settings = small()
-    factory = make_factory("mlp", digits, width=16)
-    lessons = [
-        lesson_of(set_before(settings, digits, seed), settings).with_rate(rate)
-        for seed, rate in enumerate((0.0, 0.5))
-    ]
-    outcome = evaluate(
-        "both", "mlp", lessons, lambda index: seeded(factory, index), 4, digits, JUDGE, curves=True
-    )
-    for index in range(4):
-        curve, network = outcome.curves[index], seeded(factory, index)
-        assert [steps for steps, _ in curve] == [0, 1, 2, 3, 4]
-        assert curve[0][1] == judged(network, digits.test, JUDGE)
-        assert curve[-1][1] == outcome.each[index]
-        assert (curve[0][1] == curve[-1][1]) == (index % 2 == 0)
 
 
 TINY = ("images", "--data", "digits", "--network", "mlp", "--width", "16", "--epochs", "2", "--draws", "2")
@@ -329,7 +278,8 @@ def test_set_in_the_file_is_the_one_that_was_judged(tiny: Path) -> None:
     settings = ImagesSettings(data="digits", network="mlp", width=16, epochs=2)
     data = load_inputs(settings)
     starts = make_starts(settings, data, data, 1)
-    again = judged(teach(starts.fresh(0), lesson_of(distilled, settings)), data.test, JUDGE)
+    taught = teach(starts.fresh(0), lesson_of(distilled, settings), loss=inner_loss)
+    again = judged(taught, data.test.images, data.test.targets)
     first, *_ = json.loads((tiny / "seed1.json").read_text())["outcomes"]
     assert (first["training"], first["accuracy"]) == ("distilled", again["accuracy"])
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from distillation.common import first_set, share_right
+from distillation.common import first_set, random_lesson
 from distillation.kernel import (
     Inducing,
     KernelSettings,
@@ -23,10 +23,10 @@ from distillation.kernel import (
     learn_kernel_set,
     make_loop,
     predictions,
-    train_network,
+    squared_error,
     with_solved_labels,
 )
-from etflayers.distill import DistilledSet, centered_one_hot
+from etflayers.distill import DistilledSet, accuracy, centered_one_hot, teach
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from lab.data import ImageData, load_inputs
 
@@ -48,7 +48,7 @@ def small(**options: Any) -> KernelSettings:
     return KernelSettings(**{"data": "digits", "outer_batch": 100, "outer_steps": 25, **options})
 
 
-def squared_error(settings: KernelSettings, distilled: DistilledSet, data: ImageData) -> float:
+def error_of(settings: KernelSettings, distilled: DistilledSet, data: ImageData) -> float:
     outputs = predictions(make_loop(settings, data), distilled, data.train.images)
     return float((outputs - centered_one_hot(data.train.targets, 10)).square().sum(-1).mean())
 
@@ -61,7 +61,7 @@ def test_learned_set_is_better_than_its_start(labels: Any, digits: ImageData) ->
     if labels == "solved":
         start = with_solved_labels(make_loop(settings, digits), start, digits.train)
     # 25 steps are the beginning of learning; a set that stood still would keep all of its error.
-    assert squared_error(settings, learned.distilled, digits) < 0.9 * squared_error(settings, start, digits)
+    assert error_of(settings, learned.distilled, digits) < 0.9 * error_of(settings, start, digits)
     hot = centered_one_hot(torch.arange(10), 10)
     assert torch.equal(learned.distilled.labels.detach(), hot) == (labels == "fixed")
     assert [row["step"] for row in learned.history] == list(range(25))
@@ -83,7 +83,7 @@ def test_other_kernels_learn(kernel: Any, digits: ImageData) -> None:
     settings = small(kernel=kernel, outer_steps=10)
     start = made("kmeans", 1, digits)
     learned = learn(settings, 1, 0, digits).distilled
-    assert squared_error(settings, learned, digits) < squared_error(settings, start, digits)
+    assert error_of(settings, learned, digits) < error_of(settings, start, digits)
 
 
 def test_gradient_needs_none_through_the_best_labels(digits: ImageData) -> None:
@@ -129,13 +129,15 @@ def test_network_learns_the_labels_it_is_given(digits: ImageData) -> None:
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
     )
-    settings = small(training_steps=300, training_batch=7)  # which does not divide the 20 images
-    trained = train_network(model, centers, 1e-2, settings)
+    lesson = random_lesson(
+        *centers.dataset().tensors, 7, 300, "adam", seed=0
+    )  # 7 does not divide the 20 images
+    trained = teach(model, lesson.scaled(1e-2), loss=squared_error)
     with torch.no_grad():
         outputs = trained(centers.inputs)
     labels = centers.labels.detach()
     assert float((outputs - labels).square().sum(-1).mean()) < 0.01 * float(labels.square().sum(-1).mean())
-    assert share_right(outputs, labels.argmax(-1)) == 1
+    assert accuracy(outputs, labels.argmax(-1)) == {"accuracy": 1}
 
 
 @pytest.mark.parametrize("labels", ["learned", "solved"])

@@ -1,5 +1,7 @@
 r"""How well M images can serve a linear model of unknown start: a bound, and a set that nearly meets it.
 
+``X <-> inputs, y <-> targets, s <-> deviation, C <-> covariance, theta* <-> best``
+
 **The model.** ``<theta, x>`` on N real points in R^D, with the loss ``|X theta - y|^2 / 2N``. Its excess over
 the best theta* is ``(theta - theta*)' C (theta - theta*) / 2``, with ``C = X'X / N``. Training starts at
 ``theta_0 ~ N(0, s^2 I)`` and sees M distilled points X~ with targets y~.
@@ -41,21 +43,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from etflayers.checks import require
+
+__all__ = ["LinearTask"]
+
 
 @dataclass(frozen=True)
 class LinearTask:
-    """Real points ``(N, D)`` and targets ``(N,)`` in float64, and the deviation s of the starts."""
+    r"""The excess ``(theta - theta*)' C (theta - theta*) / 2`` of a linear model, and what M images can do.
+
+    Args:
+        inputs: X, ``(N, D)``, real points, float64.
+        targets: y, ``(N,)``.
+        deviation: s, of each entry of the random start.
+
+    Raises:
+        InvalidArgumentError: shapes that do not fit.
+
+    Reference:
+        Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959, for one step and no loss.
+
+    >>> task = LinearTask(
+    ...     torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), deviation=1.0
+    ... )
+    >>> [round(task.bound(count), 3) for count in range(4)]
+    [0.5, 0.333, 0.167, 0.0]
+    """
 
     inputs: Tensor
     targets: Tensor
     deviation: float
 
+    def __post_init__(self) -> None:
+        require(
+            self.inputs.ndim == 2 and self.targets.shape == self.inputs.shape[:1],
+            f"inputs must have shape (N, D) and targets (N,), got {tuple(self.inputs.shape)} and "
+            f"{tuple(self.targets.shape)}",
+        )
+
     @property
     def dim(self) -> int:
+        """D."""
         return self.inputs.shape[1]
 
     @property
     def covariance(self) -> Tensor:
+        """C, ``(D, D)``."""
         return self.inputs.mT @ self.inputs / len(self.inputs)
 
     @property
