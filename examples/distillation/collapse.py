@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from distillation.common import DistilHeadName, NetworkSettings, first_set, inner_loss, random_lesson
-from distillation.kernel import KernelSettings, learn
+from distillation.kernel import Inducing, KernelSettings
 from etflayers.checks import require
 from etflayers.distill import DistilledSet, Lesson, teach
 from etflayers.errors import NonFiniteError
@@ -163,8 +163,6 @@ class TrainingSet:
 
 def collapse_study(settings: CollapseSettings, console: Console) -> list[Row]:
     """Train each head on each set for each seed; write tables and figures."""
-    settings = settings.resolved
-    settings.check()
     results = Results(settings.folder, console)
     rows: list[Row] = []
     with threads(settings.threads):
@@ -227,8 +225,12 @@ def _kernel_set(settings: CollapseSettings, seed: int, data: ImageData, console:
     same = ("data", "data_dir", "image_size", "classes", "device", "resume")
     chosen: dict[str, Any] = {name: getattr(settings, name) for name in same}
     kernel = KernelSettings(**chosen, out=settings.folder, outer_steps=settings.kernel_steps)
-    name = f"kernel-{settings.per_class}-a-class-seed{seed}"
-    learned = learn(kernel, settings.per_class, seed, data, name).distilled
+    name, run = (
+        f"kernel-{settings.per_class}-a-class-seed{seed}",
+        Inducing(kernel, settings.per_class, seed, data),
+    )
+    run.learn(name)
+    learned = run.distilled
     learned.save(settings.folder / f"{name}.safetensors")
     console.print(f"learned {len(learned.inputs)} images by kernel regression, seed {seed}", highlight=False)
     return TrainingSet.of(f"{len(learned.inputs)} kernel images", learned)

@@ -6,24 +6,29 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from etflayers.distill import DistilledSet, Lesson, kmeans_centers, partial_means, random_samples
 from etflayers.distill.lessons import UpdateRule
 from lab.data import ImageData
 from lab.data.sampling import endless_batches
-from lab.files import Row
+from lab.figures import PALETTE, in_percent, in_plain_numbers, new_figure
+from lab.files import Row, write_csv
 from lab.networks import NetworkName, NormName
 from lab.options import Count, Flag, Free
+from lab.progress import bar
+from lab.results import Results
 from lab.settings import DataSettings
-from lab.training import Run, Stream
+from lab.training import Progress, Run, Stream, in_silence
 
 DistilHeadName = Literal["linear", "standard", "fixed", "nearest"]
 StartName = Literal["noise", "real", "kmeans", "means"]
@@ -100,32 +105,40 @@ def digest(content: Any) -> str:
 
 
 class OuterRun(Run):
-    """A set that is learned step by step, by Adam.
+    """A set that is learned step by step, by Adam, whose rates fall to 0 as a cosine.
 
     Args:
+        settings: of everything.
+        seed: of everything random.
+        data: real images; only the training set is looked at.
         distilled: the set before it is learned.
-        groups: of its parameters, each with the learning rate at the start, which falls to 0 as a cosine.
-        steps: how many outer steps there will be.
         generator: of all that is random.
-        fingerprint: what decides the numbers.
+        rates: Adam's at the start, by the name of what they learn.
+        own: what else tells the run from others.
         parts: what else changes.
     """
 
+    headline = "accuracy"  # among what a step notes
+
     def __init__(
         self,
+        settings: Any,
+        seed: int,
+        data: ImageData,
         distilled: DistilledSet,
-        groups: list[dict[str, Any]],
-        steps: int,
         generator: torch.Generator,
-        fingerprint: Mapping[str, Any],
+        rates: Mapping[str, float],
+        own: Mapping[str, Any] | None = None,
         **parts: Any,
     ) -> None:
-        self.distilled, self.generator = distilled, generator
-        self.optimizer = torch.optim.Adam(groups)
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.device = distilled.inputs.device
+        self.settings, self.seed, self.data = settings, seed, data
+        self.distilled, self.generator, self.device = distilled, generator, data.device
+        learned = dict(distilled.named_parameters())  # hard labels are none
+        self.rates = [rate for name, rate in rates.items() if name in learned]
+        self.optimizer = torch.optim.Adam({"params": [learned[name]]} for name in rates if name in learned)
         parts |= {"distilled": distilled, "optimizer": self.optimizer, "generator": Stream(generator)}
-        super().__init__(parts, fingerprint, steps)
+        fingerprint = {**settings.fingerprint(), **data.fingerprint, **(own or {}), "seed": seed}
+        super().__init__(parts, fingerprint, settings.outer_steps)
 
     def advance(self) -> Row:
         with self.clock():
@@ -137,3 +150,56 @@ class OuterRun(Run):
     @abstractmethod
     def update(self) -> Row:
         """Find the gradients and take a step of the optimizer."""
+
+    def learn(self, name: str, progress: Progress = in_silence) -> None:
+        """Take the steps that are left, with the checkpoint of this name."""
+        settings = self.settings
+        options = {"resume": settings.resume, "every": settings.checkpoint_every, "progress": progress}
+        self.finish(settings.checkpoint(name), **options)
+
+    def tell(self, row: Row) -> str:
+        """What people see of a step."""
+        return f"loss {row['loss']:.3f}, {self.headline} {row[self.headline]:.1%}"
+
+    def learn_and_write(self, name: str, results: Results) -> None:
+        """The same in sight of people; writes the set, and what each step has noted."""
+        with bar(results.console, name, self.tell) as shown:
+            self.learn(name, shown)
+        self.distilled.metadata = {"settings": self.settings.fingerprint(), "seed": self.seed}
+        self.distilled.save(results.folder / f"{name}.safetensors")
+        write_csv(results.folder / f"{name}-history.csv", self.history)
+
+
+def rates_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The learning rates that were chosen for rows, ascending; nothing if none was."""
+    return ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in rows if row.get("rate")})) or None
+
+
+def learning_figure(
+    histories: Mapping[str, Sequence[Sequence[Row]]], panels: Mapping[str, str], title: str
+) -> Figure:
+    """What was noted by outer step, a panel for each: a line is a mean over runs, and a running one.
+
+    What falls over decades, losses and norms, has a logarithmic axis.
+    """
+    figure = new_figure(1 + 3.5 * len(panels), 3.5, title)
+    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for color, (legend, runs) in zip(PALETTE * len(histories), histories.items(), strict=False):
+            values = np.asarray([[row[name] for row in history] for history in runs]).mean(0)
+            axes.plot([row["step"] for row in runs[0]], _smoothed(values), color=color, label=legend)
+        axes.set(title=label, xlabel="outer step")
+        if name in ("loss", "gradient_norm"):
+            axes.set_yscale("log")
+            in_plain_numbers(axes)
+        else:
+            in_percent(axes)
+    figure.axes[0].legend()
+    return figure
+
+
+def _smoothed(values: np.ndarray, width: int = 15) -> np.ndarray:
+    """A running mean, over what there is near the ends and where a batch had something to measure."""
+    known, window = np.isfinite(values), np.ones(max(1, min(width, len(values) // 4)))
+    parts = (np.where(known, values, 0), known.astype(float))
+    total, count = (np.convolve(part, window, mode="same") for part in parts)
+    return total / np.maximum(count, 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -15,16 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from distillation import unrolled
-from distillation.common import REPRESENTATIVES, digest, inner_loss
+from distillation.common import REPRESENTATIVES, digest, inner_loss, learning_figure, rates_of
 from distillation.unrolled import Fresh, ImagesSettings, Starts, Unrolled
 from etflayers.checks import require
-from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, per_class, write_png
-from etflayers.distill.evaluation import Measures
+from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, write_png
 from lab.data import ImageData, Split, load_inputs
 from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
-from lab.files import Row, kept, write_csv, write_json
+from lab.files import Row, kept, write_json
 from lab.networks import make_factory
-from lab.progress import bar
 from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
 from lab.training import threads
 
@@ -46,59 +45,27 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What networks trained in one way make of the test images.
-
-    Attributes:
-        training: what they were trained on, and how.
-        network: their architecture.
-        each: the measures of each network after training.
-        curves: of some of them, by the number of steps: ``(steps, measures)``.
-        rate: the one rate of all steps, where it was chosen.
-    """
-
-    training: str
-    network: str
-    each: list[Measures]
-    curves: list[list[Any]]
-    rate: float | None = None
-
-
-@dataclass(frozen=True)
-class SeedResult:
-    """The set learned with a seed, and what networks made of it and of the baselines."""
-
-    seed: int
-    learned: Unrolled
-    outcomes: list[Outcome]
-
-
-def learn_images(settings: ImagesSettings, console: Console) -> list[SeedResult]:
+def learn_images(settings: ImagesSettings, console: Console) -> None:
     """Learn a set for each seed, train networks on it and on the baselines; write tables and figures."""
-    settings = settings.resolved
-    settings.check()
     with threads(settings.threads):
         study = Study(settings, console)
         found = [study.one_seed(seed) for seed in settings.seeds]
-    study.report(found)
-    return found
+    histories, outcomes = zip(*found, strict=True)
+    study.report(list(histories), list(chain(*outcomes)))
 
 
 class Study:
     """What all seeds share: settings, data, those of the pretrained networks, and what is learned for."""
 
     def __init__(self, settings: ImagesSettings, console: Console) -> None:
-        self.settings, self.console = settings, console
-        self.results = Results(settings.folder, console)
+        self.settings, self.results = settings, Results(settings.folder, console)
         self.data = data = load_inputs(settings)
         self.source = self._source_data()
-        self.objective = unrolled.make_objective(settings, data.num_classes)
-        console.print(
+        self.objective = unrolled.Objective.of(settings, data.num_classes)
+        self.results.say(
             f"{data.name}: {len(data.train)} images to learn from, {len(data.test)} to test on; "
             f"{settings.per_class * data.num_classes} images for {settings.inner_steps} steps of a "
-            f"{settings.network} from {settings.initialization} initial states",
-            highlight=False,
+            f"{settings.network} from {settings.initialization} initial states"
         )
 
     def _source_data(self) -> ImageData:
@@ -113,52 +80,48 @@ class Study:
         )
         return source
 
-    def one_seed(self, seed: int) -> SeedResult:
-        """Learn a set, judge it, and write both."""
-        settings, name, headline = self.settings, f"seed{seed}", self.objective.headline
+    def one_seed(self, seed: int) -> tuple[list[Row], list[Row]]:
+        """Learn a set, judge it, and write both; the history and the outcomes."""
+        settings, folder, name = self.settings, self.settings.folder, f"seed{seed}"
         starts = unrolled.make_starts(settings, self.data, self.source, seed)
         run = Unrolled(settings, seed, self.data, starts, self.objective)
-        resume, every = settings.resume, settings.checkpoint_every
-
-        def tell(row: Row) -> str:
-            return f"loss {row['loss']:.3f}, {headline} {row[headline]:.1%}"
-
-        with bar(self.console, name, tell) as shown:
-            run.finish(settings.checkpoint(name), resume=resume, every=every, progress=shown)
-        self._print(
-            f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last {tell(run.history[-1])} "
-            f"on its {settings.outer_batch} training images"
+        run.learn_and_write(name, self.results)
+        self.results.say(
+            f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last "
+            f"{run.tell(run.history[-1])} on its {settings.outer_batch} training images"
         )
-        folder, plain, distilled = settings.folder, settings.fingerprint(), run.distilled
-        distilled.metadata = {"settings": plain, "seed": seed}
-        distilled.save(folder / f"{name}.safetensors")
+        distilled = run.distilled
         # Every pixel as a square, or small images could not be seen.
         picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
         write_png(folder / f"{name}-images.png", picture)
-        write_csv(folder / f"{name}-history.csv", run.history)
 
         asked = settings.values("evaluations", "other_networks", "draws", "baselines")
         path = settings.checkpoint(f"{name}-outcomes-{digest(asked)}")
-        found = kept(path, run.fingerprint, lambda: self.judge(seed, starts, distilled), resume=resume)
-        outcomes = [Outcome(**outcome) for outcome in found]
+        make = partial(self.judge, seed, starts, distilled)
+        outcomes: list[Row] = kept(path, run.fingerprint, make, resume=settings.resume)
         for outcome in outcomes:
-            self._print(f"  {outcome_text(outcome)}")
-        content: Row = {"settings": plain, "evaluation": asked, "seed": seed, "seconds": run.seconds}
-        content["rates"] = distilled.rates.tolist()
+            self.results.say(f"  {outcome_text(outcome)}")
+        content: Row = {"settings": settings.fingerprint(), "evaluation": asked, "seed": seed}
+        content |= {"seconds": run.seconds, "rates": distilled.rates.tolist(), "history": run.history}
         content["outcomes"] = [
-            {**asdict(o), "networks": len(o.each), **mean_and_deviation(o.each, o.each[0])} for o in outcomes
+            {**o, "networks": len(o["each"]), **mean_and_deviation(o["each"], o["each"][0])} for o in outcomes
         ]
-        write_json(folder / f"{name}.json", content | {"history": run.history})
-        return SeedResult(seed, run, outcomes)
+        write_json(folder / f"{name}.json", content)
+        return run.history, outcomes
 
     def judge(self, seed: int, starts: Starts, distilled: DistilledSet) -> list[Row]:
-        """Outcomes of the set as it was learned, in other conditions, and of the baselines."""
+        """Outcomes of the set as it was learned, in other conditions, and of the baselines.
+
+        An outcome is what networks of one architecture, trained in one way, make of the test images: the
+        measures of ``each`` after training, the ``curves`` by step of some of them, and the ``rate`` of all
+        steps, where one was chosen.
+        """
         settings, data = self.settings, self.data
         how: dict[str, Any] = {"judge": self.objective.judge, "loss": inner_loss}
         lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
         rest, held = data.held_out()
         many, count = settings.evaluations, 1 if starts.single else settings.evaluations
-        outcomes: list[Outcome] = []
+        outcomes: list[Row] = []
 
         def note(
             training: str,
@@ -171,8 +134,8 @@ class Study:
             watched = CURVE_NETWORKS if network == settings.network else 0
             options = {"count": number, "watched": watched, **how}
             curves = evaluate(lessons, fresh, data.test.images, data.test.targets, **options)
-            ends = [curve[-1][1] for curve in curves]
-            outcomes.append(Outcome(training, network, ends, curves[:watched], rate))
+            row = {"training": training, "network": network, "each": [curve[-1][1] for curve in curves]}
+            outcomes.append(row | {"curves": curves[:watched], "rate": rate})
 
         def chosen_rate(lessons: list[Lesson], fresh: Fresh) -> float:
             rates = [GRID_FACTOR[settings.optimizer] * rate for rate in RATE_GRID]
@@ -204,60 +167,56 @@ class Study:
             )
             rate = chosen_rate(tried, starts.fresh)
             note(training, [one.scaled(rate) for one in chosen], max(count, draws), rate=rate)
-        return [asdict(outcome) for outcome in outcomes]
+        return outcomes
 
-    def report(self, found: Sequence[SeedResult]) -> None:
+    def report(self, histories: list[list[Row]], outcomes: list[Row]) -> None:
         """Tables and figures over all seeds."""
-        rows, name = summary_rows(found), self.data.name
+        rows, name, headline = summary_rows(outcomes), self.data.name, self.objective.headline
         self.results.csv("summary", [{n: v for n, v in r.items() if not n.endswith("_seeds")} for r in rows])
         self.results.json("summary", {"settings": self.settings.fingerprint(), "rows": rows})
-        makers = {"steps": steps_figure, "learning": learning_figure}
-        options = (found, self.objective.headline, name)
-        self.results.figures({figure: partial(make, *options) for figure, make in makers.items()})
+        panels = {"loss": "outer loss", headline: f"{headline}, training batches"}
+        panels["gradient_norm"] = "hypergradient norm"
+        seeds = {f"seed {seed}": [run] for seed, run in zip(self.settings.seeds, histories, strict=True)}
+        learning = partial(learning_figure, seeds, panels, f"Learning the images of {name}")
+        self.results.figures({"steps": partial(steps_figure, outcomes, headline, name), "learning": learning})
         measures = [measure for measure in ("attack", "others", "accuracy") if measure in rows[0]]
         columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
         columns.append(Column("of", "networks", "d"))
         labels = {"training": "training", "network": "network", "rate": "rate"}
         shown = [{**row, "rate": row["rate"] or "learned"} for row in rows]
         title = f"Networks trained on a few images, tested on {name}"
-        self.console.print(summary_table(title, labels, columns, shown))
+        self.results.console.print(summary_table(title, labels, columns, shown))
         self.results.tell(", and the sets")
-
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:
     """As many real images of each class, in as many steps, as are learned, with rates still to be chosen.
 
-    ``means``: one average image for each class, in every batch again. Hard labels in the order of a distilled
-    set, so that batches of a multiple of K images are balanced.
+    ``means``: one average image for each class, in every batch again.
     """
-    inputs, labels = per_class(
+    real = DistilledSet.from_data(
         images.images,
         images.targets,
-        count=1 if kind == "means" else settings.per_class,
+        per_class=1 if kind == "means" else settings.per_class,
         num_classes=num_classes,
         representatives=REPRESENTATIVES[kind],
+        rates=torch.ones(settings.inner_steps),
         generator=torch.Generator().manual_seed(seed),
     )
-    numbers = torch.arange(settings.per_class * num_classes, device=inputs.device) % len(inputs)
-    rates = torch.ones(settings.inner_steps, device=inputs.device)
-    return Lesson(inputs, labels, numbers.view(settings.steps, -1), rates, settings.optimizer)
+    lesson = Lesson.of(real, 1, settings.optimizer)
+    numbers = lesson.batches.repeat(1, settings.per_class * num_classes // len(real.inputs))
+    return replace(lesson, batches=numbers.view(settings.steps, -1))
 
 
-def summary_rows(results: Sequence[SeedResult]) -> list[Row]:
+def summary_rows(outcomes: Sequence[Row]) -> list[Row]:
     """One row for each training and architecture: mean and deviation over all networks of all seeds.
 
     ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained.
     """
     rows = []
-    outcomes = [vars(outcome) for result in results for outcome in result.outcomes]
     for (training, network), same in grouped(outcomes, "training", "network").items():
         every = [measures for o in same for measures in o["each"]]
-        rates = sorted({o["rate"] for o in same if o["rate"] is not None})
-        row: Row = {"training": training, "network": network, "networks": len(every)}
-        row["rate"] = ", ".join(f"{rate:g}" for rate in rates) if rates else None
+        row: Row = {"training": training, "network": network, "networks": len(every), "rate": rates_of(same)}
         row |= mean_and_deviation(every, every[0])
         before = [curve[0][1] for o in same for curve in o["curves"]]  # after no step
         for name in every[0]:
@@ -268,19 +227,18 @@ def summary_rows(results: Sequence[SeedResult]) -> list[Row]:
     return rows
 
 
-def outcome_text(outcome: Outcome) -> str:
+def outcome_text(outcome: Row) -> str:
     """One line: what was trained on what, and how well."""
-    found = mean_and_deviation(outcome.each, outcome.each[0])
-    parts = [f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in outcome.each[0]]
-    rate = "" if outcome.rate is None else f", rate {outcome.rate:g}"
-    return f"{outcome.training}, {outcome.network}{rate}: {', '.join(parts)}"
+    each, rate = outcome["each"], outcome["rate"]
+    found = mean_and_deviation(each, each[0])
+    parts = ", ".join(f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in each[0])
+    return f"{outcome['training']}, {outcome['network']}{'' if rate is None else f', rate {rate:g}'}: {parts}"
 
 
-def steps_figure(results: Sequence[SeedResult], measure: str, title: str) -> Figure:
+def steps_figure(outcomes: Sequence[Row], measure: str, title: str) -> Figure:
     """The measure on test images by training steps: mean and deviation over networks and seeds."""
     figure = new_figure(7.5, 4)
     axes = figure.subplots()
-    outcomes = [vars(outcome) for result in results for outcome in result.outcomes]
     for (training,), same in grouped(outcomes, "training").items():
         curves = [curve for outcome in same for curve in outcome["curves"]]
         if not curves:
@@ -297,32 +255,3 @@ def steps_figure(results: Sequence[SeedResult], measure: str, title: str) -> Fig
     in_percent(axes)
     legend_beside(figure, axes)
     return figure
-
-
-def learning_figure(results: Sequence[SeedResult], measure: str, title: str) -> Figure:
-    """Outer loss and measure on training batches, and the norm of the hypergradient, by outer step."""
-    figure = new_figure(11, 3.4, f"Learning the images of {title}")
-    panels = {"loss": "outer loss", measure: f"{measure}, training batches"}
-    panels["gradient_norm"] = "hypergradient norm"
-    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for result in results:
-            history = result.learned.history
-            values = _smoothed(np.asarray([row[name] for row in history]))
-            axes.plot([row["step"] for row in history], values, label=f"seed {result.seed}")
-        axes.set(title=label, xlabel="outer step")
-        if name == measure:
-            in_percent(axes)
-        elif name == "gradient_norm":
-            axes.set_yscale("log")
-    figure.axes[0].legend()
-    return figure
-
-
-def _smoothed(values: np.ndarray, width: int = 15) -> np.ndarray:
-    """A running mean, over what there is near the ends and where a batch had something to measure."""
-    width = max(1, min(width, len(values) // 4))
-    known = np.isfinite(values)
-    kernel = np.ones(width)
-    total = np.convolve(np.where(known, values, 0), kernel, mode="same")
-    count = np.convolve(known.astype(float), kernel, mode="same")
-    return total / np.maximum(count, 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -22,7 +22,9 @@ from distillation.common import (
     StartName,
     digest,
     first_set,
+    learning_figure,
     random_lesson,
+    rates_of,
 )
 from etflayers import distill
 from etflayers.checks import require
@@ -40,15 +42,15 @@ from etflayers.distill import (
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
 from lab.data.sampling import shifted
-from lab.figures import BLUE, GREY, PALETTE, RED, SKY, in_percent, in_plain_numbers, legend_beside, new_figure
-from lab.files import Row, kept, write_csv
+from lab.figures import BLUE, GREY, RED, SKY, in_percent, legend_beside, new_figure
+from lab.files import Row, kept
 from lab.networks import Factory, NetworkName, make_factory, seeded
 from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
-from lab.progress import bar
 from lab.results import Results, grouped, make_table, mean_and_deviation, percent
-from lab.training import Progress, in_silence, threads
+from lab.training import threads
 
 BASELINES = {"random images": "real", "class means": "means", "k-means centers": "kmeans"}
+PANELS = {"loss": "squared error", "accuracy": "accuracy"}
 RIVALS = ("random images", "k-means centers")  # that networks are trained on, too
 COLORS = {"learned": RED, "random images": SKY, "class means": GREY, "k-means centers": BLUE}
 FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
@@ -150,16 +152,20 @@ class Inducing(OuterRun):
     """A set learned by gradients of the error of the regression on batches of the training images."""
 
     def __init__(self, settings: KernelSettings, per_class: int, seed: int, data: ImageData) -> None:
-        self.settings, self.data, self.loop = settings, data, make_loop(settings, data)
+        self.loop = make_loop(settings, data)
         # A stream for every size, so that none depends on which others are asked for.
         generator = torch.Generator().manual_seed(1000 * seed + per_class)
         distilled = first_set(settings.start, per_class, data, generator, labels="centered")
-        groups: list[dict[str, Any]] = [{"params": [distilled.inputs], "lr": settings.image_rate}]
+        rates = {"inputs": settings.image_rate}
         if settings.labels == "learned":
-            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
-        own = {"images of a class": per_class, "seed": seed}
-        fingerprint = {**settings.fingerprint(), **data.fingerprint, **own}
-        super().__init__(distilled, groups, settings.outer_steps, generator, fingerprint)
+            rates["labels"] = settings.label_rate
+        own = {"images of a class": per_class}
+        super().__init__(settings, seed, data, distilled, generator, rates, own)
+
+    def finish(self, *args: Any, **options: Any) -> None:
+        super().finish(*args, **options)
+        if self.settings.labels == "solved":
+            self.distilled = with_solved_labels(self.loop, self.distilled, self.data.train)
 
     def update(self) -> Row:
         """The loss of the regression on a batch of real images, and a step of Adam."""
@@ -192,36 +198,12 @@ class Inducing(OuterRun):
         return shifted(inputs - black, shifts.to(inputs.device)) + black, classes
 
 
-def learn(
-    settings: KernelSettings,
-    per_class: int,
-    seed: int,
-    data: ImageData,
-    name: str | None = None,
-    progress: Progress = in_silence,
-) -> Inducing:
-    """Learn a set, in the checkpoint of this name if one is given."""
-    run = Inducing(settings, per_class, seed, data)
-    run.finish(
-        None if name is None else settings.checkpoint(name),
-        resume=settings.resume,
-        every=settings.checkpoint_every,
-        progress=progress,
-    )
-    if settings.labels == "solved":
-        run.distilled = with_solved_labels(run.loop, run.distilled, data.train)
-    return run
-
-
 def learn_kernel_set(settings: KernelSettings, console: Console) -> list[Row]:
     """Learn a set for each size and seed, compare it with baselines; write sets, tables and figures."""
-    settings = settings.resolved
-    settings.check()
     with threads(settings.threads):
         study = Study(settings, console)
-        rows = [
-            row for size in settings.per_class for seed in settings.seeds for row in study.one_set(size, seed)
-        ]
+        sets = [study.one_set(size, seed) for size in settings.per_class for seed in settings.seeds]
+    rows = list(chain(*sets))
     study.report(rows)
     return rows
 
@@ -230,41 +212,31 @@ class Study:
     """What all sets share: settings, real images, and what the kernel makes of all of them."""
 
     def __init__(self, settings: KernelSettings, console: Console) -> None:
-        self.settings, self.console = settings, console
-        self.results = Results(settings.folder, console)
+        self.settings, self.results = settings, Results(settings.folder, console)
         self.data = data = load_inputs(settings)
         self.loop = make_loop(settings, data)
-        self.histories: dict[int, list[list[Row]]] = {}
+        self.histories: dict[str, list[list[Row]]] = {}
         plain, path = settings.fingerprint() | data.fingerprint, settings.checkpoint("all-images")
         self.full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
         worth = "too many for" if self.full is None else f"test accuracy {self.full:.2%} of"
-        console.print(
+        self.results.say(
             f"{settings.kernel} on {data.name}: {len(data.train)} images to learn from, {len(data.test)} to "
-            f"test on; {worth} the kernel of all of them",
-            highlight=False,
+            f"test on; {worth} the kernel of all of them"
         )
 
     def one_set(self, per_class: int, seed: int) -> list[Row]:
         """Learn a set, write it with its picture, and judge it."""
         settings, name = self.settings, f"{per_class}-a-class-seed{seed}"
-
-        def tell(row: Row) -> str:
-            return f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}"
-
-        with bar(self.console, name, tell) as shown:
-            learned = learn(settings, per_class, seed, self.data, name, shown)
-        learned.distilled.metadata = {"settings": settings.fingerprint(), "seed": seed}
-        learned.distilled.save(settings.folder / f"{name}.safetensors")
-        if self.data.shape[0] in (1, 3):
-            write_png(settings.folder / f"{name}.png", learned.distilled.images())
-        write_csv(settings.folder / f"{name}-history.csv", learned.history)
-        self.histories.setdefault(per_class, []).append(learned.history)
+        run = Inducing(settings, per_class, seed, self.data)
+        run.learn_and_write(name, self.results)
+        write_png(settings.folder / f"{name}.png", run.distilled.images())
+        self.histories.setdefault(f"{per_class} a class", []).append(run.history)
         judged = ("draws", "networks", "evaluations", "training_steps", "training_batch", "rate_grid")
         path = settings.checkpoint(f"{name}-rows-{digest(settings.values(*judged))}")
-        make = partial(self.judge, learned.distilled, per_class, seed)
-        rows: list[Row] = kept(path, learned.fingerprint, make, resume=settings.resume)
-        accuracy = f"test accuracy {rows[0]['test_accuracy']:.2%}, {learned.seconds:.0f} s"
-        self.console.print(f"{per_class} a class, seed {seed}: {accuracy}", highlight=False)
+        make = partial(self.judge, run.distilled, per_class, seed)
+        rows: list[Row] = kept(path, run.fingerprint, make, resume=settings.resume)
+        reached = f"test accuracy {rows[0]['test_accuracy']:.2%}, {run.seconds:.0f} s"
+        self.results.say(f"{per_class} a class, seed {seed}: {reached}")
         return rows
 
     def judge(self, learned: DistilledSet, per_class: int, seed: int) -> list[Row]:
@@ -342,10 +314,17 @@ class Study:
         self.results.json("summary", content)
         title = f"{settings.kernel} kernel, {name}"
         makers = {"accuracy": partial(accuracy_figure, summary, self.full, title)}
-        self.results.figures(makers | {"learning": partial(learning_figure, self.histories, title)})
+        self.results.figures(
+            makers
+            | {
+                "learning": partial(
+                    learning_figure, self.histories, PANELS, f"{title}, on batches of real images"
+                )
+            }
+        )
         for learner in dict.fromkeys(row["learner"] for row in summary):
             title = f"Test accuracy of {learner} trained on a few images of {name}, %"
-            self.console.print(summary_table(summary, learner, title))
+            self.results.console.print(summary_table(summary, learner, title))
         self.results.tell(", and the sets")
 
 
@@ -382,8 +361,7 @@ def summary_rows(rows: Sequence[Row]) -> list[Row]:
     for key, same in grouped(rows, *names).items():
         entry: Row = {**dict(zip(names, key, strict=True)), "sets": len(same)}
         entry |= mean_and_deviation(same, ("train_accuracy", "test_accuracy"))
-        rates = sorted({row["rate"] for row in same if row.get("rate") is not None})
-        summary.append(entry | {"rates": ", ".join(f"{rate:g}" for rate in rates) or None})
+        summary.append(entry | {"rates": rates_of(same)})
     return summary
 
 
@@ -425,20 +403,4 @@ def accuracy_figure(summary: Sequence[Row], full: float | None, title: str) -> F
         in_percent(axes)
     panels[0].set_ylabel("test accuracy")
     legend_beside(figure, panels[0])
-    return figure
-
-
-def learning_figure(histories: Mapping[int, Sequence[Sequence[Row]]], title: str) -> Figure:
-    """Loss and accuracy on the batches of real images by outer step, a line for each size."""
-    figure = new_figure(9, 3.6, title)
-    left, right = figure.subplots(1, 2)
-    for color, (per_class, runs) in zip(PALETTE * len(histories), histories.items(), strict=False):
-        for axes, name in ((left, "loss"), (right, "accuracy")):
-            values = np.asarray([[row[name] for row in history] for history in runs])
-            axes.plot(values.mean(0), color=color, label=f"{per_class} a class", linewidth=1)
-    left.set(title="Squared error on real batches", yscale="log", xlabel="outer step")
-    in_plain_numbers(left)
-    right.set(title="Accuracy on real batches", xlabel="outer step")
-    in_percent(right)
-    left.legend()
     return figure

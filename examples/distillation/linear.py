@@ -79,13 +79,11 @@ class LinearSettings(DataSettings):
 
 def linear_case(settings: LinearSettings, console: Console) -> list[Row]:
     """Learn images for every case, number of images and seed; write a table and a figure."""
-    settings.check()
     results, data = Results(settings.folder, console), load(settings)
     task = make_task(settings, data)
-    console.print(
+    results.say(
         f"linear model on {settings.data}: {len(task.inputs)} points of {task.dim} numbers, expected excess "
-        f"before training {task.untrained:.4g}",
-        highlight=False,
+        f"before training {task.untrained:.4g}"
     )
     rows: list[Row] = []
     with threads(1):
@@ -94,8 +92,7 @@ def linear_case(settings: LinearSettings, console: Console) -> list[Row]:
                 found = [_row(case, count, seed, task, settings, data) for seed in settings.seeds]
                 rows += found
                 excess, bound = _short(fmean(row["excess"] for row in found)), _short(found[-1]["bound"])
-                text = f"{LABELS[case]}, images: {count}: excess {excess}, bound {bound}"
-                console.print(text, highlight=False)
+                results.say(f"{LABELS[case]}, images: {count}: excess {excess}, bound {bound}")
     title = f"Linear model on {settings.data}, D = {task.dim}"
     results.csv("linear", rows)
     results.json("linear", {"settings": settings.fingerprint(), "rows": rows})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, inner_loss
 from etflayers import distill
 from etflayers.checks import require
-from etflayers.distill.evaluation import Judge, Measures, accuracy
+from etflayers.distill.evaluation import Measures, accuracy
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
@@ -170,52 +170,54 @@ class ImagesSettings(NetworkSettings):
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of trained networks on real images, and the shares by which people judge it; the first is the
-    headline, to become large."""
+    """What networks trained on the images are to do with real ones: classify all rightly, or all but a class.
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    judge: Judge
-    headline: str
-
-
-def classify() -> Objective:
-    """The network is to classify real images rightly."""
-    return Objective(F.cross_entropy, accuracy, "accuracy")
-
-
-def misclassify(attacked: int, target: int) -> Objective:
-    """The network is to take the attacked class for the target class, and to classify the others rightly.
+    Attributes:
+        attacked: a class to be taken for ``target``; ``None``: there is none.
+        target: another class.
 
     Reference:
         Wang, Zhu, Torralba, Efros (2018), arXiv 1811.10959, on malicious data poisoning.
     """
 
-    def wanted(targets: Tensor) -> Tensor:
-        return targets.masked_fill(targets == attacked, target)
+    attacked: int | None = None
+    target: int = 0
 
-    def judge(logits: Tensor, targets: Tensor) -> Measures:
-        victims = targets == attacked
-        return {
-            "attack": accuracy(logits[victims], wanted(targets[victims]))["accuracy"],
-            "others": accuracy(logits[~victims], targets[~victims])["accuracy"],
-            **accuracy(logits, targets),
-        }
+    @classmethod
+    def of(cls, settings: ImagesSettings, num_classes: int) -> Objective:
+        """That of the settings.
 
-    loss = partial(lambda logits, targets: F.cross_entropy(logits, wanted(targets)))
-    return Objective(loss, judge, "attack")
+        Raises:
+            InvalidArgumentError: a class that the data do not have.
+        """
+        if settings.outer == "classify":
+            return cls()
+        for name, value in settings.values("attacked", "target").items():
+            require(0 <= value < num_classes, f"--{name} must be a class in [0, {num_classes}), got {value}")
+        return cls(settings.attacked, settings.target)
 
+    @property
+    def headline(self) -> str:
+        """The measure that is to become large."""
+        return "accuracy" if self.attacked is None else "attack"
 
-def make_objective(settings: ImagesSettings, num_classes: int) -> Objective:
-    """The objective that the settings name.
+    def wanted(self, targets: Tensor) -> Tensor:
+        """What the classes are to be taken for."""
+        return (
+            targets if self.attacked is None else targets.masked_fill(targets == self.attacked, self.target)
+        )
 
-    Raises:
-        InvalidArgumentError: a class that the data do not have.
-    """
-    if settings.outer == "classify":
-        return classify()
-    for name, value in settings.values("attacked", "target").items():
-        require(0 <= value < num_classes, f"--{name} must be a class in [0, {num_classes}), got {value}")
-    return misclassify(settings.attacked, settings.target)
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, self.wanted(targets))
+
+    def judge(self, logits: Tensor, targets: Tensor) -> Measures:
+        """The shares by which people judge it; the first is the headline."""
+        if self.attacked is None:
+            return accuracy(logits, targets)
+        victims, wanted = targets == self.attacked, self.wanted(targets)
+        shares = {"attack": victims, "others": ~victims}
+        named = {name: accuracy(logits[part], wanted[part])["accuracy"] for name, part in shares.items()}
+        return named | accuracy(logits, targets)
 
 
 def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:
@@ -312,27 +314,18 @@ class Unrolled(OuterRun):
     def __init__(
         self, settings: ImagesSettings, seed: int, data: ImageData, starts: Starts, objective: Objective
     ) -> None:
-        self.settings, self.data, self.source, self.objective = settings, data, starts.source, objective
+        self.source, self.objective, self.headline = starts.source, objective, objective.headline
         # Two networks of one kind: steps are re-derived in the mode they were taken in, training, while the
         # outer loss sees the trained network as its user would.
         factory = main_factory(settings, data)
         self.trainee, self.judge = seeded(factory, seed).train(), seeded(factory, seed).eval()
-        distilled = set_before(settings, data, seed)
-        groups: list[dict[str, Any]] = [
-            {"params": [distilled.inputs], "lr": settings.image_rate},
-            {"params": [distilled.log_rates], "lr": settings.log_rate},
-        ]
-        if isinstance(distilled.labels, nn.Parameter):
-            groups.append({"params": [distilled.labels], "lr": settings.label_rate})
         self.clip = distill.RunningNormClip(factor=settings.clip)
         momentum = 0.9 if settings.optimizer == "momentum" else 0.0
         self.rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
-        pool = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
-        generator = torch.Generator().manual_seed(seed)
-        fingerprint = {**settings.fingerprint(), **data.fingerprint, "seed": seed}
-        super().__init__(
-            distilled, groups, settings.outer_steps, generator, fingerprint, clip=self.clip, **pool
-        )
+        rates = {"inputs": settings.image_rate, "log_rates": settings.log_rate, "labels": settings.label_rate}
+        parts = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
+        generator, distilled = torch.Generator().manual_seed(seed), set_before(settings, data, seed)
+        super().__init__(settings, seed, data, distilled, generator, rates, clip=self.clip, **parts)
 
     def update(self) -> Row:
         """The mean hypergradient over some networks, clipped, and a step of Adam."""
@@ -396,14 +389,12 @@ class Unrolled(OuterRun):
         )
 
     def _window(self) -> range | None:
-        length, steps = self.settings.window_steps, self.settings.inner_steps
-        if self.settings.window == "full":
-            return None
-        if self.settings.window == "last":
-            return distill.last_window(length, steps)
-        if self.settings.window == "random":
+        length, steps, name = self.settings.window_steps, self.settings.inner_steps, self.settings.window
+        if name == "random":
             return distill.random_window(length, steps, generator=self.generator)
-        return distill.moving_window(length, steps, progress=self.step / max(1, self.total - 1))
+        if name == "moving":
+            return distill.moving_window(length, steps, progress=self.step / max(1, self.total - 1))
+        return None if name == "full" else distill.last_window(length, steps)
 
 
 def set_before(settings: ImagesSettings, data: ImageData, seed: int) -> distill.DistilledSet:

@@ -63,10 +63,14 @@ class Results:
             self._note(path)
         return paths
 
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def tell(self, more: str = "") -> None:
         """Say how long it took and what was written."""
         seconds, names = time.perf_counter() - self.started, ", ".join(self.names)
-        self.console.print(f"{seconds:.0f} s. Written to {self.folder}: {names}{more}", highlight=False)
+        self.say(f"{seconds:.0f} s. Written to {self.folder}: {names}{more}")
 
     def _note(self, path: Path) -> None:
         self.names.append(path.name)

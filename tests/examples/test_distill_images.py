@@ -21,10 +21,9 @@ from distillation.common import inner_loss
 from distillation.images import baseline
 from distillation.unrolled import (
     ImagesSettings,
+    Objective,
     Unrolled,
-    make_objective,
     make_starts,
-    misclassify,
     set_before,
 )
 from etflayers.distill import (
@@ -56,7 +55,7 @@ def digits() -> ImageData:
 
 def unrolled(settings: ImagesSettings, data: ImageData, seed: int = 0) -> Unrolled:
     starts = make_starts(settings, data, data, seed)
-    return Unrolled(settings, seed, data, starts, make_objective(settings, 10))
+    return Unrolled(settings, seed, data, starts, Objective.of(settings, 10))
 
 
 def run(settings: ImagesSettings, data: ImageData, **options: Any) -> Unrolled:
@@ -233,7 +232,7 @@ def test_baselines_have_the_size_of_the_set(kind: str, digits: ImageData) -> Non
 
 
 def test_misclassification_by_hand() -> None:
-    objective = misclassify(attacked=0, target=2)
+    objective = Objective(attacked=0, target=2)
     targets = torch.tensor([0, 0, 1, 2])
     logits = torch.eye(3)[torch.tensor([2, 1, 1, 0])]
     measures = objective.judge(logits, targets)

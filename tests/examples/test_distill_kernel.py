@@ -19,7 +19,6 @@ from distillation.kernel import (
     Inducing,
     KernelSettings,
     full_accuracy,
-    learn,
     learn_kernel_set,
     make_loop,
     predictions,
@@ -46,6 +45,16 @@ def made(kind: str, count: int, data: ImageData) -> DistilledSet:
 
 def small(**options: Any) -> KernelSettings:
     return KernelSettings(**{"data": "digits", "outer_batch": 100, "outer_steps": 25, **options})
+
+
+def learn(settings: KernelSettings, size: int, seed: int, data: ImageData, *kept: Any) -> Inducing:
+    """A learned set; kept: the name of its checkpoint, and what is told of each step."""
+    run = Inducing(settings, size, seed, data)
+    if kept:
+        run.learn(*kept)
+    else:
+        run.finish()
+    return run
 
 
 def error_of(settings: KernelSettings, distilled: DistilledSet, data: ImageData) -> float:
