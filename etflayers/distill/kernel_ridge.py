@@ -190,6 +190,18 @@ class KernelRidgeInnerLoop(nn.Module):
         """Predictions ``(m, K)`` on ``inputs`` ``(m, ...)`` from ``support`` ``(n, ...)`` and ``labels``."""
         return kernel_ridge(inputs, support, labels, kernel=self.kernel, ridge=self.ridge, dtype=self.dtype)
 
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, support: Tensor, labels: Tensor, *, batch_size: int = 1000) -> Tensor:
+        """The same without a graph, in parts of ``batch_size`` samples, whose kernels need little memory.
+
+        >>> from etflayers.distill import LinearKernel
+        >>> loop = KernelRidgeInnerLoop(LinearKernel(), ridge=1.0)
+        >>> loop.predict(torch.ones(3, 2), torch.eye(2), torch.tensor([[2.0], [4.0]]), batch_size=2).mT
+        tensor([[3., 3., 3.]])
+        """
+        parts = torch.split(inputs, batch_size)
+        return torch.cat([self.forward(part, support, labels) for part in parts])
+
     def solve_labels(self, inputs: Tensor, targets: Tensor, support: Tensor) -> Tensor:
         """The labels ``(n, K)`` of ``support`` whose predictions on ``inputs`` are nearest to ``targets``."""
         return solve_labels(inputs, targets, support, kernel=self.kernel, ridge=self.ridge, dtype=self.dtype)

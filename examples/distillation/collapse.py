@@ -139,13 +139,14 @@ class TrainingSet:
                 labels = labels.argmax(-1)
         return cls(name, distilled.inputs.detach(), labels)
 
-    def taught(self, distilled: DistilledSet) -> TrainingSet | None:
-        """The same with the lesson that comes with the set, if there is one."""
-        learned_for = distilled.metadata.get("settings", {})
+    @classmethod
+    def both(cls, name: str, distilled: DistilledSet) -> list[TrainingSet]:
+        """The same, and the same with the lesson that comes with the set, if there is one."""
+        plain, learned_for = cls.of(name, distilled), distilled.metadata.get("settings", {})
         if distilled.log_rates is None or not {"steps", "optimizer"} <= learned_for.keys():
-            return None
+            return [plain]
         lesson = Lesson.of(distilled, learned_for["steps"], learned_for["optimizer"])
-        return replace(self, name=f"{self.name}, own steps", lesson=lesson)
+        return [plain, replace(plain, name=f"{name}, own steps", lesson=lesson)]
 
     @property
     def classes(self) -> Tensor:
@@ -168,11 +169,21 @@ def collapse_study(settings: CollapseSettings, console: Console) -> list[Row]:
     with threads(settings.threads):
         data = load_inputs(settings)
         for seed in settings.seeds:
-            for training in training_sets(settings, seed, data, console):
+            for training in training_sets(settings, seed, data, results):
                 for head in settings.heads:
-                    named = {"set": training.name, "images": len(training.inputs), "head": head, "seed": seed}
-                    history = _kept_history(training, head, seed, data, settings, console)
-                    rows += [{**named, **row} for row in history]
+                    run = {"head": head, "seed": seed}
+                    named = {"set": training.name, "images": len(training.inputs), **run}
+                    file = f"{training.name.replace(',', '').replace(' ', '-')}-{head}-seed{seed}"
+                    own = {
+                        **data.fingerprint,
+                        "images of the set": training.digest,
+                        "head": head,
+                        "seed": seed,
+                    }
+                    make = partial(_train_and_tell, training, head, seed, data, settings, results, file)
+                    fingerprint = settings.fingerprint() | own
+                    found = kept(settings.checkpoint(file), fingerprint, make, resume=settings.resume)
+                    rows += [{**named, **row} for row in found]
     summary = summary_rows(rows)
     title = f"{settings.network} on {data.name}, {settings.steps} steps"
     results.csv("collapse", rows)
@@ -188,24 +199,17 @@ def collapse_study(settings: CollapseSettings, console: Console) -> list[Row]:
 
 
 def training_sets(
-    settings: CollapseSettings, seed: int, data: ImageData, console: Console
+    settings: CollapseSettings, seed: int, data: ImageData, results: Results
 ) -> list[TrainingSet]:
     """All real images, the distilled sets, and as many random real images as each of these has.
 
     A distilled set that has learning rates is there twice: for the steps of all the others, and for its own.
     """
-    distilled: list[TrainingSet] = []
-    for path in settings.sets:
-        content = _read(path, data)
-        distilled.append(TrainingSet.of(path.stem, content))
-        taught = distilled[-1].taught(content)
-        distilled += [] if taught is None else [taught]
-    if not distilled:
-        distilled = [_kernel_set(settings, seed, data, console)]
+    distilled = [found for path in settings.sets for found in TrainingSet.both(path.stem, _read(path, data))]
+    distilled = distilled or [_kernel_set(settings, seed, data, results)]
     sets = [TrainingSet("all real images", data.train.images, data.train.targets), *distilled]
     for per_class in sorted({len(training.inputs) // data.num_classes for training in distilled}):
-        generator = torch.Generator().manual_seed(seed)
-        random = first_set("real", per_class, data, generator)
+        random = first_set("real", per_class, data, torch.Generator().manual_seed(seed))
         sets.append(TrainingSet.of(f"{len(random.inputs)} random real images", random))
     return sets
 
@@ -220,48 +224,34 @@ def _read(path: Path, data: ImageData) -> DistilledSet:
     return distilled
 
 
-def _kernel_set(settings: CollapseSettings, seed: int, data: ImageData, console: Console) -> TrainingSet:
+def _kernel_set(settings: CollapseSettings, seed: int, data: ImageData, results: Results) -> TrainingSet:
     """A set learned by kernel regression, in a place where it can be found again."""
     same = ("data", "data_dir", "image_size", "classes", "device", "resume")
     chosen: dict[str, Any] = {name: getattr(settings, name) for name in same}
     kernel = KernelSettings(**chosen, out=settings.folder, outer_steps=settings.kernel_steps)
-    name, run = (
-        f"kernel-{settings.per_class}-a-class-seed{seed}",
-        Inducing(kernel, settings.per_class, seed, data),
-    )
+    run = Inducing(kernel, settings.per_class, seed, data)
+    name = f"kernel-{settings.per_class}-a-class-seed{seed}"
     run.learn(name)
-    learned = run.distilled
-    learned.save(settings.folder / f"{name}.safetensors")
-    console.print(f"learned {len(learned.inputs)} images by kernel regression, seed {seed}", highlight=False)
-    return TrainingSet.of(f"{len(learned.inputs)} kernel images", learned)
+    run.distilled.save(settings.folder / f"{name}.safetensors")
+    count = len(run.distilled.inputs)
+    results.say(f"learned {count} images by kernel regression, seed {seed}")
+    return TrainingSet.of(f"{count} kernel images", run.distilled)
 
 
-def _kept_history(
+def _train_and_tell(
     training: TrainingSet,
     head: DistilHeadName,
     seed: int,
     data: ImageData,
     settings: CollapseSettings,
-    console: Console,
+    results: Results,
+    name: str,
 ) -> list[Row]:
-    """The history of a training, from the file of an earlier run where there is one and it may be used."""
-    name = f"{training.name.replace(',', '').replace(' ', '-')}-{head}-seed{seed}"
-    own = {**data.fingerprint, "head": head, "seed": seed, "images of the set": training.digest}
-
-    def make() -> list[Row]:
-        with bar(console, name) as shown:
-            history = train_and_measure(training, head, seed, data, settings, shown)
-        console.print(
-            f"{training.name}, {head} head, seed {seed}: test accuracy {history[-1]['test_accuracy']:.2%}, "
-            f"{shown.seconds:.0f} s",
-            highlight=False,
-        )
-        return history
-
-    found: list[Row] = kept(
-        settings.checkpoint(name), settings.fingerprint() | own, make, resume=settings.resume
-    )
-    return found
+    with bar(results.console, name) as shown:
+        history = train_and_measure(training, head, seed, data, settings, shown)
+    reached = f"test accuracy {history[-1]['test_accuracy']:.2%}, {shown.seconds:.0f} s"
+    results.say(f"{training.name}, {head} head, seed {seed}: {reached}")
+    return history
 
 
 def train_and_measure(
@@ -331,8 +321,7 @@ def summary_rows(rows: Sequence[Row]) -> list[Row]:
     """
     summary = []
     for (name, head), runs in grouped(rows, "set", "head").items():
-        last = max(row["step"] for row in runs)
-        same = [row for row in runs if row["step"] == last]
+        same = grouped(runs, "step")[max(row["step"] for row in runs),]
         entry: Row = {"set": name, "images": same[0]["images"], "head": head, "seeds": len(same)}
         measures = [key for key in same[0] if key.startswith(("own_", "train_", "test_"))]
         summary.append(entry | mean_and_deviation(same, measures))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from statistics import fmean
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -31,7 +31,6 @@ from etflayers.checks import require
 from etflayers.distill import (
     DistilledSet,
     KernelRidgeInnerLoop,
-    Lesson,
     accuracy,
     best_rate,
     centered_one_hot,
@@ -55,7 +54,6 @@ RIVALS = ("random images", "k-means centers")  # that networks are trained on, t
 COLORS = {"learned": RED, "random images": SKY, "class means": GREY, "k-means centers": BLUE}
 FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
 LARGEST = 6000  # images whose kernel matrix is made as a whole
-PREDICTION_BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +131,9 @@ def make_loop(settings: KernelSettings, data: ImageData) -> KernelRidgeInnerLoop
     return KernelRidgeInnerLoop(kernel, ridge=settings.ridge)
 
 
-@torch.no_grad()
-def predictions(loop: KernelRidgeInnerLoop, distilled: DistilledSet, inputs: Tensor) -> Tensor:
-    """``(m, K)``, in parts that need little memory."""
-    parts = inputs.split(PREDICTION_BATCH)
-    return torch.cat([loop(part, distilled.inputs, distilled.labels) for part in parts])
+def accuracy_of(loop: KernelRidgeInnerLoop, distilled: DistilledSet, split: Split) -> float:
+    """Of the regression on a set."""
+    return accuracy(loop.predict(split.images, distilled.inputs, distilled.labels), split.targets)["accuracy"]
 
 
 @torch.no_grad()
@@ -241,69 +237,61 @@ class Study:
 
     def judge(self, learned: DistilledSet, per_class: int, seed: int) -> list[Row]:
         """What the learned set and the baselines are worth, to the kernel and to networks."""
-        named, sets = {"per_class": per_class, "seed": seed}, self.named_sets(learned, per_class, seed)
-        rows = [{**named, **found.row(), **self.kernel_row(found.distilled)} for found in sets]
-        chosen = [
-            found
-            for found in sets
-            if found.draw == 0
-            and found.images in ("learned", *RIVALS)
-            and found.labels in (self.settings.labels, "one-hot")
-        ]
+        sets, same = self.named_sets(learned, per_class, seed), {"per_class": per_class, "seed": seed}
+        parts = {"train": self.data.train, "test": self.data.test}
+        rows = []
+        for name, found in sets:
+            worth = {
+                f"{part}_accuracy": accuracy_of(self.loop, found, split) for part, split in parts.items()
+            }
+            rows.append({**same, **name, "learner": "kernel", **worth})
         for network in self.settings.networks:
             factory = make_factory(network, self.data)
 
             def fresh(index: int, factory: Factory = factory) -> nn.Module:
                 return seeded(factory, FRESH_SEEDS + 1000 * seed + index)
 
-            for found in chosen:
-                row = self.network_row(found.distilled, fresh)
-                rows.append({**named, **found.row(), "learner": network, **row})
+            for name, found in sets:
+                own_labels = name["labels"] in (self.settings.labels, "one-hot")
+                if own_labels and name["draw"] == 0 and name["images"] in ("learned", *RIVALS):
+                    worth = self.network_row(found, fresh, parts)
+                    rows.append({**same, **name, "learner": network, **worth})
         return rows
 
-    def named_sets(self, learned: DistilledSet, per_class: int, seed: int) -> list[NamedSet]:
+    def named_sets(self, learned: DistilledSet, per_class: int, seed: int) -> list[tuple[Row, DistilledSet]]:
         """The learned set and the baselines, each with its labels and with those solved for all images."""
-        sets = [NamedSet("learned", self.settings.labels, 0, learned)]
+        sets = [({"images": "learned", "labels": self.settings.labels, "draw": 0}, learned)]
         for images, kind in BASELINES.items():
             for draw in range(self.settings.draws if kind == "real" else 1):
                 generator = torch.Generator().manual_seed(1000 * seed + draw)
                 made = first_set(kind, per_class, self.data, generator, labels="centered")
-                sets.append(NamedSet(images, "one-hot", draw, made))
-        for found in [found for found in sets if found.labels != "solved"]:
-            solved = with_solved_labels(self.loop, found.distilled, self.data.train)
-            sets.append(found._replace(labels="solved", distilled=solved))
-        return sets
+                sets.append(({"images": images, "labels": "one-hot", "draw": draw}, made))
+        return sets + [
+            ({**name, "labels": "solved"}, with_solved_labels(self.loop, found, self.data.train))
+            for name, found in sets
+            if name["labels"] != "solved"
+        ]
 
-    def kernel_row(self, distilled: DistilledSet) -> Row:
-        """Accuracy of the regression on a set."""
-        row: Row = {"learner": "kernel"}
-        for part, split in (("train", self.data.train), ("test", self.data.test)):
-            outputs = predictions(self.loop, distilled, split.images)
-            row[f"{part}_accuracy"] = accuracy(outputs, split.targets)["accuracy"]
-        return row
-
-    def network_row(self, distilled: DistilledSet, fresh: Callable[[int], nn.Module]) -> Row:
+    def network_row(
+        self, distilled: DistilledSet, fresh: Callable[[int], nn.Module], parts: Mapping[str, Split]
+    ) -> Row:
         """Accuracy of networks trained on a set with the best learning rate of the grid.
 
         The rate is chosen on a part of the training images, which all but the learned set, a rival made from
         all of them, have seen as well.
         """
-        settings, held, images = self.settings, self.data.held_out()[1], self.data
-        lessons, judge = [self.lesson(distilled)], {"judge": accuracy, "loss": squared_error}
-        grid = {"rates": settings.rate_grid, "networks": 1, **judge}
-        rate = best_rate(lessons, fresh, held.images, held.targets, **grid)
-        chosen = lessons[0].scaled(rate)
-        models = [teach(fresh(index), chosen, loss=squared_error) for index in range(settings.evaluations)]
+        settings, held = self.settings, self.data.held_out()[1]
+        size = (settings.training_batch, settings.training_steps)
+        lesson = random_lesson(*distilled.dataset().tensors, *size, "adam", seed=0)
+        grid = {"rates": settings.rate_grid, "networks": 1, "loss": squared_error}
+        rate = best_rate([lesson], fresh, held.images, held.targets, **grid)
+        lesson = lesson.scaled(rate)
+        models = [teach(fresh(index), lesson, loss=squared_error) for index in range(settings.evaluations)]
         row: Row = {"rate": rate, "networks": len(models)}
-        for part, split in (("train", images.train), ("test", images.test)):
+        for part, split in parts.items():
             found = [judged(model, split.images, split.targets)["accuracy"] for model in models]
             row[f"{part}_accuracy"] = fmean(found)
         return row
-
-    def lesson(self, distilled: DistilledSet) -> Lesson:
-        """Adam at a rate that falls to 0, in batches drawn by a fixed stream."""
-        settings, (inputs, labels) = self.settings, distilled.dataset().tensors
-        return random_lesson(inputs, labels, settings.training_batch, settings.training_steps, "adam", seed=0)
 
     def report(self, rows: Sequence[Row]) -> None:
         """Tables and figures over all sets."""
@@ -313,14 +301,9 @@ class Study:
         content = {"settings": settings.fingerprint(), "full": self.full, "summary": summary}
         self.results.json("summary", content)
         title = f"{settings.kernel} kernel, {name}"
-        makers = {"accuracy": partial(accuracy_figure, summary, self.full, title)}
+        learning = partial(learning_figure, self.histories, PANELS, f"{title}, on batches of real images")
         self.results.figures(
-            makers
-            | {
-                "learning": partial(
-                    learning_figure, self.histories, PANELS, f"{title}, on batches of real images"
-                )
-            }
+            {"accuracy": partial(accuracy_figure, summary, self.full, title), "learning": learning}
         )
         for learner in dict.fromkeys(row["learner"] for row in summary):
             title = f"Test accuracy of {learner} trained on a few images of {name}, %"
@@ -328,25 +311,12 @@ class Study:
         self.results.tell(", and the sets")
 
 
-class NamedSet(NamedTuple):
-    """A set, and what it is called: its images, its labels, and which draw of several it is."""
-
-    images: str
-    labels: str
-    draw: int
-    distilled: DistilledSet
-
-    def row(self) -> Row:
-        return {"images": self.images, "labels": self.labels, "draw": self.draw}
-
-
 def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
     """Test accuracy of the regression on all training images; ``None`` where they are too many."""
     if len(data.train) > LARGEST:
         return None
     whole = DistilledSet(data.train.images, centered_one_hot(data.train.targets, data.num_classes))
-    outputs = predictions(make_loop(settings, data), whole, data.test.images)
-    return accuracy(outputs, data.test.targets)["accuracy"]
+    return accuracy_of(make_loop(settings, data), whole, data.test)
 
 
 def squared_error(model: Callable[..., Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
@@ -384,16 +354,11 @@ def accuracy_figure(summary: Sequence[Row], full: float | None, title: str) -> F
     for axes, ((learner,), mine) in zip(panels, learners.items(), strict=True):
         for (images, labels), same in grouped(mine, "images", "labels").items():
             same.sort(key=lambda row: row["per_class"])
-            axes.errorbar(
-                [row["per_class"] for row in same],
-                [row["test_accuracy"] for row in same],
-                yerr=[row["test_accuracy_std"] or 0.0 for row in same],
-                color=COLORS[images],
-                linestyle="--" if labels == "solved" else "-",
-                marker="o",
-                markersize=4,
-                label=f"{images}, labels {labels}",
-            )
+            sizes, means = ([row[name] for row in same] for name in ("per_class", "test_accuracy"))
+            deviations = [row["test_accuracy_std"] or 0.0 for row in same]
+            style = {"color": COLORS[images], "linestyle": "--" if labels == "solved" else "-", "marker": "o"}
+            label = f"{images}, labels {labels}"
+            axes.errorbar(sizes, means, yerr=deviations, markersize=4, label=label, **style)
         if learner == "kernel" and full is not None:
             axes.axhline(full, color="#999999", linestyle=":", label="all training images")
         sizes = sorted({row["per_class"] for row in mine})

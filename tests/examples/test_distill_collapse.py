@@ -26,6 +26,7 @@ from distillation.common import inner_loss
 from etflayers.distill import DistilledSet, teach
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from lab.data import ImageData, load_inputs
+from lab.results import Results
 
 SMALL: dict[str, Any] = {"data": "digits", "network": "mlp", "width": 16, "steps": 6, "batch_size": 40}
 
@@ -105,10 +106,10 @@ def test_labels_are_probabilities_or_classes(digits: ImageData) -> None:
 
 def test_own_steps_are_those_of_the_set(digits: ImageData) -> None:
     made = some_set(digits, rates=torch.tensor([0.3, 0.1, 0.2, 0.1]))
-    assert TrainingSet.of("set", made).taught(made) is None  # nothing says in which batches
+    assert len(TrainingSet.both("set", made)) == 1  # nothing says in which batches
     made.metadata = {"settings": {"steps": 2, "optimizer": "sgd"}}
-    training = TrainingSet.of("set", made).taught(made)
-    assert training is not None
+    plain, training = TrainingSet.both("set", made)
+    assert plain.lesson is None
     assert training.lesson is not None
     settings = CollapseSettings(**SMALL)
     rows = train_and_measure(training, "linear", 1, digits, settings)
@@ -153,7 +154,7 @@ def test_outputs_and_resume(tmp_path: Path, digits: ImageData, monkeypatch: pyte
 
 def test_without_sets_a_kernel_set_is_learned(tmp_path: Path, digits: ImageData) -> None:
     settings = CollapseSettings(**SMALL, per_class=1, kernel_steps=2, out=tmp_path)
-    sets = training_sets(settings, 0, digits, Console(quiet=True))
+    sets = training_sets(settings, 0, digits, Results(tmp_path, Console(quiet=True)))
     assert [training.name for training in sets] == [
         "all real images",
         "10 kernel images",

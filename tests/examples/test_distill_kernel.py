@@ -21,7 +21,6 @@ from distillation.kernel import (
     full_accuracy,
     learn_kernel_set,
     make_loop,
-    predictions,
     squared_error,
     with_solved_labels,
 )
@@ -58,7 +57,7 @@ def learn(settings: KernelSettings, size: int, seed: int, data: ImageData, *kept
 
 
 def error_of(settings: KernelSettings, distilled: DistilledSet, data: ImageData) -> float:
-    outputs = predictions(make_loop(settings, data), distilled, data.train.images)
+    outputs = make_loop(settings, data).predict(data.train.images, distilled.inputs, distilled.labels)
     return float((outputs - centered_one_hot(data.train.targets, 10)).square().sum(-1).mean())
 
 
@@ -83,7 +82,7 @@ def test_predictions_are_those_of_linear_ridge_regression(digits: ImageData) -> 
     x = digits.test.images.double().flatten(1).numpy()
     penalty = 0.1 * np.square(s).sum() / len(s)
     weight = np.linalg.solve(s.T @ s + penalty * np.eye(s.shape[1]), s.T @ y)
-    found = predictions(make_loop(settings, digits), real, digits.test.images)
+    found = make_loop(settings, digits).predict(digits.test.images, real.inputs, real.labels)
     np.testing.assert_allclose(found.numpy(), x @ weight, rtol=1e-4, atol=1e-5)  # labels come in float32
 
 
