@@ -120,7 +120,8 @@ class Study:
         how: dict[str, Any] = {"judge": self.objective.judge, "loss": inner_loss}
         lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
         rest, held = data.held_out()
-        many, count = settings.evaluations, 1 if starts.single else settings.evaluations
+        many, single = settings.evaluations, settings.initialization == "fixed"
+        count = 1 if single else many
         outcomes: list[Row] = []
 
         def note(
@@ -147,7 +148,7 @@ class Study:
             orders = [lesson.in_other_order(generator) for _ in range(count)]
             note("distilled, other order", orders)
             note("distilled, other batches", [lesson.in_other_batches(generator) for _ in range(count)])
-        if starts.single:
+        if single:
             fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
             note("distilled, fresh networks", [lesson], many, fresh)
         for other in settings.other_networks:

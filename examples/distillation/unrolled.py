@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -230,20 +230,15 @@ def unseen(factory: Factory, seed: int) -> Fresh:
     return lambda index: seeded(factory, FRESH_SEEDS + 1000 * seed + index)
 
 
-@dataclass(frozen=True)
-class Starts:
+class Starts(NamedTuple):
     """The source of initial states for learning, and ``fresh(i)``, the i-th network to judge by.
 
-    Attributes:
-        source: see ``etflayers.distill``.
-        fresh: a new network each time it is called, in training mode: not seen while learning, but for
-            ``--initialization fixed``, where it is the one network that the images are for.
-        single: whether there is but one.
+    That network has not been seen while learning; with ``--initialization fixed`` it is the one that
+    the images are for.
     """
 
     source: Callable[[torch.Generator], distill.InitialState] | distill.OnlinePool
     fresh: Fresh
-    single: bool = False
 
 
 def make_starts(settings: ImagesSettings, data: ImageData, source: ImageData, seed: int) -> Starts:
@@ -256,7 +251,7 @@ def make_starts(settings: ImagesSettings, data: ImageData, source: ImageData, se
     fresh = unseen(factory, seed)
     if settings.initialization == "fixed":
         one = distill.FixedInitialization(seeded(factory, seed))
-        return Starts(one, lambda index: seeded(factory, seed), single=True)
+        return Starts(one, lambda index: seeded(factory, seed))
     if settings.initialization == "random":
         return Starts(distill.RandomInitialization(factory), fresh)
     if settings.initialization == "pool":
@@ -293,10 +288,8 @@ def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: Ima
 
     used = ("network", "width", "norm", "head", "source", "data", "classes", "image_size", "source_epochs")
     path = settings.checkpoint(f"pretrained-{seed}")
-    state = kept(
-        path, {**settings.values(*used), **data.fingerprint, "seed": seed}, trained, resume=settings.resume
-    )
-    network.load_state_dict(state)
+    own = {**settings.values(*used), **data.fingerprint, "seed": seed}
+    network.load_state_dict(kept(path, own, trained, resume=settings.resume))
     return network
 
 
@@ -318,10 +311,13 @@ class Unrolled(OuterRun):
         # Two networks of one kind: steps are re-derived in the mode they were taken in, training, while the
         # outer loss sees the trained network as its user would.
         factory = main_factory(settings, data)
-        self.trainee, self.judge = seeded(factory, seed).train(), seeded(factory, seed).eval()
+        trainee, self.judge = seeded(factory, seed).train(), seeded(factory, seed).eval()
         self.clip = distill.RunningNormClip(factor=settings.clip)
         momentum = 0.9 if settings.optimizer == "momentum" else 0.0
-        self.rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
+        rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
+        adjoint = distill.StepAdjoint() if settings.adjoint == "steps" else distill.KeptGraph()
+        options: dict[str, Any] = {"optimizer": rule, "adjoint": adjoint, "epochs": settings.epochs}
+        self.loop = distill.UnrolledInnerLoop(trainee, loss=inner_loss, **options)
         rates = {"inputs": settings.image_rate, "log_rates": settings.log_rate, "labels": settings.label_rate}
         parts = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator, distilled = torch.Generator().manual_seed(seed), set_before(settings, data, seed)
@@ -372,18 +368,13 @@ class Unrolled(OuterRun):
 
     def _train(self, start: distill.InitialState, together: int | None = None) -> distill.InnerSolution:
         inputs, labels = self.distilled.batches(self.settings.steps)
-        return distill.unrolled_inner_loop(
-            self.trainee,
-            start.params,
+        return self.loop(
             inputs,
             labels,
             lr=self.distilled.rates,
-            epochs=self.settings.epochs,
-            loss=inner_loss,
-            optimizer=self.rule,
-            adjoint=distill.StepAdjoint() if self.settings.adjoint == "steps" else distill.KeptGraph(),
-            window=self._window(),
+            params=start.params,
             buffers=start.buffers,
+            window=self._window(),
             generator=self.generator,
             initializations=together,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ except ImportError:  # on Windows, where two runs in one folder are not kept apa
     fcntl = None  # type: ignore[assignment]
 
 RECORD, LOCK = "run.json", ".lock"
+PARTIAL = f".{'[0-9a-f]' * 16}.partial"  # what a killed run was writing, see etflayers.distill.storage
 
 
 @contextmanager
@@ -34,8 +34,9 @@ def claimed(
     """
     require(not folder.exists() or folder.is_dir(), f"--out {folder} is a file: take the name of a folder")
     with _locked(folder):
-        for partial in folder.rglob(".*.partial"):  # of files that a killed run was writing
-            partial.unlink()
+        for place in (folder, folder / "checkpoints"):
+            for partial in place.glob(PARTIAL):
+                partial.unlink()
         record, before = folder / RECORD, _read(folder / RECORD)
         same_study = before.get("study", study) == study
         changed = differences(before.get("settings", settings), settings)
@@ -89,7 +90,8 @@ def _remove_if_empty(folder: Path) -> None:
     checkpoints = folder / "checkpoints"
     left = {path.name for path in folder.iterdir()} - {RECORD, LOCK}
     if left <= {checkpoints.name} and not (checkpoints.is_dir() and any(checkpoints.iterdir())):
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if checkpoints.exists():
+            checkpoints.rmdir()
         (folder / RECORD).unlink()
 
 

@@ -187,10 +187,9 @@ def _claim(settings: Options) -> AbstractContextManager[None]:
 
 def how_to_continue(settings: Options, arguments: Sequence[str]) -> str:
     """What to do after an interruption, with the command to copy."""
-    folder = settings.checkpoint("*").parent
-    count = len(list(folder.glob("*.pt")))
+    count = len(list(settings.folder.rglob("checkpoints/*.pt")))  # of a sweep: a folder for each trial
     if count == 0:
         return "interrupted before the first checkpoint: nothing was kept"
     kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     again = shlex.join(["python", sys.argv[0], *kept, "--resume"])
-    return f"interrupted; {count} checkpoint(s) in {folder}. To continue:\n  {again}"
+    return f"interrupted; {count} checkpoint(s) in {settings.folder}. To continue:\n  {again}"

@@ -84,7 +84,7 @@ def test_inner_loop_is_ordinary_training(digits: ImageData, optimizer: Any) -> N
     distilled = set_before(settings, digits, 0).double()
     with torch.no_grad():
         distilled.log_rates += torch.randn(4, generator=torch.Generator().manual_seed(0)).double()
-    rule = unrolled(settings, digits).rule
+    rule = unrolled(settings, digits).loop.optimizer
     network = seeded(make_factory("mlp", digits, width=16), 0).double()
     inputs, labels = distilled.batches(settings.steps)
     trained = unrolled_inner_loop(

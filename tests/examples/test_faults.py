@@ -148,7 +148,8 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     if child == 0:
         with claimed(tmp_path, "study", {}):
             (tmp_path / "result").touch()
-            (tmp_path / ".123.partial").touch()
+            (tmp_path / ".0123456789abcdef.partial").touch()
+            (tmp_path / ".mine.partial").touch()
             os.write(go, b"1")
             signal.pause()
         os._exit(1)
@@ -168,7 +169,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with claimed(tmp_path, "study", {}, resume=True):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
-    assert {path.name for path in tmp_path.iterdir()} == {"result", "run.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {".mine.partial", "result", "run.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def test_interrupted_run_says_how_to_go_on(tmp_path: Path, capsys: pytest.Captur
     assert "nothing was kept" in capsys.readouterr().err
     assert command(Made, later, [*arguments, "--overwrite"]) == 130
     error = capsys.readouterr().err
-    assert f"1 checkpoint(s) in {tmp_path / 'two words' / 'checkpoints'}" in error
+    assert f"1 checkpoint(s) in {tmp_path / 'two words'}. To continue" in error
     assert f"--out '{tmp_path}/two words' --seeds 1 2 --resume" in error
     assert "--overwrite" not in error
     assert command(Made, lambda settings: None, [*arguments, "--resume"]) == 0
