@@ -130,7 +130,10 @@ class ETFCrossEntropy(nn.Module):
         self.impl: Impl = impl
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss of features ``(..., d)`` for ``targets`` ``(...)``; in training the head learns."""
+        """The loss of features ``(..., d)`` for ``targets``; in training the head learns.
+
+        Targets are class indices ``(...)`` or soft targets ``(..., K)``, which make all logits.
+        """
         head = self.head
         if isinstance(head, FixedETFHead) and head.canonical:
             inputs, scale = _scaled(head.inputs(features), head.scale)
