@@ -85,7 +85,7 @@ def etf_cross_entropy(
     require_loss_options(scale, label_smoothing, reduction)
     if are_soft(targets):
         require_soft_targets(targets, features.shape[:-1], num_classes)
-        logits = scale * canonical_etf_logits(features, num_classes)
+        logits = canonical_etf_logits(features, num_classes, scale=scale)
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
     _require_target_for_each(features, targets)
 
