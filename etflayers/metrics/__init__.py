@@ -8,7 +8,8 @@ load it, and the callback Lightning, when they are first named: that takes as lo
 from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
-from etflayers.metrics.classifier import Classifier, read_classifier
+from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
+from etflayers.metrics.descriptions import DESCRIPTIONS, Description
 from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
 from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
@@ -64,10 +65,12 @@ else:
     )
 
 __all__ = [
+    "DESCRIPTIONS",
     "ClassMoments",
     "ClassStatistics",
     "Classifier",
     "CosineMargins",
+    "Description",
     "Equiangularity",
     "HypersphericalEnergy",
     "MSEDecomposition",
@@ -81,6 +84,7 @@ __all__ = [
     "center_disagreement",
     "class_distance_normalized_variance",
     "class_statistics",
+    "classifier_inputs",
     "collapse_measures",
     "cosine_margins",
     "covariance_trace_ratio",
