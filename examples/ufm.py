@@ -21,18 +21,21 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from etflayers.metrics import Classifier, class_statistics, collapse_measures
+from etflayers.unconstrained import Landscape, convex_optimum, minimize
 from lab.figures import HEAD_COLORS, draw_band, in_plain_numbers, legend_beside, new_figure
 from lab.files import Row
 from lab.heads import HeadName
 from lab.options import command
 from lab.results import Results, make_table
 from unconstrained.descent import Descent, RunKey, Settings
-from unconstrained.landscape import Landscape, landscape_rows
 
 DISTANCES = (0.05, 0.01)  # of the class means to their nearest ETF
 RIVALS = ("fixed", "standard")
@@ -120,22 +123,60 @@ def check_theory(settings: Settings, console: Console) -> list[Row]:
     """The landscape of the regularized model, for both losses."""
     results = Results(settings.folder, console)
     rows = [row for loss in ("ce", "mse") for row in landscape_rows(Landscape(loss=loss), settings.seeds)]
-    headings = ("value", "gap", "gradient", "least\neigenvalue", "pre-\ndicted", "NC1-3")
-    table = make_table("Critical points of the regularized model", ("loss", "rank", "seed"), headings)
+    columns = {
+        "value": ("value", ".6f"),
+        "gap": ("gap", ".1e"),
+        "gradient": ("gradient_norm", ".0e"),
+        "least\neigenvalue": ("least_eigenvalue", ".1e"),
+        "pre-\ndicted": ("predicted_eigenvalue", ".1e"),
+        "NC1-3": ("collapse", ".0e"),
+    }
+    names = ("loss", "rank", "seed")
+    table = make_table("Critical points of the regularized model", names, columns)
     for row in rows:
-        table.add_row(
-            *(str(row[name]) for name in ("loss", "rank", "seed")),
-            f"{row['value']:.6f}",
-            f"{row['gap']:.1e}",
-            f"{row['gradient_norm']:.0e}",
-            f"{row['least_eigenvalue']:.1e}",
-            f"{row['predicted_eigenvalue']:.1e}",
-            "" if row["collapse"] is None else f"{row['collapse']:.0e}",
-        )
+        cells = ("" if row[name] is None else f"{row[name]:{digits}}" for name, digits in columns.values())
+        table.add_row(*(str(row[name]) for name in names), *cells)
     console.print(table)
     results.csv("theory", rows)
     results.tell()
     return rows
+
+
+def landscape_rows(landscape: Landscape, seeds: Sequence[int]) -> list[Row]:
+    """One row for each minimum from a random start, and for a critical point of each lower rank.
+
+    ``gap`` is the value above the optimum of the convex program. Rank K - 1 is that of the minimum.
+    """
+    optimum = convex_optimum(landscape)
+    starts: list[tuple[int | None, int]] = [(None, seed) for seed in seeds]
+    starts += [(rank, seeds[0]) for rank in range(landscape.num_classes - 1)]
+    rows = []
+    for rank, seed in starts:
+        point = minimize(landscape, rank=rank, generator=torch.Generator().manual_seed(seed))
+        value = float(landscape.value(point))
+        rows.append(
+            {
+                "loss": landscape.loss,
+                "rank": "free" if rank is None else rank,
+                "seed": seed,
+                "value": value,
+                "convex_optimum": optimum,
+                "gap": value - optimum,
+                "gradient_norm": landscape.gradient_norm(point),
+                "least_eigenvalue": landscape.least_eigenvalue(point),
+                "predicted_eigenvalue": landscape.unused_curvature(point),
+                "collapse": _distance_from_collapse(landscape, point) if rank is None else None,
+            }
+        )
+    return rows
+
+
+def _distance_from_collapse(landscape: Landscape, vector: Tensor) -> float:
+    weight, features, bias = landscape.unflatten(vector)
+    statistics = class_statistics(features.mT, landscape.targets, landscape.num_classes)
+    measures = collapse_measures(statistics, Classifier(weight, bias))
+    names = ("nc1_trace", "nc2_gram_means", "nc2_gram_weights", "nc3_distance")
+    return max(measures[name].item() for name in names)
 
 
 def _keys(settings: Settings, rates: dict[HeadName, float], classes: Sequence[int]) -> list[RunKey]:

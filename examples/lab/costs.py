@@ -12,10 +12,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from etflayers import NearestETFHead
+from etflayers import NearestETFHead, capture_features
 from lab.classifiers import Trained, Trainer, autocast
 from lab.data import ImageData
-from lab.heads import HeadName, captured_features, head_of
+from lab.heads import HeadName, head_of
 from lab.results import make_table
 from lab.settings import Settings
 from lab.training import synchronize
@@ -61,7 +61,7 @@ def _timed_pair(run: Trained, settings: Settings, data: ImageData) -> tuple[Call
     trainer.model.train()
     images, targets = next(trainer.batches())
     head = copy.deepcopy(head_of(trainer.model))
-    with captured_features(trainer.model) as captured:
+    with capture_features(trainer.model, head_of(trainer.model)) as captured:
         trainer.update(images, targets)
     features = captured[0].detach().requires_grad_()
     inputs = (features, targets) if isinstance(head, NearestETFHead) else (features,)

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from etflayers import capture_features
 from etflayers.errors import InvalidArgumentError, NonFiniteError
-from etflayers.metrics import ClassStatistics, CosineMargins, NeuralCollapse, read_classifier
+from etflayers.metrics import (
+    ClassStatistics,
+    CosineMargins,
+    NeuralCollapse,
+    classifier_inputs,
+    read_classifier,
+)
 from lab.data import ImageData, Split
 from lab.files import Row
-from lab.heads import captured_features, head_inputs, head_of
+from lab.heads import head_of
 from lab.ranks import share_of_split
 
 EVALUATION_BATCH = 500
@@ -47,9 +54,9 @@ def answers(model: nn.Module, split: Split, data: ImageData) -> Answers:
     features, logits = [], []
     mine = share_of_split(split)
     for images in mine.images.split(EVALUATION_BATCH):
-        with captured_features(model) as captured:
+        with capture_features(model, head) as captured:
             logits.append(model(data.normalized(images)))
-        features.append(head_inputs(head, captured[0]))
+        features.append(classifier_inputs(head, captured[0]))
     model.train(training)
     return Answers(torch.cat(features), torch.cat(logits), mine.targets)
 

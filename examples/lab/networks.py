@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from etflayers import NearestETFHead
+from etflayers import NearestETFHead, UnitRowHead
 from etflayers.checks import require
 from lab.data import ImageData
 from lab.heads import HeadName, make_head
@@ -118,10 +118,10 @@ def make_factory(
         seed = int(torch.randint(2**31, ()))
         network = Network(body, make_head(head, features, data.num_classes, seed))
         for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.Conv2d, nn.Linear, UnitRowHead)):
+                for parameter in module.parameters():
+                    init = nn.init.zeros_ if parameter.ndim == 1 else nn.init.xavier_normal_
+                    init(parameter)
         return network.to(data.device)
 
     return factory
