@@ -40,6 +40,7 @@ from etflayers.metrics.nc3 import (
 )
 from etflayers.metrics.nc4 import bias_collapse, center_agreement, center_disagreement, nearest_center
 from etflayers.metrics.nc5 import orthogonality_deviation
+from etflayers.metrics.pictures import plot_cosines, plot_tetrahedron
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
 
@@ -106,6 +107,8 @@ __all__ = [
     "numerical_rank",
     "orthogonality_deviation",
     "own_cosines",
+    "plot_cosines",
+    "plot_tetrahedron",
     "read_classifier",
     "simplex_coherence_error",
     "spatial_mean",

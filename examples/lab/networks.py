@@ -44,19 +44,9 @@ def lenet(shape: tuple[int, int, int]) -> nn.Sequential:
         "or take --network convnet or mlp",
     )
     flat = 16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
-    return nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(flat, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-    )
+    layers = [nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
 
 
 def convnet(shape: tuple[int, int, int], width: int, norm: NormName) -> nn.Sequential:

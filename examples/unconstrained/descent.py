@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from etflayers import CodeMSELoss, LearnedETFHead, UnitRowHead
+from etflayers import LearnedETFHead, UnitRowHead
 from etflayers.checks import require, require_module
 from etflayers.errors import NonFiniteError
+from etflayers.functional import code_mse_loss
 from etflayers.metrics import (
     class_statistics,
     classifier_inputs,
@@ -145,7 +147,7 @@ def make_model(name: HeadName, num_classes: int, seed: int, settings: Settings) 
 
 def objective(model: UnconstrainedFeatures, logits: Tensor, settings: Settings) -> Tensor:
     """Mean loss over the samples, plus ``decay / 2 |.|^2`` of the features and of the learned weight."""
-    criterion = nn.CrossEntropyLoss() if settings.loss == "ce" else CodeMSELoss()
+    criterion = F.cross_entropy if settings.loss == "ce" else code_mse_loss
     loss: Tensor = criterion(logits, model.targets)
     if settings.feature_decay > 0:
         loss = loss + settings.feature_decay / 2 * model.features.square().sum()

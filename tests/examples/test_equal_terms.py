@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from etflayers import capture_features, simplex_etf
+from etflayers import capture_features
 from etflayers.geometry import is_stiefel
 from lab.classifiers import Trainer
 from lab.data import ImageData, load
@@ -19,7 +19,6 @@ from lab.evaluation import measure
 from lab.heads import head_of
 from lab.losses import make_optimizers, set_learning_rate
 from lab.models import GreyAsRGB, make_classifier
-from lab.pictures import centered_cosines
 from lab.settings import Settings
 
 HEADS = ("linear", "fixed", "nearest", "learned")
@@ -148,13 +147,6 @@ def test_network_without_class_means_loses_its_metrics_and_not_the_run(digits: I
         measures = measure(model, nn.CrossEntropyLoss(), digits.train, digits)
     assert measures.row.keys() == {"loss", "accuracy"}
     assert measures.row["loss"] == pytest.approx(math.log(10))
-
-
-def test_cosines_are_those_of_centered_rows() -> None:
-    frame = simplex_etf(6, 9, rotation="haar", dtype=torch.float64)
-    cosines = centered_cosines(7 * frame + torch.arange(9))
-    expected = torch.full((6, 6), -0.2, dtype=torch.float64).fill_diagonal_(1)
-    torch.testing.assert_close(cosines, expected)
 
 
 def test_shift_moves_images_and_fills_with_black() -> None:
