@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -38,6 +39,7 @@ from lab.results import Results, make_table
 from unconstrained.descent import Descent, RunKey, Settings
 
 DISTANCES = (0.05, 0.01)  # of the class means to their nearest ETF
+STEPS = {distance: f"steps_to_{distance:g}" for distance in DISTANCES}
 RIVALS = ("fixed", "standard")
 PANELS = {
     "nc1_trace": "NC1: within over between",
@@ -69,22 +71,21 @@ def compare(settings: Settings, console: Console) -> list[Descent]:
     results = Results(settings.folder, console)
     runs: dict[RunKey, Descent] = {}
 
-    def run(keys: Iterable[RunKey]) -> list[Descent]:
-        for key in keys:
-            if key not in runs:
-                runs[key] = _descend_and_tell(key, settings, console)
-        return [runs[key] for key in keys]
+    def run(key: RunKey) -> Descent:
+        if key not in runs:
+            runs[key] = _descend_and_tell(key, settings, console)
+        return runs[key]
 
     common = dict.fromkeys(settings.heads, settings.lr)
-    comparisons = {"common": run(_keys(settings, common, settings.classes))}
+    comparisons = {"common": [run(key) for key in _keys(settings, common, settings.classes)]}
     if settings.lr_grid:
         comparisons["selected"] = []
         for classes in settings.classes:
             rates = {}
             for head in settings.heads:
-                tried = run([RunKey(classes, head, lr, settings.seeds[0]) for lr in settings.lr_grid])
+                tried = [run(RunKey(classes, head, lr, settings.seeds[0])) for lr in settings.lr_grid]
                 rates[head] = min(tried, key=_slowness).key.lr
-            comparisons["selected"] += run(_keys(settings, rates, (classes,)))
+            comparisons["selected"] += [run(key) for key in _keys(settings, rates, (classes,))]
 
     results.csv("runs", [{**run.key._asdict(), **row} for run in runs.values() for row in run.history])
     summaries = {}
@@ -180,24 +181,19 @@ def _distance_from_collapse(landscape: Landscape, vector: Tensor) -> float:
 
 
 def _keys(settings: Settings, rates: dict[HeadName, float], classes: Sequence[int]) -> list[RunKey]:
-    return [
-        RunKey(count, head, lr, seed)
-        for count in classes
-        for head, lr in rates.items()
-        for seed in settings.seeds
-    ]
+    grid = product(classes, rates.items(), settings.seeds)
+    return [RunKey(count, head, lr, seed) for count, (head, lr), seed in grid]
 
 
 def _slowness(run: Descent) -> tuple[float, float]:
-    steps = run.steps_to(DISTANCES[-1])
-    return math.inf if steps is None else steps, run.history[-1]["etf_distance"]
+    return run.steps_to(DISTANCES[-1]), run.history[-1]["etf_distance"]
 
 
 def _descend_and_tell(key: RunKey, settings: Settings, console: Console, label: str = "") -> Descent:
     run = Descent(key, settings)
     run.finish(settings.checkpoint(key.name), resume=settings.resume, every=settings.checkpoint_every)
     steps = {distance: run.steps_to(distance) for distance in DISTANCES}
-    reached = (f"{d:g} {'never' if step is None else f'after {step}'}" for d, step in steps.items())
+    reached = (f"{d:g} {'never' if step == math.inf else f'after {step}'}" for d, step in steps.items())
     text = f"{key.name} {label}: distance {', '.join(reached)}, {run.seconds:.1f} s"
     console.print(text, highlight=False, soft_wrap=True)
     return run
@@ -212,22 +208,19 @@ def summary_rows(runs: Sequence[Descent]) -> list[Row]:
     for classes, head in dict.fromkeys((run.key.classes, run.key.head) for run in runs):
         same = [run for run in runs if (run.key.classes, run.key.head) == (classes, head)]
         row: Row = {"classes": classes, "head": head, "lr": same[0].key.lr, "seeds": len(same)}
-        for distance in DISTANCES:
-            reached = [run.steps_to(distance) for run in same]
-            steps = [math.inf if step is None else float(step) for step in reached]
-            for name, statistic in {"": median, "_min": min, "_max": max}.items():
-                row[f"steps_to_{distance:g}{name}"] = statistic(steps)
+        for distance, name in STEPS.items():
+            steps = [run.steps_to(distance) for run in same]
+            row |= {name: median(steps), f"{name}_min": min(steps), f"{name}_max": max(steps)}
         for name in ("loss", "accuracy", "etf_distance", "nc1_trace", "nc3_distance", "margin"):
             row[f"last_{name}"] = median(run.history[-1][name] for run in same)
         row["ms_per_step"] = median(1000 * run.seconds / run.settings.steps for run in same)
         rows.append(row)
     of = {(row["classes"], row["head"]): row for row in rows}
     for row in rows:
-        for rival in RIVALS:
-            for name in (f"steps_to_{distance:g}" for distance in DISTANCES):
-                rivals = of.get((row["classes"], rival), {}).get(name, math.inf)
-                known = 0 < rivals < math.inf and row[name] < math.inf
-                row[f"{name}_over_{rival}"] = row[name] / rivals if known else None
+        for rival, name in product(RIVALS, STEPS.values()):
+            rivals = of.get((row["classes"], rival), {}).get(name, math.inf)
+            known = 0 < rivals < math.inf and row[name] < math.inf
+            row[f"{name}_over_{rival}"] = row[name] / rivals if known else None
     return rows
 
 
@@ -240,17 +233,14 @@ def summary_table(rows: Sequence[Row], title: str) -> Table:
     table = make_table(title, [named], ["lr", *headings])
     for row in rows:
         cells = [row[named], f"{row['lr']:g}"]
-        for name in (f"steps_to_{distance:g}" for distance in DISTANCES):
-            middle, low, high = (_steps(row[f"{name}{end}"]) for end in ("", "_min", "_max"))
+        for name in STEPS.values():
+            ends = (row[f"{name}{end}"] for end in ("", "_min", "_max"))
+            middle, low, high = ("never" if math.isinf(count) else f"{count:g}" for count in ends)
             cells.append(middle if low == high else f"{middle} {low}-{high}")
             over = (row[f"{name}_over_{rival}"] for rival in rivals)
             cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in over]
         table.add_row(*cells)
     return table
-
-
-def _steps(count: float) -> str:
-    return "never" if math.isinf(count) else f"{count:g}"
 
 
 def distance_figure(runs: Sequence[Descent]) -> Figure:

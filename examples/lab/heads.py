@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +60,17 @@ def make_head(
 ) -> nn.Module:
     """The head called ``name``; what is random in it is drawn from a stream of its own."""
     torch.manual_seed(seed)
+    sizes, common = (in_features, num_classes), {"scale": options.scale, "normalize": options.normalize}
     if name == "linear":
-        return LinearHead(in_features, num_classes)
-    wanted = asdict(options)
-    makers: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
-        "standard": (UnitRowHead, ()),
-        "fixed": (FixedETFHead, ("rotation",)),
-        "learned": (partial(LearnedETFHead, manifold="geoopt"), ()),
-    }
-    maker, own = makers.get(name, (NearestETFHead, ("momentum", "proximity", "center")))
-    chosen: dict[str, Any] = {option: wanted[option] for option in ("scale", "normalize", *own)}
-    if maker is NearestETFHead:
-        chosen["detach"] = name == "nearest-detached"
-    return maker(in_features, num_classes, **chosen)
+        return LinearHead(*sizes)
+    if name == "standard":
+        return UnitRowHead(*sizes, **common)
+    if name == "fixed":
+        return FixedETFHead(*sizes, rotation=options.rotation, **common)
+    if name == "learned":
+        return LearnedETFHead(*sizes, manifold="geoopt", **common)
+    nearest = {"momentum": options.momentum, "proximity": options.proximity, "center": options.center}
+    return NearestETFHead(*sizes, detach=name == "nearest-detached", **nearest, **common)
 
 
 def head_of(model: nn.Module) -> nn.Module:
@@ -85,4 +81,5 @@ def head_of(model: nn.Module) -> nn.Module:
 
 def targets_for(model: nn.Module, targets: Tensor) -> AbstractContextManager[None]:
     """A context that hands targets to the head that wants them, past a model that passes features only."""
-    return provide_targets(model, targets) if isinstance(head_of(model), NearestETFHead) else nullcontext()
+    wants = getattr(head_of(model), "accepts_targets", False)
+    return provide_targets(model, targets) if wants else nullcontext()

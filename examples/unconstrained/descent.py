@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -215,9 +216,10 @@ class Descent(Run):
                     optimizer.step()
         return row
 
-    def steps_to(self, distance: float) -> int | None:
-        """The first measured step at which the class means are this near to an ETF, if there is one."""
-        return next((row["step"] for row in self.history if row["etf_distance"] <= distance), None)
+    def steps_to(self, distance: float) -> float:
+        """The first measured step at which the class means are this near to an ETF; infinite: never."""
+        near = (row["step"] for row in self.history if row["etf_distance"] <= distance)
+        return next(near, math.inf)
 
 
 @torch.no_grad()
