@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from etflayers.checks import require, require_size
-from etflayers.data.subsets import class_targets
+from etflayers.data.subsets import class_members, class_targets
 
 __all__ = ["ClassBalancedSampler", "balanced_order"]
 
@@ -52,10 +52,9 @@ def balanced_order(
     require_size("num_samples", num_samples)
     rounds = -(-num_samples // num_classes)
     columns = []
-    for label in range(num_classes):
-        members = torch.nonzero(labels == label).flatten()
-        passes = -(-rounds // len(members))
-        shuffles = [members[torch.randperm(len(members), generator=generator)] for _ in range(passes)]
+    for numbers in class_members(labels, num_classes):
+        passes = -(-rounds // len(numbers))
+        shuffles = [numbers[torch.randperm(len(numbers), generator=generator)] for _ in range(passes)]
         columns.append(torch.cat(shuffles)[:rounds])
     table = torch.stack(columns, dim=1)
     places = torch.rand(table.shape, generator=generator).argsort(1)

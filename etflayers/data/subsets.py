@@ -14,7 +14,7 @@ from torch import Tensor
 
 from etflayers.checks import require, require_number, require_size
 
-__all__ = ["class_subset", "class_targets", "long_tail_sizes"]
+__all__ = ["class_members", "class_subset", "class_targets", "long_tail_sizes"]
 
 
 def long_tail_sizes(
@@ -97,8 +97,8 @@ def class_subset(targets: Tensor | Sequence[int], sizes: Tensor | Sequence[int],
     require_size("seed", seed, at_least=0)
     require(seed < 2**32, f"seed must be less than 2**32, got {seed}")
     wanted = _integers("sizes", sizes)
-    targets = class_targets(targets, len(wanted))
-    found = torch.bincount(targets, minlength=len(wanted))
+    members = class_members(class_targets(targets, len(wanted)), len(wanted))
+    found = torch.tensor([len(numbers) for numbers in members])
     short = torch.nonzero((wanted < 0) | (wanted > found)).flatten().tolist()
     require(
         not short,
@@ -106,10 +106,10 @@ def class_subset(targets: Tensor | Sequence[int], sizes: Tensor | Sequence[int],
         + ", ".join(f"class {k} has {int(found[k])}, got {int(wanted[k])}" for k in short[:5]),
     )
     random = np.random.RandomState(seed)
-    chosen = [torch.empty(0, dtype=torch.int64)]
-    for label, size in enumerate(wanted.tolist()):
-        members = torch.nonzero(targets == label).flatten()
-        chosen.append(members[torch.from_numpy(random.permutation(len(members))[:size])])
+    chosen = [
+        numbers[torch.from_numpy(random.permutation(len(numbers))[:size])]
+        for numbers, size in zip(members, wanted.tolist(), strict=True)
+    ]
     return torch.cat(chosen).sort().values
 
 
@@ -124,6 +124,12 @@ def class_targets(targets: Tensor | Sequence[int], num_classes: int | None) -> T
         f"got values from {low} to {high}",
     )
     return labels
+
+
+def class_members(targets: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    """The numbers of the samples of each class, ascending; targets are those of :func:`class_targets`."""
+    sizes = torch.bincount(targets, minlength=num_classes).tolist()
+    return torch.split(targets.argsort(stable=True), sizes)
 
 
 def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
