@@ -192,7 +192,7 @@ class Trainer(Run):
             "test_margins": test.margins,
         }
         if self.data.num_classes == 4:  # whose class means span a space that can be shown
-            now |= {"features": train.answers.features, "features_targets": train.answers.targets}
+            now |= {"features": train.features, "features_targets": train.targets}
         for moment in moments:
             self.snapshots |= {f"{moment}_{name}": tensor.cpu() for name, tensor in now.items()}
 

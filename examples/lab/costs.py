@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import median
 
 import torch
@@ -148,9 +149,7 @@ def _memory(label: str, trainer: Trainer) -> Memory:
 
 
 def _bytes_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    tensors = list(model.state_dict().values())
-    tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
+    states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
+    gradients = (parameter.grad for parameter in model.parameters())
+    tensors = [*model.state_dict().values(), *gradients, *chain.from_iterable(states)]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
