@@ -74,6 +74,9 @@ def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
 
     Returns:
         ``(B, d)``.
+
+    >>> classifier_inputs(nn.Linear(2, 3), torch.tensor([[3.0, 4.0]]))
+    tensor([[3., 4.]])
     """
     head: Any = module
     is_head = hasattr(module, "to_linear") and hasattr(module, "inputs")
