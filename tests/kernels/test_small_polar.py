@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ SHAPES = [(2, 1), (2, 3), (5, 4), (10, 64), (31, 30), (31, 200)]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions of the NumPy path that ran."""
     ran: list[str] = []
     for name in ("small_polar", "small_polar_adjoint"):
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return original(*arguments)
 
         monkeypatch.setattr(numpy, name, noted)
-    yield ran
+    return ran
 
 
 @pytest.mark.parametrize(("num_classes", "in_features"), SHAPES)

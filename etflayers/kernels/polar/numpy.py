@@ -19,14 +19,16 @@ c^2 T^+ <-> inverse, G <-> direction, S <-> inner.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[np.float64]
 
 __all__ = ["MOST_WORK", "SmallPolar", "small_polar", "small_polar_adjoint"]
-
-Array = npt.NDArray[np.float64]
 
 # K K d up to which OpenBLAS takes one thread, whatever it is allowed: PyTorch's setting does not reach it.
 MOST_WORK = 2**18
