@@ -13,6 +13,7 @@ from etflayers.geometry import simplex_etf
 from etflayers.kernels import Impl
 from etflayers.nn import (
     CodeHead,
+    CodeMSELoss,
     DotRegressionLoss,
     ETFCrossEntropy,
     ETFHead,
@@ -21,6 +22,8 @@ from etflayers.nn import (
     LearnedETFHead,
     Momentum,
     NearestETFHead,
+    UnitRowHead,
+    capture_features,
     capture_targets,
     provide_targets,
     replace_classifier,
@@ -31,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CodeHead",
+    "CodeMSELoss",
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
@@ -41,7 +45,9 @@ __all__ = [
     "Momentum",
     "NearestETFHead",
     "Reduction",
+    "UnitRowHead",
     "__version__",
+    "capture_features",
     "capture_targets",
     "nearest_etf",
     "provide_targets",

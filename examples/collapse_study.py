@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean, median, stdev
 from typing import ClassVar
 
@@ -30,7 +31,6 @@ from rich.table import Table
 
 from etflayers.checks import require
 from lab.classifiers import Trained, load_and_tell, run_name, train_and_tell
-from lab.data import ImageData
 from lab.files import Row
 from lab.heads import HeadName
 from lab.loggers import WandbMode, loggers
@@ -44,6 +44,7 @@ from lab.settings import Settings
 from lab.training import threads
 
 ETF_THRESHOLDS = (0.2, 0.1, 0.05)
+STATISTICS = {"mean": fmean, "std": stdev, "median": median, "min": min, "max": max}
 HEADLINES = (
     Column("train\nacc. %", "train_accuracy", ".2f", percent=True),
     Column("test\nacc. %", "test_accuracy", ".2f", percent=True),
@@ -104,31 +105,19 @@ def study(settings: StudySettings, console: Console, command: str) -> list[Train
     """
     settings.check()
     with process_group(settings.torch_device), threads(settings.cpu_threads):
-        console = console if rank() == 0 else Console(quiet=True)
-        results = Results(settings.folder, console)
-        data, title = load_and_tell(settings, console)
-        runs = [
-            _train(head, seed, settings, data, results) for seed in settings.seeds for head in settings.head
-        ]
-        if rank() == 0:
+        first = rank() == 0
+        results = Results(settings.folder, console if first else Console(quiet=True))
+        data, title = load_and_tell(settings, results.console)
+        tracked = {"tensorboard": first and settings.tensorboard, "wandb": settings.wandb if first else "off"}
+        runs, plain = [], settings.fingerprint()
+        for seed, head in product(settings.seeds, settings.head):
+            with loggers(settings.folder, run_name(head, seed), plain, **tracked) as log:
+                runs.append(train_and_tell(head, seed, settings, data, results.console, on_row=log))
+            if first:
+                results.run(runs[-1], plain)
+        if first:
             _write(runs, settings, title, command, results)
     return runs
-
-
-def _train(head: HeadName, seed: int, settings: StudySettings, data: ImageData, results: Results) -> Trained:
-    if rank() > 0:
-        return train_and_tell(head, seed, settings, data, results.console)
-    name, plain = run_name(head, seed), settings.fingerprint()
-    wanted = {"tensorboard": settings.tensorboard, "wandb": settings.wandb}
-    with loggers(settings.folder, name, plain, **wanted) as members:
-
-        def log(row: Row) -> None:
-            for member in members:
-                member.log(row)
-
-        run = train_and_tell(head, seed, settings, data, results.console, on_row=log)
-    results.run(run, plain)
-    return run
 
 
 def _write(runs: list[Trained], settings: StudySettings, title: str, command: str, results: Results) -> None:
@@ -166,34 +155,30 @@ def summary_rows(runs: Sequence[Trained]) -> list[Row]:
     rows = []
     for head in dict.fromkeys(run.head for run in runs):
         same = [run for run in runs if run.head == head]
-        last = [existing(run.last) for run in same]
-        for measure in dict.fromkeys(measure for row in last for measure in row):
-            rows.append(_summary(head, measure, [row.get(measure) for row in last]))
-        for measure, reached in _milestones().items():
-            rows.append(_summary(head, measure, [_first_epoch(run.history, reached) for run in same]))
+        for table in ([existing(run.last) for run in same], [_milestones(run.history) for run in same]):
+            for measure in dict.fromkeys(name for row in table for name in row):
+                values = [row.get(measure) for row in table]
+                rows.append({"head": head, "measure": measure, **_statistics(values)})
     return rows
 
 
-def _milestones() -> dict[str, Callable[[Row], bool]]:
+def _milestones(history: Sequence[Row]) -> Row:
+    """The first epochs at which something was reached."""
     distance = "train_nc2_etf_distance_means"
-    return {"epochs_to_100": lambda row: row["train_accuracy"] == 1} | {
-        f"epochs_to_etf_{bound}": lambda row, bound=bound: row.get(distance, math.inf) <= bound
-        for bound in ETF_THRESHOLDS
-    }
+    reached = {"epochs_to_100": [row["epoch"] for row in history if row["train_accuracy"] == 1]}
+    for bound in ETF_THRESHOLDS:
+        near = [row["epoch"] for row in history if row.get(distance, math.inf) <= bound]
+        reached[f"epochs_to_etf_{bound}"] = near
+    return {name: epochs[0] if epochs else None for name, epochs in reached.items()}
 
 
-def _first_epoch(history: Sequence[Row], reached: Callable[[Row], bool]) -> float | None:
-    return next((row["epoch"] for row in history if reached(row)), None)
-
-
-def _summary(head: str, measure: str, values: Sequence[float | None]) -> Row:
+def _statistics(values: Sequence[float | None]) -> Row:
     known = [value for value in values if value is not None]
-    statistics = {"mean": fmean, "std": stdev, "median": median, "min": min, "max": max}
-    found = {
-        name: statistic(known) if len(known) == len(values) and (name != "std" or len(known) > 1) else None
-        for name, statistic in statistics.items()
-    }
-    return {"head": head, "measure": measure, **found, "seeds": len(known)}
+    found: Row = dict.fromkeys(STATISTICS)
+    if len(known) == len(values):
+        wanted = {name: f for name, f in STATISTICS.items() if name != "std" or len(known) > 1}
+        found |= {name: statistic(known) for name, statistic in wanted.items()}
+    return found | {"seeds": len(known)}
 
 
 def headline_table(rows: Sequence[Row], title: str) -> Table:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from etflayers.checks import require, require_module
 from etflayers.errors import NonFiniteError
-from lab.classifiers import Trained, train
+from lab.classifiers import train
 from lab.data import load
 from lab.files import Row
 from lab.heads import HeadName
@@ -97,18 +97,11 @@ def run_trial(trial: str, seed: int, settings: SweepSettings) -> Row:
             run = train(changed.head[0], seed, changed, load(changed).to(changed.torch_device))
         except NonFiniteError:
             return row | {"diverged": True}  # a finding, and no reason to lose the other trials
-    return row | {"diverged": False} | _numbers(run)
-
-
-def _numbers(run: Trained) -> Row:
     early = run.history[min(EARLY, len(run.history) - 1)]
-    numbers: Row = {
-        f"test accuracy % after {EARLY} epochs": 100 * early["test_accuracy"],
-        "epochs to 99.9% train": math.inf if run.epochs_to_fit is None else run.epochs_to_fit,
-    }
-    return numbers | {
-        column: factor * run.last[key] for column, (key, factor) in COLUMNS.items() if key in run.last
-    }
+    fitted = math.inf if run.epochs_to_fit is None else run.epochs_to_fit
+    row |= {"diverged": False, f"test accuracy % after {EARLY} epochs": 100 * early["test_accuracy"]}
+    row |= {"epochs to 99.9% train": fitted}
+    return row | {name: factor * run.last[key] for name, (key, factor) in COLUMNS.items() if key in run.last}
 
 
 def sweep(settings: SweepSettings, console: Console) -> list[Row]:

@@ -18,13 +18,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
 
 from lab.classifiers import Trained, load_and_tell, train_and_tell
-from lab.costs import StepTime, memory_report, memory_table, step_times
+from lab.costs import memory_report, memory_table, step_times
 from lab.files import Row
 from lab.options import Flag, Free, command
 from lab.pictures import comparison_pictures
@@ -98,10 +99,9 @@ def compare(settings: ComparisonSettings, console: Console) -> list[Trained]:
             console.print(memory_table(sizes, settings.batch_size))
             results.csv("memory", [vars(size) for size in sizes])
         runs = []
-        for seed in settings.seeds:
-            for head in settings.head:
-                runs.append(train_and_tell(head, seed, settings, data, console))
-                results.run(runs[-1], plain)
+        for seed, head in product(settings.seeds, settings.head):
+            runs.append(train_and_tell(head, seed, settings, data, console))
+            results.run(runs[-1], plain)
         times = step_times([run for run in runs if run.seed == settings.seeds[0]], settings, data)
     rows = summary_rows(runs, times)
     results.csv("summary", rows)
@@ -115,7 +115,7 @@ def compare(settings: ComparisonSettings, console: Console) -> list[Trained]:
     return runs
 
 
-def summary_rows(runs: Sequence[Trained], times: Mapping[str, StepTime]) -> list[Row]:
+def summary_rows(runs: Sequence[Trained], times: Mapping[str, Row]) -> list[Row]:
     """One row for each head: last values as mean and standard deviation over the seeds, and costs.
 
     The epochs to 99.9% are empty where some seed has not got there.
@@ -124,18 +124,11 @@ def summary_rows(runs: Sequence[Trained], times: Mapping[str, StepTime]) -> list
     for head, time in times.items():
         same = [run for run in runs if run.head == head]
         epochs = [run.epochs_to_fit for run in same if run.epochs_to_fit is not None]
-        rows.append(
-            {
-                "head": head,
-                "seeds": len(same),
-                **mean_and_deviation([run.last for run in same], MEASURES),
-                "fitted_seeds": len(epochs),
-                "epochs_to_fit": fmean(epochs) if len(epochs) == len(same) else None,
-                "ms_per_step": time.step,
-                "head_ms": time.head,
-                "head_share": time.share,
-            }
-        )
+        row: Row = {"head": head, "seeds": len(same)}
+        row |= mean_and_deviation([run.last for run in same], MEASURES)
+        whole = len(epochs) == len(same)
+        row |= {"fitted_seeds": len(epochs), "epochs_to_fit": fmean(epochs) if whole else None}
+        rows.append(row | time)
     return rows
 
 

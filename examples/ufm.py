@@ -14,27 +14,32 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from etflayers.metrics import Classifier, class_statistics, collapse_measures
+from etflayers.unconstrained import Landscape, convex_optimum, minimize
 from lab.figures import HEAD_COLORS, draw_band, in_plain_numbers, legend_beside, new_figure
 from lab.files import Row
 from lab.heads import HeadName
 from lab.options import command
 from lab.results import Results, make_table
 from unconstrained.descent import Descent, RunKey, Settings
-from unconstrained.landscape import Landscape, landscape_rows
 
 DISTANCES = (0.05, 0.01)  # of the class means to their nearest ETF
+STEPS = {distance: f"steps_to_{distance:g}" for distance in DISTANCES}
 RIVALS = ("fixed", "standard")
 PANELS = {
     "nc1_trace": "NC1: within over between",
@@ -66,22 +71,21 @@ def compare(settings: Settings, console: Console) -> list[Descent]:
     results = Results(settings.folder, console)
     runs: dict[RunKey, Descent] = {}
 
-    def run(keys: Iterable[RunKey]) -> list[Descent]:
-        for key in keys:
-            if key not in runs:
-                runs[key] = _descend_and_tell(key, settings, console)
-        return [runs[key] for key in keys]
+    def run(key: RunKey) -> Descent:
+        if key not in runs:
+            runs[key] = _descend_and_tell(key, settings, console)
+        return runs[key]
 
     common = dict.fromkeys(settings.heads, settings.lr)
-    comparisons = {"common": run(_keys(settings, common, settings.classes))}
+    comparisons = {"common": [run(key) for key in _keys(settings, common, settings.classes)]}
     if settings.lr_grid:
         comparisons["selected"] = []
         for classes in settings.classes:
             rates = {}
             for head in settings.heads:
-                tried = run([RunKey(classes, head, lr, settings.seeds[0]) for lr in settings.lr_grid])
+                tried = [run(RunKey(classes, head, lr, settings.seeds[0])) for lr in settings.lr_grid]
                 rates[head] = min(tried, key=_slowness).key.lr
-            comparisons["selected"] += run(_keys(settings, rates, (classes,)))
+            comparisons["selected"] += [run(key) for key in _keys(settings, rates, (classes,))]
 
     results.csv("runs", [{**run.key._asdict(), **row} for run in runs.values() for row in run.history])
     summaries = {}
@@ -120,43 +124,76 @@ def check_theory(settings: Settings, console: Console) -> list[Row]:
     """The landscape of the regularized model, for both losses."""
     results = Results(settings.folder, console)
     rows = [row for loss in ("ce", "mse") for row in landscape_rows(Landscape(loss=loss), settings.seeds)]
-    headings = ("value", "gap", "gradient", "least\neigenvalue", "pre-\ndicted", "NC1-3")
-    table = make_table("Critical points of the regularized model", ("loss", "rank", "seed"), headings)
+    columns = {
+        "value": ("value", ".6f"),
+        "gap": ("gap", ".1e"),
+        "gradient": ("gradient_norm", ".0e"),
+        "least\neigenvalue": ("least_eigenvalue", ".1e"),
+        "pre-\ndicted": ("predicted_eigenvalue", ".1e"),
+        "NC1-3": ("collapse", ".0e"),
+    }
+    names = ("loss", "rank", "seed")
+    table = make_table("Critical points of the regularized model", names, columns)
     for row in rows:
-        table.add_row(
-            *(str(row[name]) for name in ("loss", "rank", "seed")),
-            f"{row['value']:.6f}",
-            f"{row['gap']:.1e}",
-            f"{row['gradient_norm']:.0e}",
-            f"{row['least_eigenvalue']:.1e}",
-            f"{row['predicted_eigenvalue']:.1e}",
-            "" if row["collapse"] is None else f"{row['collapse']:.0e}",
-        )
+        cells = ("" if row[name] is None else f"{row[name]:{digits}}" for name, digits in columns.values())
+        table.add_row(*(str(row[name]) for name in names), *cells)
     console.print(table)
     results.csv("theory", rows)
     results.tell()
     return rows
 
 
+def landscape_rows(landscape: Landscape, seeds: Sequence[int]) -> list[Row]:
+    """One row for each minimum from a random start, and for a critical point of each lower rank.
+
+    ``gap`` is the value above the optimum of the convex program. Rank K - 1 is that of the minimum.
+    """
+    optimum = convex_optimum(landscape)
+    starts: list[tuple[int | None, int]] = [(None, seed) for seed in seeds]
+    starts += [(rank, seeds[0]) for rank in range(landscape.num_classes - 1)]
+    rows = []
+    for rank, seed in starts:
+        point = minimize(landscape, rank=rank, generator=torch.Generator().manual_seed(seed))
+        value = float(landscape.value(point))
+        rows.append(
+            {
+                "loss": landscape.loss,
+                "rank": "free" if rank is None else rank,
+                "seed": seed,
+                "value": value,
+                "convex_optimum": optimum,
+                "gap": value - optimum,
+                "gradient_norm": landscape.gradient_norm(point),
+                "least_eigenvalue": landscape.least_eigenvalue(point),
+                "predicted_eigenvalue": landscape.unused_curvature(point),
+                "collapse": _distance_from_collapse(landscape, point) if rank is None else None,
+            }
+        )
+    return rows
+
+
+def _distance_from_collapse(landscape: Landscape, vector: Tensor) -> float:
+    weight, features, bias = landscape.unflatten(vector)
+    statistics = class_statistics(features.mT, landscape.targets, landscape.num_classes)
+    measures = collapse_measures(statistics, Classifier(weight, bias))
+    names = ("nc1_trace", "nc2_gram_means", "nc2_gram_weights", "nc3_distance")
+    return max(measures[name].item() for name in names)
+
+
 def _keys(settings: Settings, rates: dict[HeadName, float], classes: Sequence[int]) -> list[RunKey]:
-    return [
-        RunKey(count, head, lr, seed)
-        for count in classes
-        for head, lr in rates.items()
-        for seed in settings.seeds
-    ]
+    grid = product(classes, rates.items(), settings.seeds)
+    return [RunKey(count, head, lr, seed) for count, (head, lr), seed in grid]
 
 
 def _slowness(run: Descent) -> tuple[float, float]:
-    steps = run.steps_to(DISTANCES[-1])
-    return math.inf if steps is None else steps, run.history[-1]["etf_distance"]
+    return run.steps_to(DISTANCES[-1]), run.history[-1]["etf_distance"]
 
 
 def _descend_and_tell(key: RunKey, settings: Settings, console: Console, label: str = "") -> Descent:
     run = Descent(key, settings)
     run.finish(settings.checkpoint(key.name), resume=settings.resume, every=settings.checkpoint_every)
     steps = {distance: run.steps_to(distance) for distance in DISTANCES}
-    reached = (f"{d:g} {'never' if step is None else f'after {step}'}" for d, step in steps.items())
+    reached = (f"{d:g} {'never' if step == math.inf else f'after {step}'}" for d, step in steps.items())
     text = f"{key.name} {label}: distance {', '.join(reached)}, {run.seconds:.1f} s"
     console.print(text, highlight=False, soft_wrap=True)
     return run
@@ -171,22 +208,19 @@ def summary_rows(runs: Sequence[Descent]) -> list[Row]:
     for classes, head in dict.fromkeys((run.key.classes, run.key.head) for run in runs):
         same = [run for run in runs if (run.key.classes, run.key.head) == (classes, head)]
         row: Row = {"classes": classes, "head": head, "lr": same[0].key.lr, "seeds": len(same)}
-        for distance in DISTANCES:
-            reached = [run.steps_to(distance) for run in same]
-            steps = [math.inf if step is None else float(step) for step in reached]
-            for name, statistic in {"": median, "_min": min, "_max": max}.items():
-                row[f"steps_to_{distance:g}{name}"] = statistic(steps)
+        for distance, name in STEPS.items():
+            steps = [run.steps_to(distance) for run in same]
+            row |= {name: median(steps), f"{name}_min": min(steps), f"{name}_max": max(steps)}
         for name in ("loss", "accuracy", "etf_distance", "nc1_trace", "nc3_distance", "margin"):
             row[f"last_{name}"] = median(run.history[-1][name] for run in same)
         row["ms_per_step"] = median(1000 * run.seconds / run.settings.steps for run in same)
         rows.append(row)
     of = {(row["classes"], row["head"]): row for row in rows}
     for row in rows:
-        for rival in RIVALS:
-            for name in (f"steps_to_{distance:g}" for distance in DISTANCES):
-                rivals = of.get((row["classes"], rival), {}).get(name, math.inf)
-                known = 0 < rivals < math.inf and row[name] < math.inf
-                row[f"{name}_over_{rival}"] = row[name] / rivals if known else None
+        for rival, name in product(RIVALS, STEPS.values()):
+            rivals = of.get((row["classes"], rival), {}).get(name, math.inf)
+            known = 0 < rivals < math.inf and row[name] < math.inf
+            row[f"{name}_over_{rival}"] = row[name] / rivals if known else None
     return rows
 
 
@@ -199,17 +233,14 @@ def summary_table(rows: Sequence[Row], title: str) -> Table:
     table = make_table(title, [named], ["lr", *headings])
     for row in rows:
         cells = [row[named], f"{row['lr']:g}"]
-        for name in (f"steps_to_{distance:g}" for distance in DISTANCES):
-            middle, low, high = (_steps(row[f"{name}{end}"]) for end in ("", "_min", "_max"))
+        for name in STEPS.values():
+            ends = (row[f"{name}{end}"] for end in ("", "_min", "_max"))
+            middle, low, high = ("never" if math.isinf(count) else f"{count:g}" for count in ends)
             cells.append(middle if low == high else f"{middle} {low}-{high}")
             over = (row[f"{name}_over_{rival}"] for rival in rivals)
             cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in over]
         table.add_row(*cells)
     return table
-
-
-def _steps(count: float) -> str:
-    return "never" if math.isinf(count) else f"{count:g}"
 
 
 def distance_figure(runs: Sequence[Descent]) -> Figure:

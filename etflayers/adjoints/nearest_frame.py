@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etflayers._torch import allow_in_graph, forward_mode, inside_transform
+from etflayers._torch import allow_in_graph, apply_function, forward_mode, inside_transform
 from etflayers.checks import reads_values, require
 from etflayers.errors import NonFiniteError
 from etflayers.geometry import centered, etf_radius
@@ -123,6 +123,8 @@ def _derivative(direction: Tensor, linear: Tensor, state: FrameState) -> Tensor:
 def _differentiable(direction: Tensor, linear: Tensor, state: FrameState) -> Tensor:
     """(*) as a function of M and W that can itself be differentiated, to any order."""
     num_classes, in_features = state.frame.shape[-2:]
+    if in_features == 1:
+        return torch.zeros_like(direction)  # two frames, -1 and 1, with nothing between them
     square = etf_radius(num_classes) ** 2
     spectrum = state.spectrum
     change, frame = centered(direction.to(state.dtype)), state.frame.to(state.dtype)
@@ -195,9 +197,5 @@ class _NearestFrame(torch.autograd.Function):
 # through, it would refuse the forward mode and lose the vmap rule.
 @allow_in_graph
 def _nearest_frame(linear: Tensor, solver: FrameSolver, precision: torch.dtype | None) -> Tensor:
-    # What Function.apply itself calls after binding the arguments to the signature of `forward` by
-    # introspection, which would take a fifth of the time of a small problem.
-    direct = super(torch.autograd.Function, _NearestFrame).apply
-    apply = _NearestFrame.apply if inside_transform() else direct
-    frame: Tensor = apply(linear, solver, precision, _Form())[0]  # type: ignore[no-untyped-call]
+    frame: Tensor = apply_function(_NearestFrame, linear, solver, precision, _Form())[0]
     return frame

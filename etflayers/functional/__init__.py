@@ -7,7 +7,7 @@ from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.functional.logits import canonical_etf_logits, directions
-from etflayers.functional.losses import dot_regression_loss
+from etflayers.functional.losses import code_mse_loss, dot_regression_loss
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
 from etflayers.functional.reduction import Reduction
 from etflayers.functional.spread import unit_spread
@@ -21,6 +21,7 @@ __all__ = [
     "class_means",
     "class_sums",
     "code_cross_entropy",
+    "code_mse_loss",
     "directions",
     "dot_regression_loss",
     "etf_cross_entropy",

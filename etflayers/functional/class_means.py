@@ -11,9 +11,10 @@ from torch import Tensor
 
 from etflayers.checks import reads_values, require, require_floating, require_values
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.functional.soft_targets import are_soft, require_soft_targets
 from etflayers.kernels import Impl
 from etflayers.kernels import class_sums as kernels
-from etflayers.precision import working_dtype
+from etflayers.precision import full_precision, working_dtype
 
 __all__ = [
     "class_means",
@@ -30,20 +31,25 @@ def class_sums(
 ) -> tuple[Tensor, Tensor]:
     r"""Sum the features of each class: ``s_k = sum_{i: y_i = k} f_i`` and ``n_k = #{i: y_i = k}``.
 
+    With soft targets P, ``s_k = sum_i P_ik f_i`` and ``n_k = sum_i P_ik``.
+
     Args:
         features: F, ``(B, d)``; every row finite, the ignored ones too (0 times NaN is NaN). The Triton
             kernel does not read ignored rows, and so does not complain of them.
-        targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``.
+        targets: y, ``(B,)``, integers in [0, K) or ``ignore_index``; or soft targets P, ``(B, K)``, floating
+            point, not negative, with rows that sum to 1.
         num_classes: K.
-        ignore_index: target of the rows to leave out; it may be one of the classes.
+        ignore_index: target of the rows to leave out; it may be one of the classes. Soft targets leave none
+            out.
         impl: which path to take: see :func:`etflayers.kernels.describe`.
 
     Returns:
         The sums ``(K, d)``, in float32 for half-precision features and in their own dtype otherwise, and the
-        counts ``(K,)``, int64.
+        counts ``(K,)``, int64; of soft targets n, in the dtype of the sums. Differentiable in both arguments.
 
     Raises:
-        InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+        InvalidArgumentError: shapes or dtypes that do not fit, targets out of range, or soft targets that are
+            no probabilities.
         NonFiniteError: NaN or infinity in the features, or features so large that sums overflow.
 
     >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
@@ -57,6 +63,12 @@ def class_sums(
             f"features must have shape (B, in_features), got {tuple(features.shape)}: "
             "flatten the leading dimensions"
         )
+    if are_soft(targets):
+        require_soft_targets(targets, features.shape[:-1], num_classes)
+        _require_summable(features)
+        dtype = working_dtype(features.dtype)
+        with full_precision(features):
+            return targets.to(dtype).mT @ features.to(dtype), targets.to(dtype).sum(0)
     require_target_for_each(features, targets)
     require_class_indices(targets)
     if kernels.sums_use_triton(features, num_classes, impl):
@@ -92,7 +104,7 @@ def class_means(
     (tensor([[2., 0.], [0., 0.], [0., 5.]]), tensor([2, 0, 1]))
     """
     sums, counts = class_sums(features, targets, num_classes, ignore_index=ignore_index, impl=impl)
-    return sums / counts.clamp(min=1).unsqueeze(-1), counts
+    return sums / torch.where(counts > 0, counts, 1).unsqueeze(-1), counts
 
 
 def require_target_for_each(features: Tensor, targets: Tensor) -> None:

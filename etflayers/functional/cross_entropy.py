@@ -10,18 +10,23 @@ and its gradient ``s c (p - (1 - e) 1_y - e / K)`` sums to zero, as the gradient
 Both take one pass over the features, and the backward pass needs two numbers a sample besides them: see
 ``kernels.cross_entropy``. Any other frame takes the logits a few rows at a time, and makes them again on the
 way back.
+
+Soft targets are a ``(B, K)`` matrix themselves, and to save another one, of logits, would be half a saving:
+their loss is PyTorch's, of all logits at once.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from etflayers.checks import require, require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
-from etflayers.functional.logits import linear_dtype
+from etflayers.functional.logits import canonical_etf_logits, linear_dtype
 from etflayers.functional.reduction import Reduction, reduced, require_reduction
+from etflayers.functional.soft_targets import are_soft, require_soft_targets
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
 from etflayers.kernels import Impl
 from etflayers.kernels.cross_entropy import (
@@ -53,7 +58,8 @@ def etf_cross_entropy(
 
     Args:
         features: f, ``(..., d)`` with d >= K - 1. NaN gives a NaN loss, but for ignored samples.
-        targets: y, ``(...)``, integers in [0, K) or ``ignore_index``.
+        targets: y, ``(...)``, integers in [0, K) or ``ignore_index``; or soft targets, ``(..., K)``, floating
+            point, not negative, with rows that sum to 1: their loss makes all logits.
         num_classes: K >= 2.
         scale: s > 0, the inverse temperature: that of the head.
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
@@ -77,6 +83,10 @@ def etf_cross_entropy(
         raise InvalidArgumentError("features must have shape (..., in_features), got a scalar")
     require_etf_dims(num_classes, features.shape[-1])
     require_loss_options(scale, label_smoothing, reduction)
+    if are_soft(targets):
+        require_soft_targets(targets, features.shape[:-1], num_classes)
+        logits = canonical_etf_logits(features, num_classes, scale=scale)
+        return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
     _require_target_for_each(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
@@ -149,11 +159,15 @@ def code_cross_entropy(
             f"got {tuple(features.shape)} and {tuple(frame.shape)}"
         )
     require_loss_options(scale, label_smoothing, reduction, chunk_size)
+    dtype = torch.promote_types(features.dtype, frame.dtype)
+    dtype = linear_dtype(features.to(dtype))
+    if are_soft(targets):
+        require_soft_targets(targets, features.shape[:-1], frame.shape[0])
+        logits = scale * F.linear(features.to(dtype), frame.to(dtype))
+        return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
     _require_target_for_each(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
-    dtype = torch.promote_types(features.dtype, frame.dtype)
-    dtype = linear_dtype(features.to(dtype))
     ignored = ignored_targets(labels, frame.shape[0], ignore_index)
     losses = linear_softmax_losses(
         rows.to(dtype),
@@ -176,6 +190,20 @@ def require_loss_options(
     require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
     require_reduction(reduction)
     require(chunk_size is None or chunk_size >= 1, f"chunk_size must be at least 1 or None, got {chunk_size}")
+
+
+def _soft_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float, reduction: Reduction
+) -> Tensor:
+    num_classes = logits.shape[-1]
+    dtype = working_dtype(logits.dtype)
+    loss = F.cross_entropy(
+        logits.reshape(-1, num_classes).to(dtype),
+        targets.reshape(-1, num_classes).to(dtype),
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+    return loss.view(targets.shape[:-1] if reduction == "none" else ())
 
 
 def _require_target_for_each(features: Tensor, targets: Tensor) -> None:

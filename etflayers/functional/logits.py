@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from etflayers._torch import allow_in_graph, apply_function
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
@@ -16,7 +19,7 @@ __all__ = ["canonical_etf_logits", "directions", "linear_dtype"]
 _SHORTEST = 1e-12
 
 
-def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
+def canonical_etf_logits(features: Tensor, num_classes: int, *, scale: float = 1.0) -> Tensor:
     r"""Inner products with the canonical simplex ETF in O(K) a sample: a slice, a mean and a scale.
 
     The canonical frame is ``W = c (I - 11'/K)`` followed by zero columns, so ``W f = c (f_{1:K} -
@@ -25,9 +28,10 @@ def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
     Args:
         features: f, ``(..., d)`` with d >= K - 1.
         num_classes: K >= 2.
+        scale: a factor s of all logits.
 
     Returns:
-        ``(..., K)``, equal to ``F.linear(features, simplex_etf(K, d))`` and in the dtype that would have,
+        ``(..., K)``, equal to ``s F.linear(features, simplex_etf(K, d))`` and in the dtype that would have,
         computed in float32 or better.
 
     Raises:
@@ -40,13 +44,42 @@ def canonical_etf_logits(features: Tensor, num_classes: int) -> Tensor:
     if features.ndim == 0:
         raise InvalidArgumentError("features must have shape (..., in_features), got a scalar")
     require_etf_dims(num_classes, features.shape[-1])
-    rows = features.to(working_dtype(features.dtype))
+    rows, factor = features.to(working_dtype(features.dtype)), scale * etf_radius(num_classes)
     if features.shape[-1] == num_classes - 1:
-        centered = centered_basis_adjoint(rows.unsqueeze(-1)).squeeze(-1)
+        logits = factor * centered_basis_adjoint(rows.unsqueeze(-1)).squeeze(-1)
     else:
-        rows = rows[..., :num_classes]
-        centered = rows - rows.mean(-1, keepdim=True)
-    return (etf_radius(num_classes) * centered).to(linear_dtype(features))
+        logits = _scaled_centering(rows[..., :num_classes], factor)
+    return logits.to(linear_dtype(features))
+
+
+# torch.compile refuses functions with a forward mode; as one node of the graph they keep it.
+@allow_in_graph
+def _scaled_centering(rows: Tensor, factor: float) -> Tensor:
+    """``a (x - mean x)`` along the last dimension."""
+    scaled: Tensor = apply_function(_ScaledCentering, rows, factor)
+    return scaled
+
+
+class _ScaledCentering(torch.autograd.Function):
+    """The matrix ``a (I - 11'/K)`` is symmetric: the map is its own adjoint, in one piece of fresh memory."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, factor: float) -> Tensor:
+        return (rows - rows.mean(-1, keepdim=True)).mul_(factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scaled_centering(grad, ctx.factor), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return _scaled_centering(tangent, ctx.factor)
 
 
 def directions(features: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ the same for every ETF, so what remains is: maximize <W, M> with
 
 **Closed form.** Every ETF is W = c E'R with R of orthonormal rows (see ``geometry.frames``), and <W, M> = c
 <R, EM> is largest at the polar factor R of EM. Markou et al. (2024, arXiv 2411.01248) solve the same problem
-by Riemannian trust regions; that method is the oracle of our tests.
+by Riemannian trust regions; that method is the oracle of our tests. Theirs is the same problem for delta = 0
+only: their proximal term holds a matrix of K orthonormal columns, one direction of which W does not show, and
+measures its weight otherwise (``NearestETFHead.published`` converts it).
 
 X <-> means, omega <-> weights, A <-> anchor, delta <-> proximity, M <-> linear, W <-> frame, R <-> factor.
 """

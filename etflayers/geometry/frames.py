@@ -116,11 +116,14 @@ def centered_rows(
         wide = wide.clone()
     # In place, on a tensor of our own by now: to touch fresh memory costs as much as the arithmetic.
     found = wide if wide.dtype == dtype else wide.to(dtype)
-    found -= found.mean(-2, keepdim=True)
+    # The mean as a product: a reduction over rows that lie apart in memory takes several times as long.
+    found -= found.new_full((1, found.shape[-2]), 1 / found.shape[-2]) @ found
     if to_spare:
         return found, None
     # No range to spare either: the Gram matrix of 1e20 overflows float32.
-    scale = found.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    fixed = found.detach()
+    scale = torch.maximum(fixed.amax((-2, -1), keepdim=True), -fixed.amin((-2, -1), keepdim=True))
+    scale = scale.clamp_min(torch.finfo(dtype).tiny)
     found /= scale
     return found, scale
 

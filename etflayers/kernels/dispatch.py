@@ -1,4 +1,4 @@
-"""Which path a call takes, and why: a Triton kernel, or the eager PyTorch operations beside it.
+"""Which path a call takes, and why: a Triton kernel, the eager PyTorch operations beside it, or NumPy's.
 
 The choice is a function of the device, the dtype and the sizes, never of a global flag. Each operation
 registers what its kernel supports. ``impl="reference"`` and ``impl="triton"`` force a path; a forced kernel
@@ -46,7 +46,7 @@ class Call:
 class Choice:
     """The path of a call and the reason for it."""
 
-    impl: Literal["reference", "triton"]
+    impl: Literal["numpy", "reference", "triton"]
     reason: str
 
     def __str__(self) -> str:
@@ -57,11 +57,20 @@ class Choice:
 Support = Callable[[Call], str | None]
 
 _OPS: dict[str, Support] = {}
+_NUMPY: dict[str, Support] = {}
 
 
-def register(op: str, supports: Support) -> None:
-    """Make ``op`` known, and what says why its kernel does not support a call (``None``: it does)."""
+def register(op: str, supports: Support, *, numpy: Support | None = None) -> None:
+    """Make ``op`` known, and what says why its kernel does not support a call (``None``: it does).
+
+    Args:
+        op: name of the operation.
+        supports: of its Triton kernel.
+        numpy: of its path in NumPy for small problems on a CPU, if it has one.
+    """
     _OPS[op] = supports
+    if numpy is not None:
+        _NUMPY[op] = numpy
 
 
 def describe(
@@ -93,12 +102,18 @@ def describe(
 
     >>> print(describe("class_sums", device="cpu", dtype=torch.float32, num_classes=10))
     reference: Triton kernels run on CUDA devices, not on 'cpu'
+    >>> print(describe("polar", device="cpu", dtype=torch.float32, num_classes=10))
+    numpy: few classes on a CPU: PyTorch's operations would take as long as their launch
     """
     require(op in _OPS, f"op must be one of {', '.join(map(repr, sorted(_OPS)))}, got {op!r}")
     require(impl in get_args(Impl), f"impl must be 'auto', 'reference' or 'triton', got {impl!r}")
     if impl == "reference":
         return Choice("reference", "asked for")
     call = Call(torch.device(device), dtype, num_classes, in_features, batch)
+    if impl == "auto" and call.device.type == "cpu" and op in _NUMPY and _NUMPY[op](call) is None:
+        return Choice(
+            "numpy", "few classes on a CPU: PyTorch's operations would take as long as their launch"
+        )
     obstacle = _missing(call, forced=impl == "triton") or _OPS[op](call)
     if obstacle is None:
         return Choice("triton", "asked for" if impl == "triton" else "the kernel supports this call")

@@ -8,7 +8,8 @@ load it, and the callback Lightning, when they are first named: that takes as lo
 from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
-from etflayers.metrics.classifier import Classifier, read_classifier
+from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
+from etflayers.metrics.descriptions import DESCRIPTIONS, Description
 from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
 from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
@@ -39,6 +40,7 @@ from etflayers.metrics.nc3 import (
 )
 from etflayers.metrics.nc4 import bias_collapse, center_agreement, center_disagreement, nearest_center
 from etflayers.metrics.nc5 import orthogonality_deviation
+from etflayers.metrics.pictures import plot_cosines, plot_tetrahedron
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
 
@@ -64,10 +66,12 @@ else:
     )
 
 __all__ = [
+    "DESCRIPTIONS",
     "ClassMoments",
     "ClassStatistics",
     "Classifier",
     "CosineMargins",
+    "Description",
     "Equiangularity",
     "HypersphericalEnergy",
     "MSEDecomposition",
@@ -81,6 +85,7 @@ __all__ = [
     "center_disagreement",
     "class_distance_normalized_variance",
     "class_statistics",
+    "classifier_inputs",
     "collapse_measures",
     "cosine_margins",
     "covariance_trace_ratio",
@@ -102,6 +107,8 @@ __all__ = [
     "numerical_rank",
     "orthogonality_deviation",
     "own_cosines",
+    "plot_cosines",
+    "plot_tetrahedron",
     "read_classifier",
     "simplex_coherence_error",
     "spatial_mean",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
-from etflayers.metrics.margins import row_cosines
+from etflayers.metrics.margins import cosines_of
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["Classifier", "answers", "classifier_inputs", "read_classifier"]
@@ -74,6 +74,9 @@ def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
 
     Returns:
         ``(B, d)``.
+
+    >>> classifier_inputs(nn.Linear(2, 3), torch.tensor([[3.0, 4.0]]))
+    tensor([[3., 4.]])
     """
     head: Any = module
     is_head = hasattr(module, "to_linear") and hasattr(module, "inputs")
@@ -82,7 +85,7 @@ def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def answers(module: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and ``cos(h, w_k)`` of the classifier, both ``(B, K)``.
+    """Logits and ``cos(h, w_k)`` of the classifier, both ``(B, K)``, from the same products.
 
     A canonical frame W has unit rows and products without a matrix, so its cosines are ``<h, s w_k> / s|h|``.
 
@@ -92,8 +95,10 @@ def answers(module: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
     """
     features = features.detach().to(working_dtype(features.dtype))
     if not getattr(module, "canonical", False):
-        classifier = read_classifier(module)
-        return classifier.logits(features), row_cosines(features, classifier.weight)
+        weight, bias = read_classifier(module)
+        products = Classifier(weight).logits(features)
+        cosines = cosines_of(products, features, weight)
+        return products if bias is None else products + bias.to(products), cosines
     head: Any = module
     with full_precision(features):
         logits = head.forward(features)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require, require_finite, require_module
+from etflayers.checks import reads_values, require, require_finite, require_module
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.functional.class_means import ignored_targets
@@ -174,11 +174,13 @@ class NeuralCollapse(ExactMetric):
         # What may be refused is computed before anything is changed.
         features = classifier_inputs(module, features)
         valid = ~ignored_targets(targets, self.num_classes, self.ignore_index)
-        rows, classes = features[valid], targets.long()[valid]
+        # A slice is no copy, which costs a quarter of the product with the weight.
+        kept = slice(None) if reads_values(valid) and bool(valid.all()) else valid
+        rows, classes = features[kept], targets.long()[kept]
         own_logits, cosines = answers(module, rows)
         require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
         margins = margins_of(cosines, classes)
-        logits = own_logits if logits is None else logits[valid].detach()
+        logits = own_logits if logits is None else logits[kept].detach()
         decisions = decisions_of(logits)
         correct = decisions == classes
         if self.centers is not None and self._whitening is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from etflayers.checks import require_finite
@@ -112,10 +111,18 @@ def _cosines(
 def row_cosines(features: Tensor, rows: Tensor) -> Tensor:
     """``cos(h, w_k)``, ``(B, K)``, and zero for zero vectors; rows in any dtype, not centered."""
     with full_precision(features):
-        products = F.normalize(features, dim=-1) @ rows.to(features.device, features.dtype).mT
-    # Lengths divide products instead of the rows: K numbers and not another K x d.
-    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(products)
-    return products / torch.where(lengths > 0, lengths, 1)
+        products = features @ rows.to(features.device, features.dtype).mT
+    return cosines_of(products, features, rows)
+
+
+def cosines_of(products: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+    """``cos(h, w_k)``, ``(B, K)``, from the products ``<h, w_k>``; zero for zero vectors."""
+    # Lengths divide the products: two divisions of B K numbers instead of copies of features and rows. The
+    # rows may be in a wider dtype than their products.
+    lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    row_lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(products)
+    cosines = products / torch.where(lengths > 0, lengths, 1)
+    return cosines.div_(torch.where(row_lengths > 0, row_lengths, 1))
 
 
 def margins_of(cosines: Tensor, targets: Tensor) -> Tensor:

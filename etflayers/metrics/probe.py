@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from etflayers.checks import require, require_module
 from etflayers.errors import EtfLayersError, InvalidArgumentError
+from etflayers.hooks import on_input
 from etflayers.metrics.collapse import NeuralCollapse
 
 __all__ = ["NeuralCollapseProbe", "spatial_mean"]
@@ -92,8 +93,8 @@ class NeuralCollapseProbe:
         for name in layers:
             self._handles.append(modules[name].register_forward_hook(partial(self._keep_output, name)))
         if classifier is not None:
-            module, keep_input = modules[classifier], partial(self._keep_input, classifier)
-            self._handles.append(module.register_forward_pre_hook(keep_input, with_kwargs=True))
+            module = modules[classifier]
+            self._handles.append(on_input(module, partial(self._keep, classifier)))
             self._handles.append(module.register_forward_hook(self._keep_logits))
 
     def update(self, targets: Tensor) -> None:
@@ -177,11 +178,6 @@ class NeuralCollapseProbe:
 
     def _keep_output(self, name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._keep(name, output)
-
-    def _keep_input(
-        self, name: str, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        self._keep(name, next(iter((*inputs, *options.values())), None))
 
     def _keep_logits(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._logits = _tensor("the classifier", output).clone()

@@ -4,17 +4,20 @@ from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
 from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
+from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.learned import LearnedETFHead
-from etflayers.nn.losses import DotRegressionLoss, ETFCrossEntropy
+from etflayers.nn.losses import CodeMSELoss, DotRegressionLoss, ETFCrossEntropy
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
 from etflayers.nn.surgery import replace_classifier, restore_linear
 from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
+from etflayers.nn.unit_rows import UnitRowHead
 
 __all__ = [
     "CodeHead",
+    "CodeMSELoss",
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
@@ -30,6 +33,8 @@ __all__ = [
     "NearestETFHead",
     "StiefelNode",
     "TargetCapture",
+    "UnitRowHead",
+    "capture_features",
     "capture_targets",
     "find_classifiers",
     "provide_targets",

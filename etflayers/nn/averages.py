@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from etflayers._torch import inside_backward, is_concrete, stamp
-from etflayers.checks import require_flag, require_floating, require_size, require_values
+from etflayers.checks import require, require_flag, require_floating, require_size, require_values
 from etflayers.errors import (
     EtfLayersError,
     InvalidArgumentError,
@@ -19,6 +18,7 @@ from etflayers.errors import (
     RecomputationError,
 )
 from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
+from etflayers.functional.soft_targets import are_soft, require_soft_targets
 from etflayers.kernels.class_sums import (
     Momentum,
     averages_use_triton,
@@ -27,22 +27,10 @@ from etflayers.kernels.class_sums import (
     require_momentum,
 )
 from etflayers.nn.distributed import all_reduce_sum, world_size
+from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import working_dtype
 
-__all__ = ["AverageState", "FeatureMovingAverage", "Momentum", "keep_precision"]
-
-
-def keep_precision(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``convert`` (the argument of ``nn.Module._apply``) without its step from full to half precision.
-
-    Averages and factorizations lose their meaning in 8 or 11 bits, so ``module.half()`` moves them at most.
-    """
-
-    def converted(tensor: Tensor) -> Tensor:
-        result = convert(tensor)
-        return result if result.dtype == working_dtype(result.dtype) else tensor.to(result.device)
-
-    return converted
+__all__ = ["AverageState", "FeatureMovingAverage", "Momentum"]
 
 
 class AverageState(NamedTuple):
@@ -53,7 +41,7 @@ class AverageState(NamedTuple):
     updates: Tensor
 
 
-class FeatureMovingAverage(nn.Module):
+class FeatureMovingAverage(KeepsPrecision):
     r"""Running mean of the features of each class: ``m_k <- m_k + a_k (mean of the batch - m_k)``.
 
     The step ``a_k`` belongs to the class: it is 1 the first time that the class occurs, 0 when a batch holds
@@ -62,6 +50,11 @@ class FeatureMovingAverage(nn.Module):
     stored means are returned and nothing changes. A training pass under ``torch.no_grad`` still updates, as
     in BatchNorm. Gradient checkpointing, which would run the pass twice, is refused: keep this layer outside
     the checkpoint.
+
+    Soft targets P (mixup, cutmix, a teacher) give class k the share ``P_ik`` of sample i. The mean of the
+    batch is then ``sum_i P_ik f_i / n_k`` with the mass ``n_k = sum_i P_ik``, and the step is multiplied by
+    ``min(1, n_k)``: a class of which a batch holds less than one whole sample moves by that much less. Where
+    all shares are 0 or 1 this is the rule above.
 
     Under ``torch.distributed`` the sums and counts are added over the ranks, so that every rank holds the
     average that one process would have computed on the whole batch. Where a rank refuses its batch, all
@@ -85,7 +78,7 @@ class FeatureMovingAverage(nn.Module):
 
     Attributes:
         means: ``(K, d)``, zero rows for classes never seen.
-        counts: ``(K,)`` int64, number of samples seen.
+        counts: ``(K,)`` int64, number of samples seen, with any share.
         updates: ``(K,)`` int64, number of batches in which the class occurred.
 
     Raises:
@@ -149,14 +142,16 @@ class FeatureMovingAverage(nn.Module):
 
         Args:
             features: ``(..., d)``, finite; half precision is accumulated in float32.
-            targets: ``(...)``, integers in [0, K) or ``ignore_index``; not used in eval mode.
+            targets: ``(...)``, integers in [0, K) or ``ignore_index``; or soft targets, ``(..., K)``,
+                floating point, with rows that sum to 1; not used in eval mode.
 
         Returns:
-            ``(K, d)``; in training differentiable in ``features``.
+            ``(K, d)``; in training differentiable in ``features`` and in soft targets.
 
         Raises:
             MissingTargetsError: training without targets.
-            InvalidArgumentError: shapes or dtypes that do not fit, targets out of range.
+            InvalidArgumentError: shapes or dtypes that do not fit, targets out of range, or soft targets with
+                ``momentum=None``.
             NonFiniteError: NaN or infinity in the features.
         """
         if not self.training:
@@ -173,7 +168,7 @@ class FeatureMovingAverage(nn.Module):
     def refuse(self, error: EtfLayersError) -> NoReturn:
         """Raise ``error``, after telling the other ranks, which would wait for this one's sums."""
         if self._distributed:
-            self._summed_over_ranks(None, None)
+            self._summed_over_ranks(None, None, None)
         raise error
 
     @torch.no_grad()
@@ -203,14 +198,23 @@ class FeatureMovingAverage(nn.Module):
                 f"features must have shape (..., in_features) = (..., {self.in_features}), "
                 f"got {tuple(features.shape)}"
             )
-        if targets.shape != features.shape[:-1]:
+        soft = are_soft(targets)
+        if soft:
+            require_soft_targets(targets, features.shape[:-1], self.num_classes)
+            require(
+                self.momentum is not None,
+                "soft targets have shares of samples, of which momentum=None would need the sum over all "
+                "batches, and counts holds whole samples: take a number or '2/(t+1)'",
+            )
+        elif targets.shape != features.shape[:-1]:
             raise InvalidArgumentError(
                 f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
                 f"got {tuple(targets.shape)}. Where a model pools after this layer, give the target to the "
                 f"position that is pooled, and ignore_index={self.ignore_index} to the others"
             )
-        features, targets = features.reshape(-1, self.in_features), targets.reshape(-1)
-        if not self._distributed and averages_use_triton(features, self.means):
+        features = features.reshape(-1, self.in_features)
+        targets = targets.reshape(-1, self.num_classes) if soft else targets.reshape(-1)
+        if not soft and not self._distributed and averages_use_triton(features, self.means):
             # Sums, counts, all checks and the update in one launch.
             require_class_indices(targets)
             require_same_device(features, targets)
@@ -225,16 +229,17 @@ class FeatureMovingAverage(nn.Module):
                     self.momentum,
                 )
             )
-        sums, counts = class_sums(features, targets, self.num_classes, ignore_index=self.ignore_index)
+        sums, mass = class_sums(features, targets, self.num_classes, ignore_index=self.ignore_index)
+        samples = (targets > 0).sum(0) if soft else mass
         if self._distributed:
-            sums, counts = self._summed_over_ranks(sums, counts)
-        batch_means = sums / counts.clamp(min=1).unsqueeze(-1)
-        steps = momentum_steps(self.momentum, counts, self.counts, self.updates, batch_means.dtype)
+            sums, mass, samples = self._summed_over_ranks(sums, mass, samples)
+        batch_means = sums / torch.where(mass > 0, mass, 1).unsqueeze(-1)
+        steps = momentum_steps(self.momentum, mass, self.counts, self.updates, batch_means.dtype)
         step = steps.unsqueeze(-1)
         return AverageState(
             means=self.means + step * (batch_means - self.means),
-            counts=self.counts + counts,
-            updates=self.updates + (counts > 0),
+            counts=self.counts + samples,
+            updates=self.updates + (samples > 0),
         )
 
     def commit(self, state: AverageState) -> None:
@@ -261,14 +266,17 @@ class FeatureMovingAverage(nn.Module):
     def _distributed(self) -> bool:
         return self.synchronize and world_size(self.process_group) > 1
 
-    def _summed_over_ranks(self, sums: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sums and counts of all ranks in one collective; ``None`` says that this rank has failed."""
+    def _summed_over_ranks(
+        self, sums: Tensor | None, mass: Tensor | None, samples: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums, mass and samples of all ranks in one collective; ``None`` says that this rank has failed."""
         like = self.means
-        failed = sums is None or counts is None
-        if sums is None or counts is None:
-            sums, counts = torch.zeros_like(like), self.counts
+        failed = sums is None or mass is None or samples is None
+        if sums is None or mass is None or samples is None:
+            sums, mass, samples = torch.zeros_like(like), self.counts, self.counts
         # Counts below 2^24 are exact in float32. The same dtype on every rank, whatever its features have.
-        packed = torch.cat((sums.to(like.dtype), counts.unsqueeze(-1).to(like.dtype)), dim=-1)
+        columns = (sums, mass.unsqueeze(-1), samples.unsqueeze(-1))
+        packed = torch.cat([column.to(like.dtype) for column in columns], dim=-1)
         flag = packed.new_full((1, packed.shape[-1]), float(failed))
         packed = all_reduce_sum(torch.cat((packed, flag)), self.process_group)
         if not failed:
@@ -277,11 +285,28 @@ class FeatureMovingAverage(nn.Module):
                 "another rank refused its batch, and says why; this rank could not go on alone",
                 RanksDisagreeError,
             )
-        return packed[:-1, :-1], packed[:-1, -1].detach().to(torch.int64)
+        return packed[:-1, :-2], packed[:-1, -2], packed[:-1, -1].detach().to(torch.int64)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMovingAverage:
-        super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
-        return self
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        faults = [
+            f"{prefix}{name} {fault}"
+            for name in ("means", "counts", "updates")
+            if (fault := _fault(state_dict.get(prefix + name), whole=name != "means")) is not None
+        ]
+        error_msgs += faults
+        if not faults:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process_group": None, "_committed": None}
@@ -289,3 +314,16 @@ class FeatureMovingAverage(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"in_features={self.in_features}, num_classes={self.num_classes}, momentum={self.momentum!r}"
+
+
+def _fault(stored: Tensor | None, *, whole: bool) -> str | None:
+    """Why an entry of a state dict cannot be means or, if ``whole``, numbers of samples or batches."""
+    if stored is None or not is_concrete(stored) or stored.is_meta or stored.numel() == 0:
+        return None
+    if not whole:
+        finite = bool(torch.isfinite(stored).all())
+        return None if finite else "must be finite: the run that saved them has diverged"
+    if stored.is_floating_point() or stored.is_complex():
+        return f"must be integers, got {stored.dtype}"
+    lowest = int(stored.amin())
+    return None if lowest >= 0 else f"must not be negative, got {lowest}: no class has been seen so often"

@@ -115,7 +115,10 @@ class FixedETFHead(ETFHead):
         inputs = self.inputs(features)
         with full_precision(inputs):
             inputs = inputs.to(working_dtype(inputs.dtype))
-            logits = self.scale * canonical_etf_logits(inputs, self.num_classes)
+            if isinstance(self.scale, Tensor):
+                logits = self.scale * canonical_etf_logits(inputs, self.num_classes)
+            else:
+                logits = canonical_etf_logits(inputs, self.num_classes, scale=self.scale)
         return logits.to(linear_dtype(features))
 
     @torch.no_grad()

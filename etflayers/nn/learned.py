@@ -18,7 +18,6 @@ reflection after the other, and a module with a registered parametrization canno
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -34,16 +33,16 @@ from etflayers.geometry import (
     require_rotation,
 )
 from etflayers.geometry.tolerance import default_atol
-from etflayers.nn.averages import keep_precision
 from etflayers.nn.base import LogitTerms
 from etflayers.nn.distributed import gathered, overwrite
 from etflayers.nn.etf import ETFHead
+from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["LearnedETFHead"]
 
 
-class LearnedETFHead(ETFHead):
+class LearnedETFHead(KeepsPrecision, ETFHead):
     r"""Classifier whose weight is a learned simplex ETF: ``logits = s z W'``, W the ETF nearest to P.
 
     The parameter ``prototypes`` is P, a matrix without constraints: any optimizer trains it, and averages of
@@ -120,10 +119,7 @@ class LearnedETFHead(ETFHead):
         if manifold is None:
             self.prototypes = nn.Parameter(etf_from_coordinates(start.mT))
         else:
-            geoopt = require_module("geoopt", extra="solvers")
-            # The QR retraction of the Euclidean metric returns to the manifold at every step; the Cayley
-            # transform of the canonical metric would let rounding errors add up.
-            self.rotation = geoopt.ManifoldParameter(start, manifold=geoopt.EuclideanStiefel())
+            self.rotation = _on_manifold(start)
 
     @property
     def frame(self) -> Tensor:
@@ -183,11 +179,21 @@ class LearnedETFHead(ETFHead):
             require_rotation(rotation, self.num_classes, self.in_features)
             state_dict[prefix + "prototypes"] = etf_from_coordinates(state_dict.pop(prefix + "rotation").mT)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedETFHead:
-        super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
-        return self
+        if self.manifold is not None and not hasattr(self.rotation, "manifold"):
+            # assign=True has put an ordinary parameter here, which an optimizer would not keep orthonormal.
+            self.rotation = _on_manifold(self.rotation.detach(), requires_grad=self.rotation.requires_grad)
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{super().extra_repr()}, manifold={self.manifold!r}"
+
+
+def _on_manifold(rotation: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
+    """A parameter that the optimizers of geoopt keep on the Stiefel manifold."""
+    geoopt = require_module("geoopt", extra="solvers")
+    # The QR retraction of the Euclidean metric returns to the manifold at every step; the Cayley transform of
+    # the canonical metric would let rounding errors add up.
+    parameter: nn.Parameter = geoopt.ManifoldParameter(
+        rotation, manifold=geoopt.EuclideanStiefel(), requires_grad=requires_grad
+    )
+    return parameter

@@ -13,14 +13,70 @@ from etflayers.functional.cross_entropy import (
     etf_cross_entropy,
     require_loss_options,
 )
-from etflayers.functional.losses import dot_regression_loss, positive_lengths
+from etflayers.functional.losses import (
+    code_mse_loss,
+    dot_regression_loss,
+    positive_lengths,
+    require_codes,
+)
 from etflayers.functional.reduction import Reduction, require_reduction
 from etflayers.kernels import Impl
 from etflayers.nn.base import CodeHead
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.precision import working_dtype
 
-__all__ = ["DotRegressionLoss", "ETFCrossEntropy"]
+__all__ = ["CodeMSELoss", "DotRegressionLoss", "ETFCrossEntropy"]
+
+
+class CodeMSELoss(nn.Module):
+    r"""Half the squared distance of an output to the code of its class, ``|z - c_y|^2 / 2``, averaged.
+
+    :func:`etflayers.functional.code_mse_loss` as a module: by default the loss of logits that are regressed
+    to one-hot targets.
+
+    Args:
+        codes: C, ``(K, d)``, one row for each class, which becomes a buffer; ``None``: unit vectors.
+        ignore_index: target of the samples to leave out.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+
+    Raises:
+        InvalidArgumentError: codes of another shape or dtype, an unknown reduction.
+
+    Reference:
+        Zhou, Li, Ding, You, Qu, Zhu (2022), arXiv 2203.01238.
+
+    >>> logits, targets = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([1, 0])
+    >>> CodeMSELoss()(logits, targets)
+    tensor(0.7500)
+    >>> vertices = FixedETFHead(in_features=2, num_classes=3).frame
+    >>> CodeMSELoss(vertices)(vertices, torch.arange(3))
+    tensor(0.)
+    """
+
+    codes: Tensor | None
+
+    def __init__(
+        self, codes: Tensor | None = None, *, ignore_index: int = -100, reduction: Reduction = "mean"
+    ) -> None:
+        super().__init__()
+        require_reduction(reduction)
+        if codes is not None:
+            require_codes(codes)
+            codes = codes.detach().clone()
+        self.register_buffer("codes", codes)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of ``outputs`` ``(..., K)``, or ``(..., d)``, for class indices ``targets`` ``(...)``."""
+        return code_mse_loss(
+            outputs, targets, self.codes, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        codes = "one-hot" if self.codes is None else f"({len(self.codes)}, {self.codes.shape[1]})"
+        return f"codes={codes}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
 class DotRegressionLoss(nn.Module):
@@ -130,7 +186,10 @@ class ETFCrossEntropy(nn.Module):
         self.impl: Impl = impl
 
     def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """The loss of features ``(..., d)`` for ``targets`` ``(...)``; in training the head learns."""
+        """The loss of features ``(..., d)`` for ``targets``; in training the head learns.
+
+        Targets are class indices ``(...)`` or soft targets ``(..., K)``, which make all logits.
+        """
         head = self.head
         if isinstance(head, FixedETFHead) and head.canonical:
             inputs, scale = _scaled(head.inputs(features), head.scale)

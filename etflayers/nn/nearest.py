@@ -6,8 +6,7 @@ delta <-> proximity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,18 +16,23 @@ from etflayers.adjoints import Adjoint
 from etflayers.checks import reads_values, require, require_flag, require_floating, require_number
 from etflayers.errors import EtfLayersError
 from etflayers.geometry import is_simplex_etf, simplex_etf
-from etflayers.nn.averages import FeatureMovingAverage, Momentum, keep_precision
+from etflayers.kernels.class_sums.momentum import PUBLISHED_SCHEDULE
+from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import LogitTerms
 from etflayers.nn.distributed import overwrite
 from etflayers.nn.etf import ETFHead
+from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import FrameSolver, StiefelSolver
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["NearestETFHead"]
 
 
-class NearestETFHead(ETFHead):
+class NearestETFHead(KeepsPrecision, ETFHead):
     r"""Classifier whose weight is the simplex ETF nearest to the class means: ``logits = s (z - m) W'``.
 
     A training pass, with features and targets,
@@ -55,7 +59,8 @@ class NearestETFHead(ETFHead):
     head makes it one again before it uses it: the nearest ETF to the average (eagerly; a compiled eval pass
     takes the frame as it is).
 
-    The defaults come from a sweep on images and on free features (``docs/study.md``). ``normalize=True`` with
+    The defaults come from a sweep on images and on free features (``docs/study.md``); those of the paper
+    are :meth:`published`. ``normalize=True`` with
     ``scale=5`` collapses further at the same accuracy, and later; the other options matter less.
 
     Args:
@@ -187,6 +192,48 @@ class NearestETFHead(ETFHead):
         self._given_anchor = frame.clone() if isinstance(anchor, Tensor) else None
         self._given_weights = None if class_weights is None else class_weights.clone()
 
+    @classmethod
+    def published(
+        cls,
+        in_features: int,
+        num_classes: int,
+        *,
+        temperature: float = 5.0,
+        delta: float = 1e-3,
+        **options: Any,
+    ) -> Self:
+        r"""The head with the settings of the paper, whose numbers mean something else than ours.
+
+        The paper multiplies normalized features by tau and finds ``argmin_U |H - U E|^2 + delta/2 |U - P|^2``
+        over U with K orthonormal columns: H are the centered means with ``|H|_F = 1``, P is the U of the step
+        before and ``E = (I - 11'/K) / sqrt(K - 1)``. Its frame is ``W' = sqrt(K) U E``, so that ``<H, UE>``
+        is ``<X / r, W> / K`` and, but for the direction of U that E does not see, ``<P, U>`` is
+        ``(K - 1) <A, W> / K``. Both objectives then agree for ``proximity = delta (K - 1) / 2``.
+
+        See ``docs/migration.md`` for what differs on purpose.
+
+        Args:
+            in_features: d >= K - 1.
+            num_classes: K >= 2.
+            temperature: tau > 0, the scale of the head.
+            delta: weight of the paper's proximal term, >= 0.
+            options: any other argument of the head.
+
+        Raises:
+            InvalidArgumentError: as the class.
+
+        Reference:
+            Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
+
+        >>> head = NearestETFHead.published(in_features=512, num_classes=100)
+        >>> head.scale, head.normalize, head.averages.momentum, head.proximity
+        (5.0, True, '2/(t+1)', 0.0495)
+        """
+        require_number("delta", delta)
+        settings: dict[str, Any] = {"normalize": True, "momentum": PUBLISHED_SCHEDULE, "center": False}
+        settings |= {"scale": temperature, "proximity": delta * (num_classes - 1) / 2}
+        return cls(in_features, num_classes, **(settings | options))
+
     @property
     def frame(self) -> Tensor:
         """W after the latest training pass, ``(K, d)``, unit rows."""
@@ -202,7 +249,8 @@ class NearestETFHead(ETFHead):
 
         Args:
             features: ``(..., d)``; finite in training.
-            targets: ``(...)``, integers in [0, K) or ``ignore_index``; in training needed, here or from
+            targets: ``(...)``, integers in [0, K) or ``ignore_index``, or soft targets ``(..., K)``, floating
+                point, with rows that sum to 1; in training needed, here or from
                 :func:`~etflayers.nn.provide_targets` (these win); not used in eval mode.
 
         Raises:
@@ -295,10 +343,6 @@ class NearestETFHead(ETFHead):
         for module in self.rule.modules() if isinstance(self.rule, nn.Module) else ():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NearestETFHead:
-        super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -13,15 +13,15 @@ from etflayers.checks import require, require_floating
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 from etflayers.geometry import project_stiefel, random_stiefel
 from etflayers.linalg import ConjugateGradients
-from etflayers.nn.averages import keep_precision
 from etflayers.nn.distributed import overwrite
+from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import working_dtype
 from etflayers.solvers import StiefelSolver, as_stiefel_solver
 
 __all__ = ["StiefelNode"]
 
 
-class StiefelNode(nn.Module):
+class StiefelNode(KeepsPrecision):
     r"""A layer that solves ``Q(x) = argmin f(Q, x)`` over ``Q'Q = I`` and differentiates the solution.
 
     The gradient reaches every input, and every parameter of an objective that is an ``nn.Module``. With the
@@ -175,10 +175,6 @@ class StiefelNode(nn.Module):
         point = point.detach().clone() if exact else project_stiefel(point.to(self.start.dtype))
         if bool(torch.isfinite(point).all()):
             self.start = point
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StiefelNode:
-        super()._apply(keep_precision(fn), recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(f"{prefix}start")

@@ -7,11 +7,12 @@ T = c (M_c M_c')^(1/2) (K x K, T 1 = 0), this reads
     W = c^2 T^+ M_c,        T = M_c W'.
 
 **States.** Solvers hold no gradient code, but every derivative of W applies T^+ and solves T X + X T = S. A
-solver that factorizes M knows the eigenbasis of T, and answers with a :class:`SpectralState`. One that takes
-matrix products only knows T instead, and answers by products (:class:`~etflayers.kernels.polar.RootState`).
-For one that finds only W it is the eigenbasis of T = M_c W', and taking it checks W as well: a simplex ETF is
-the maximizer if and only if M_c W' is symmetric and has no negative eigenvalue. (At the saddles of <W, M> it
-is symmetric with negative ones.) That is left until somebody asks: :class:`FoundState`.
+solver that factorizes M knows the eigenbasis of T, and answers with a
+:class:`~etflayers.kernels.polar.SpectralState`. One that takes matrix products only knows T instead, and
+answers by products (:class:`~etflayers.kernels.polar.RootState`). For one that finds only W it is the
+eigenbasis of T = M_c W', and taking it checks W as well: a simplex ETF is the maximizer if and only if M_c W'
+is symmetric and has no negative eigenvalue. (At the saddles of <W, M> it is symmetric with negative ones.)
+That is left until somebody asks: :class:`FoundState`.
 
 M <-> linear, W <-> frame, c <-> radius, c^2 T^+ <-> inverse, V, tau <-> basis, values, Q' <-> factor.
 """
@@ -21,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,52 +29,11 @@ from torch import Tensor
 from etflayers.checks import require_values
 from etflayers.errors import ConvergenceError
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
-from etflayers.kernels.polar import FrameState
+from etflayers.kernels.polar import FrameState, SpectralState
 from etflayers.linalg import Eigenbasis, Spectrum, pair_sums, spectral
 from etflayers.precision import smallest_divisor
 
 __all__ = ["FoundState", "SpectralState", "rank_cutoff", "spectral_state", "state_of"]
-
-
-class SpectralState(NamedTuple):
-    """A state that knows the eigenbasis of T, and solves by divisions.
-
-    Attributes:
-        frame: W, ``(..., K, d)``.
-        inverse: c^2 T^+, ``(..., K, K)``; along 1 it may hold anything.
-        spectrum: orthonormal eigenvectors V of T, ``(..., K, r)``, r = K - 1, or r = K with 1 among them;
-            and 1 / (tau_i + tau_j), zero for pairs of absent directions.
-    """
-
-    frame: Tensor
-    inverse: Tensor
-    spectrum: Eigenbasis
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the solver computed."""
-        return self.inverse.dtype
-
-    def solve_sylvester(self, rhs: Tensor, *, skew: bool = False) -> Tensor:
-        """X with T X + X T = S, zero between absent directions."""
-        return self.spectrum.solve(rhs)
-
-    def pseudo_inverse(self, rows: Tensor) -> Tensor:
-        """c^2 T^+ times centered rows ``(..., K, m)``."""
-        return self.inverse @ rows
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """W, c^2 T^+, V and the reciprocals."""
-        return self.frame, self.inverse, *self.spectrum
-
-    @property
-    def form(self) -> Callable[..., SpectralState]:
-        """What makes a state of this kind from its ``tensors()``."""
-        return _from_tensors
-
-
-def _from_tensors(frame: Tensor, inverse: Tensor, basis: Tensor, reciprocals: Tensor) -> SpectralState:
-    return SpectralState(frame, inverse, Eigenbasis(basis, reciprocals))
 
 
 @dataclass(frozen=True)
@@ -112,7 +71,7 @@ class FoundState:
         return self._spectral.solve_sylvester(rhs)
 
     def pseudo_inverse(self, rows: Tensor) -> Tensor:
-        """c^2 T^+ times centered rows ``(..., K, m)``."""
+        """c^2 T^+ times rows ``(..., K, m)``."""
         return self._spectral.pseudo_inverse(rows)
 
     def tensors(self) -> tuple[Tensor, ...]:

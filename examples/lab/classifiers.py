@@ -10,15 +10,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from etflayers import capture_features
 from etflayers.checks import require
+from etflayers.data import balanced_order
 from etflayers.errors import ManifoldError, NonFiniteError
 from etflayers.functional import nearest_etf
 from etflayers.metrics import frame_distance, read_classifier
 from lab.data import ImageData, load
-from lab.data.sampling import affine_maps, epoch_order, shifted, transformed
+from lab.data.sampling import affine_maps, shifted, transformed
 from lab.evaluation import Measures, measure
 from lab.files import Row
-from lab.heads import HeadName, captured_features, head_of, targets_for
+from lab.heads import HeadName, head_of, targets_for
 from lab.losses import make_criterion, make_optimizers, set_learning_rate, total_loss
 from lab.models import LABELS, make_classifier
 from lab.progress import bar
@@ -106,9 +108,11 @@ class Trainer(Run):
         """The batches of the current epoch that are still to come: of each the share of this rank."""
         generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
         train, size, settings = self.data.train, self.settings.batch_size, self.settings
-        order = epoch_order(
-            train.targets.cpu(), self.data.num_classes, generator, balanced=settings.balanced
-        ).to(self.device)
+        if settings.balanced:
+            order = balanced_order(train.targets, self.data.num_classes, generator=generator)
+        else:
+            order = torch.randperm(len(train), generator=generator)
+        order = order.to(self.device)
         shifts = torch.randint(-settings.shift, settings.shift + 1, (len(train), 2), generator=generator)
         flips = torch.rand(len(train), generator=generator) < 0.5
         maps = affine_maps(len(train), settings.affine_size, generator)
@@ -149,7 +153,7 @@ class Trainer(Run):
         with (
             autocast(self.settings),
             targets_for(self.model, targets),
-            captured_features(self.model) as features,
+            capture_features(self.model, head_of(self.model)) as features,
         ):
             loss = total_loss(self.criterion, self.network(images), targets, features[0], self.settings)
         self.scaler.scale(loss).backward()
@@ -188,7 +192,7 @@ class Trainer(Run):
             "test_margins": test.margins,
         }
         if self.data.num_classes == 4:  # whose class means span a space that can be shown
-            now |= {"features": train.answers.features, "features_targets": train.answers.targets}
+            now |= {"features": train.features, "features_targets": train.targets}
         for moment in moments:
             self.snapshots |= {f"{moment}_{name}": tensor.cpu() for name, tensor in now.items()}
 

@@ -6,16 +6,18 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import median
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from etflayers import NearestETFHead
+from etflayers import capture_features
 from lab.classifiers import Trained, Trainer, autocast
 from lab.data import ImageData
-from lab.heads import HeadName, captured_features, head_of
+from lab.files import Row
+from lab.heads import HeadName, head_of
 from lab.results import make_table
 from lab.settings import Settings
 from lab.training import synchronize
@@ -24,20 +26,8 @@ ROUNDS = 25
 WARM_UPS = 3
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Medians, in milliseconds."""
-
-    step: float
-    head: float
-
-    @property
-    def share(self) -> float:
-        return self.head / self.step
-
-
-def step_times(runs: Sequence[Trained], settings: Settings, data: ImageData) -> dict[HeadName, StepTime]:
-    """Time training steps, whole and of the head alone, of one trained model for each head.
+def step_times(runs: Sequence[Trained], settings: Settings, data: ImageData) -> dict[HeadName, Row]:
+    """Milliseconds of a training step, whole and of the head alone, of one trained model for each head.
 
     One method for all: after the training, on copies, with the first batch of epoch 0. *Step* is everything
     from clearing the gradients to the step of the optimizers. *Head* is the head's forward pass, on the
@@ -50,9 +40,11 @@ def step_times(runs: Sequence[Trained], settings: Settings, data: ImageData) -> 
     for _ in range(WARM_UPS + ROUNDS):
         for head, pair in pairs.items():
             times[head].append([1e3 * _elapsed(action, settings.torch_device) for action in pair])
-    return {
-        head: StepTime(*map(median, zip(*rounds[WARM_UPS:], strict=True))) for head, rounds in times.items()
-    }
+    found = {}
+    for head, rounds in times.items():
+        whole, own = map(median, zip(*rounds[WARM_UPS:], strict=True))
+        found[head] = {"ms_per_step": whole, "head_ms": own, "head_share": own / whole}
+    return found
 
 
 def _timed_pair(run: Trained, settings: Settings, data: ImageData) -> tuple[Callable[[], None], ...]:
@@ -61,10 +53,10 @@ def _timed_pair(run: Trained, settings: Settings, data: ImageData) -> tuple[Call
     trainer.model.train()
     images, targets = next(trainer.batches())
     head = copy.deepcopy(head_of(trainer.model))
-    with captured_features(trainer.model) as captured:
+    with capture_features(trainer.model, head_of(trainer.model)) as captured:
         trainer.update(images, targets)
     features = captured[0].detach().requires_grad_()
-    inputs = (features, targets) if isinstance(head, NearestETFHead) else (features,)
+    inputs = (features, targets) if getattr(head, "accepts_targets", False) else (features,)
 
     def forward() -> Tensor:
         with autocast(settings):
@@ -124,16 +116,13 @@ def memory_table(report: Sequence[Memory], batch_size: int) -> Table:
         "memory: parameters, gradients, optimizer states and activations kept for the backward pass"
     )
     table.caption_justify = "left"
-    default = report[0]
     for size in report:
-        parameters = f"{size.parameters:,}{_saved(size.parameters, default.parameters)}"
-        memory = f"{size.memory / 2**20:.1f} MiB{_saved(size.memory, default.memory)}"
-        table.add_row(size.label, str(size.features), parameters, memory)
+        cells = [f"{size.parameters:,}", f"{size.memory / 2**20:.1f} MiB"]
+        for place, name in enumerate(("parameters", "memory")):
+            change = getattr(size, name) / getattr(report[0], name) - 1
+            cells[place] += f" ({change:+.1%})" if change else ""
+        table.add_row(size.label, str(size.features), *cells)
     return table
-
-
-def _saved(size: int, default: int) -> str:
-    return "" if size == default else f" ({size / default - 1:+.1%})"
 
 
 def _memory(label: str, trainer: Trainer) -> Memory:
@@ -160,9 +149,7 @@ def _memory(label: str, trainer: Trainer) -> Memory:
 
 
 def _bytes_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    tensors = list(model.state_dict().values())
-    tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
+    states = [state.values() for optimizer in optimizers for state in optimizer.state.values()]
+    gradients = (parameter.grad for parameter in model.parameters())
+    tensors = [*model.state_dict().values(), *gradients, *chain.from_iterable(states)]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))

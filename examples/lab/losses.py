@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from etflayers import DotRegressionLoss
+from etflayers import CodeMSELoss, DotRegressionLoss
 from etflayers.checks import require_module
 from lab.heads import head_of
 from lab.settings import Settings
@@ -19,18 +18,10 @@ WARM_UP = 0.1  # share of the steps
 NESTEROV = 0.9
 
 
-class HalfSquaredError(nn.Module):
-    """``1/2 |z - y|^2`` of logits z and one-hot targets y, averaged over the samples (arXiv 2203.01238)."""
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        one_hot = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
-        return 0.5 * (logits - one_hot).square().sum(-1).mean()
-
-
 def make_criterion(settings: Settings) -> nn.Module:
     """Cross-entropy, squared error, or dot regression towards logits as large as the scale of the head."""
     if settings.loss == "mse":
-        return HalfSquaredError()
+        return CodeMSELoss()
     if settings.loss == "dr":
         return DotRegressionLoss(settings.head_options.scale)
     return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
@@ -72,7 +63,8 @@ def make_optimizers(model: nn.Module, settings: Settings) -> list[Optimizer]:
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The parameters outside manifolds, with their decay: backbone, weight of the classifier, its bias."""
-    decays = {"weight": settings.classifier_decay, "bias": settings.bias_decay}
+    decay = settings.classifier_decay
+    decays = {"weight": decay, "prototypes": decay, "bias": settings.bias_decay}
     own = {id(parameter): decays.get(name) for name, parameter in head_of(model).named_parameters()}
     groups: dict[float, dict[str, Any]] = {settings.decay: {"params": [], "weight_decay": settings.decay}}
     for parameter in model.parameters():

@@ -131,18 +131,15 @@ def make_model(settings: Settings, data: ImageData, feature_dim: int | None, see
         if feature_dim is not None:
             widths = (*widths[:-1], feature_dim)
         model: nn.Module = ResNet(channels, data.num_classes, widths, blocks, stem_stride)
-    elif colon and package == "torchvision":
-        module = _import(package, "torchvision.models", name)
-        require(
-            architecture in module.list_models(),
-            f"--model {name}: torchvision.models has no {architecture!r}",
-        )
-        model = module.get_model(architecture, weights=None, num_classes=data.num_classes)
-        model = nn.Sequential(GreyAsRGB(), model) if channels == 1 else model
-    elif colon and package == "timm":
-        module = _import(package, "timm", name)
-        require(architecture in module.list_models(), f"--model {name}: timm has no {architecture!r}")
-        model = module.create_model(architecture, num_classes=data.num_classes, in_chans=channels)
+    elif colon and package in ("torchvision", "timm"):
+        module = _import(package, "torchvision.models" if package == "torchvision" else "timm", name)
+        known = architecture in module.list_models()
+        require(known, f"--model {name}: {module.__name__} has no {architecture!r}")
+        if package == "timm":
+            model = module.create_model(architecture, num_classes=data.num_classes, in_chans=channels)
+        else:
+            model = module.get_model(architecture, weights=None, num_classes=data.num_classes)
+            model = nn.Sequential(GreyAsRGB(), model) if channels == 1 else model
     else:
         raise InvalidArgumentError(
             f"--model {name} is not known: take {', '.join(RESNETS)}, torchvision:NAME or timm:NAME"

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from etflayers import NearestETFHead
+from etflayers import NearestETFHead, UnitRowHead
 from etflayers.checks import require
 from lab.data import ImageData
 from lab.heads import HeadName, make_head
@@ -44,19 +44,9 @@ def lenet(shape: tuple[int, int, int]) -> nn.Sequential:
         "or take --network convnet or mlp",
     )
     flat = 16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
-    return nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(flat, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-    )
+    layers = [nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU())
 
 
 def convnet(shape: tuple[int, int, int], width: int, norm: NormName) -> nn.Sequential:
@@ -118,10 +108,10 @@ def make_factory(
         seed = int(torch.randint(2**31, ()))
         network = Network(body, make_head(head, features, data.num_classes, seed))
         for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.Conv2d, nn.Linear, UnitRowHead)):
+                for parameter in module.parameters():
+                    init = nn.init.zeros_ if parameter.ndim == 1 else nn.init.xavier_normal_
+                    init(parameter)
         return network.to(data.device)
 
     return factory

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import combinations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from mpl_toolkits.mplot3d.axes3d import Axes3D
-from torch import Tensor
 
-from etflayers import nearest_etf, simplex_etf
+from etflayers.metrics import plot_cosines, plot_tetrahedron
 from lab import figures
 from lab.classifiers import Trained
 from lab.figures import HEAD_COLORS, draw_band, in_percent, new_figure
@@ -33,7 +27,6 @@ NC2 = ["train_nc2_equinorm_means", "train_nc2_equiangularity_mean_means", NC2_DI
 NC4 = ["train_nc4_disagreement", "test_nc4_disagreement"]
 COLLAPSE = ["train_nc1_trace", *NC2, "train_nc3_distance", *NC4, "train_margin_mean"]
 OTHER_DISTANCES = ["train_nc2_etf_distance_weights", "train_nc3_etf_distance", "train_nc2_etf_drift_means"]
-CLASS_COLORS = (figures.BLUE, figures.RED, figures.GREEN, figures.PINK)
 DECADES = 4  # depth of a logarithmic axis: below are rounding errors of heads that are ETFs by construction
 
 
@@ -74,10 +67,8 @@ def all_of(part: str) -> list[str]:
 def accuracy_figure(runs: Runs, title: str) -> Figure:
     """Accuracy by epoch on the training and on the test set."""
     figure = new_figure(9, 3.8, title)
-    for axes, part in zip(figure.subplots(1, 2, sharey=True), ("train", "test"), strict=True):
-        _draw_accuracy(axes, runs, f"{part}_accuracy", f"{part.capitalize()} accuracy")
-    lowest = min(_lowest_accuracy(runs, name) for name in ("train_accuracy", "test_accuracy"))
-    figure.axes[0].set_ylim(lowest, 1 + 0.03 * (1 - lowest))
+    for axes, part in zip(figure.subplots(1, 2, sharey=True), PARTS, strict=True):
+        _draw_accuracy(axes, runs, part, PARTS)
     figure.axes[1].legend(loc="lower right")
     return figure
 
@@ -85,7 +76,7 @@ def accuracy_figure(runs: Runs, title: str) -> Figure:
 def loss_figure(runs: Runs, title: str) -> Figure:
     """Loss by epoch on the training and on the test set."""
     figure = new_figure(9, 3.8, title)
-    for axes, part in zip(figure.subplots(1, 2), ("train", "test"), strict=True):
+    for axes, part in zip(figure.subplots(1, 2), PARTS, strict=True):
         draw_curves(axes, runs, f"{part}_loss")
         axes.set(title=f"{part.capitalize()} loss", yscale="log")
     figure.axes[1].legend(loc="upper right")
@@ -118,11 +109,11 @@ def cosine_figure(runs: Runs, title: str) -> Figure:
     grid = figure.subplots(2, len(shown), squeeze=False)
     for column, run in enumerate(shown):
         for axes, what in zip(grid[:, column], ("class_means", "frame"), strict=True):
-            picture = _draw_cosines(axes, run.snapshots[f"last_{what}"])
+            plot_cosines(run.snapshots[f"last_{what}"], axes)
         grid[0, column].set_title(run.head, color=HEAD_COLORS[run.head])
     grid[0, 0].set_ylabel("class means")
     grid[1, 0].set_ylabel("frame")
-    _color_bar(figure, picture, list(grid.flat), len(shown[0].snapshots["last_frame"]))
+    _color_bar(figure, list(grid.flat), shown[0])
     return figure
 
 
@@ -131,7 +122,7 @@ def overview_figure(runs: Runs, title: str) -> Figure:
     figure = new_figure(13, 3.9, title)
     curves, matrices = figure.subfigures(1, 2, width_ratios=(1.3, 1), wspace=0.03)
     accuracy, distance = curves.subplots(1, 2)
-    _draw_accuracy(accuracy, runs, "test_accuracy", "Test accuracy")
+    _draw_accuracy(accuracy, runs, "test", ["test"])
     accuracy.legend(loc="lower right")
     draw_curves(distance, runs, NC2_DISTANCE)
     distance.set(title="Class means to nearest ETF", ylabel="distance")
@@ -142,10 +133,10 @@ def overview_figure(runs: Runs, title: str) -> Figure:
     grid = matrices.subplots(1, 2)
     moments = {"first": "at the start", "last": f"after {int(run.last['epoch'])} epochs"}
     for axes, (moment, label) in zip(grid, moments.items(), strict=True):
-        picture = _draw_cosines(axes, run.snapshots[f"{moment}_class_means"])
+        plot_cosines(run.snapshots[f"{moment}_class_means"], axes)
         axes.set_xlabel(label)
     matrices.suptitle(f"Cosines of class means, {run.head} head", fontsize=11, fontweight="bold")
-    _color_bar(matrices, picture, list(grid), len(run.snapshots["last_frame"]))
+    _color_bar(matrices, list(grid), run)
     return figure
 
 
@@ -173,7 +164,10 @@ def tetrahedron_figure(runs: Runs, title: str) -> Figure:
     grid = figure.subplots(2, len(shown), squeeze=False, subplot_kw={"projection": "3d"})
     for column, run in enumerate(shown):
         for axes, moment in zip(grid[:, column], ("first", "last"), strict=True):
-            _draw_tetrahedron(axes, run, moment)
+            means, frame = (run.snapshots[f"{moment}_{what}"] for what in ("class_means", "frame"))
+            names = {"features": "last_features", "targets": "last_features_targets"}
+            cloud = {key: run.snapshots.get(name) for key, name in names.items() if moment == "last"}
+            plot_tetrahedron(means, frame, ax=axes, **cloud)
         grid[0, column].set_title(run.head, color=HEAD_COLORS[run.head])
     for axes, label in zip(grid[:, 0], ("before", "after"), strict=True):
         axes.text2D(-0.05, 0.5, label, transform=axes.transAxes, rotation=90, va="center", ha="right")
@@ -197,37 +191,18 @@ def draw_curves(axes: Axes, runs: Runs, name: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def centered_cosines(rows: Tensor) -> Tensor:
-    """Cosines ``(K, K)`` between rows less their mean: -1/(K-1) off the diagonal for a simplex ETF."""
-    centered = rows.detach().double().cpu()
-    centered = F.normalize(centered - centered.mean(0), dim=-1)
-    return centered @ centered.mT
-
-
-def tetrahedron_basis(means: Tensor) -> Tensor:
-    """Orthonormal basis ``(d, 3)`` of the span of four centered class means ``(4, d)``.
-
-    It takes their nearest simplex ETF W* to the tetrahedron T = simplex_etf(4, 3). Both have the Gram matrix
-    c^2 (I - 11'/4) with c^2 = 4/3, so B = W*' T / c^2 has orthonormal columns, and W* B = T.
-    """
-    return nearest_etf(means).mT @ simplex_etf(4, 3, dtype=means.dtype) * (3 / 4)
-
-
 def _one_of_each_head(runs: Runs) -> list[Trained]:
     return list({run.head: run for run in reversed(runs)}.values())[::-1]
 
 
-def _draw_accuracy(axes: Axes, runs: Runs, name: str, title: str) -> None:
-    draw_curves(axes, runs, name)
-    lowest = _lowest_accuracy(runs, name)
-    axes.set(title=title, ylim=(lowest, 1 + 0.03 * (1 - lowest)))
+def _draw_accuracy(axes: Axes, runs: Runs, part: str, cut_by: Iterable[str]) -> None:
+    """On an axis cut by what these parts have at the end: their steep beginning would squeeze it."""
+    draw_curves(axes, runs, f"{part}_accuracy")
+    late = [row for run in runs for row in run.history if row["epoch"] >= 0.2 * run.last["epoch"]]
+    lowest = min(row[f"{part}_accuracy"] for part in cut_by for row in late)
+    lowest = max(0.0, 1 - 1.3 * (1 - lowest) - 0.005)
+    axes.set(title=f"{part.capitalize()} accuracy", ylim=(lowest, 1 + 0.03 * (1 - lowest)))
     in_percent(axes)
-
-
-def _lowest_accuracy(runs: Runs, name: str) -> float:
-    """Where to cut the axis, so that the steep beginning does not squeeze the end into a line."""
-    lowest = min(row[name] for run in runs for row in run.history if row["epoch"] >= 0.2 * run.last["epoch"])
-    return max(0.0, 1 - 1.3 * (1 - lowest) - 0.005)
 
 
 def _draw_measure(axes: Axes, runs: Runs, name: str) -> None:
@@ -253,18 +228,11 @@ def _scale_towards_zero(axes: Axes, values: np.ndarray) -> None:
     figures.in_plain_numbers(axes)
 
 
-def _draw_cosines(axes: Axes, rows: Tensor) -> AxesImage:
-    axes.grid(False)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    return axes.imshow(centered_cosines(rows), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-
-
-def _color_bar(figure: FigureBase, picture: AxesImage, axes: list[Axes], num_classes: int) -> None:
+def _color_bar(figure: FigureBase, axes: list[Axes], run: Trained) -> None:
     """A bar with a tick where all cosines of different classes end up in a simplex ETF."""
-    bar = figure.colorbar(picture, ax=axes, shrink=0.8, aspect=25, pad=0.03)
-    target = -1 / (num_classes - 1)
-    bar.set_ticks([-1, target, 1], labels=["−1", f"−1/{num_classes - 1}", "1"])
+    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.8, aspect=25, pad=0.03)
+    others = len(run.snapshots["last_frame"]) - 1
+    bar.set_ticks([-1, -1 / others, 1], labels=["−1", f"−1/{others}", "1"])
     bar.outline.set_visible(False)
 
 
@@ -276,30 +244,3 @@ def _draw_margins(axes: Axes, runs: Runs, snapshot: str, linestyle: str = "solid
             draw_band(axes, share, curves, color=color, linestyle=linestyle)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.set(xlim=(0, 1), xlabel="share of the samples", xticks=(0, 0.25, 0.5, 0.75))
-
-
-def _draw_tetrahedron(axes: Axes3D, run: Trained, moment: str) -> None:
-    means, frame = (run.snapshots[f"{moment}_{what}"].double() for what in ("class_means", "frame"))
-    basis, center = tetrahedron_basis(means), means.mean(0)
-    means, frame = means - center, frame - frame.mean(0)
-    size = _root_mean_square(means)
-    for edge in combinations(simplex_etf(4, 3), 2):
-        axes.plot(*torch.stack(edge, 1), color="#BBBBBB", linewidth=1)
-    if moment == "last" and "last_features" in run.snapshots:
-        points = (run.snapshots["last_features"].double() - center) @ basis / size
-        colors = [CLASS_COLORS[y] for y in run.snapshots["last_features_targets"]]
-        axes.scatter(*points.T, c=colors, s=5, alpha=0.4, linewidths=0, depthshade=False)
-    rows = frame @ basis / _root_mean_square(frame)
-    for mean, row, color in zip(means @ basis / size, rows, CLASS_COLORS, strict=True):
-        axes.plot(*mean.unsqueeze(1), color=color, marker="o", markersize=6)
-        axes.plot(*torch.stack([torch.zeros(3), row], 1), color=color, linewidth=1)
-        axes.plot(*row.unsqueeze(1), color=color, marker="^", markersize=8, markerfacecolor="none")
-    axes.set_axis_off()
-    axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-    axes.set_box_aspect((1, 1, 1), zoom=1.3)
-    axes.view_init(elev=20, azim=-22)
-
-
-def _root_mean_square(rows: Tensor) -> Tensor:
-    """Of the lengths of the rows."""
-    return rows.square().sum(1).mean().sqrt()

@@ -16,7 +16,7 @@ import torch
 import etflayers
 from lab.classifiers import Trained
 from lab.files import Row, write_atomically
-from lab.measures import MEASURES, PARTS, SOURCES
+from lab.measures import MEASURES, PARTS
 from lab.pictures import DECADES
 from lab.results import Column
 
@@ -84,7 +84,6 @@ def write_report(
         names=list(dict.fromkeys(row["measure"] for row in rows)),
         measures=MEASURES,
         parts=PARTS,
-        sources=SOURCES,
         decades=DECADES,
         figures=[(name, caption, picture.decode()) for name, caption, picture in pictures],
     )

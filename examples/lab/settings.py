@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require
-from lab.data.sampling import kept_images
+from etflayers.data import class_subset, long_tail_sizes
 from lab.heads import HeadName, HeadOptions
 from lab.options import Count, Distinct, Free, Natural, NotNegative, Options, Positive, Share, at_least
 
@@ -159,8 +159,11 @@ class Settings(NearestSettings, DataSettings):
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
         if self.per_class is None and self.imbalance == "none":
             return None
-        few: dict[str, Any] = {"per_class": self.per_class, "imbalance": self.imbalance}
-        return kept_images(targets, num_classes, **few, ratio=self.imbalance_ratio)
+        sizes = torch.bincount(targets, minlength=num_classes).clamp(max=self.per_class or len(targets))
+        if self.imbalance != "none":
+            smallest = int(sizes.min())
+            sizes = long_tail_sizes(smallest, num_classes, ratio=self.imbalance_ratio, kind=self.imbalance)
+        return class_subset(targets, sizes)
 
     @property
     def learning_rate(self) -> float:

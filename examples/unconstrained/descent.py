@@ -1,25 +1,29 @@
-"""The unconstrained-features model: features that are free variables, a head on top, and gradient descent.
-
-A network that can interpolate is replaced by its last feature layer: one vector for each sample, moved by
-gradient descent itself. What is left of training is the interplay of features and head.
-"""
+"""Gradient descent on the unconstrained-features model, measured on its way."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from etflayers import LearnedETFHead
+from etflayers import LearnedETFHead, UnitRowHead
 from etflayers.checks import require, require_module
 from etflayers.errors import NonFiniteError
-from etflayers.metrics import class_statistics, collapse_measures, cosine_margins, read_classifier
+from etflayers.functional import code_mse_loss
+from etflayers.metrics import (
+    class_statistics,
+    classifier_inputs,
+    collapse_measures,
+    cosine_margins,
+    read_classifier,
+)
+from etflayers.unconstrained import UnconstrainedFeatures
 from lab.files import Row
-from lab.heads import HeadName, HeadOptions, StandardHead, head_inputs, make_head
-from lab.losses import HalfSquaredError
+from lab.heads import HeadName, HeadOptions, make_head
 from lab.options import (
     Count,
     Distinct,
@@ -132,36 +136,24 @@ class Settings(NearestSettings, Options):
         return super().fingerprint() | {"scale": self.head_options.scale}
 
 
-class UnconstrainedFeatures(nn.Module):
-    """Free features, ``per_class`` of them for each class, with the head called ``name``.
+def make_model(name: HeadName, num_classes: int, seed: int, settings: Settings) -> UnconstrainedFeatures:
+    """Free features with the head called ``name``: one seed gives all heads the same ones.
 
-    Features start uniformly on the unit sphere: one seed gives all heads the same ones. What is random in a
-    head is drawn from a stream of its own.
+    What is random in a head is drawn from a stream of its own.
     """
-
-    targets: Tensor
-
-    def __init__(self, name: HeadName, num_classes: int, seed: int, settings: Settings) -> None:
-        super().__init__()
-        dim, targets = settings.dim(num_classes), torch.arange(num_classes)
-        targets = targets.repeat_interleave(settings.per_class)
-        start = torch.randn(len(targets), dim, generator=torch.Generator().manual_seed(seed))
-        self.features = nn.Parameter(F.normalize(start, dim=-1))
-        self.register_buffer("targets", targets)
-        self.head = make_head(name, dim, num_classes, seed, settings.head_options)
-
-    def forward(self) -> Tensor:
-        return self.head(self.features, self.targets)
+    head = make_head(name, settings.dim(num_classes), num_classes, seed, settings.head_options)
+    start = torch.Generator().manual_seed(seed)
+    return UnconstrainedFeatures(head, settings.per_class, generator=start)
 
 
 def objective(model: UnconstrainedFeatures, logits: Tensor, settings: Settings) -> Tensor:
     """Mean loss over the samples, plus ``decay / 2 |.|^2`` of the features and of the learned weight."""
-    criterion = nn.CrossEntropyLoss() if settings.loss == "ce" else HalfSquaredError()
+    criterion = F.cross_entropy if settings.loss == "ce" else code_mse_loss
     loss: Tensor = criterion(logits, model.targets)
     if settings.feature_decay > 0:
         loss = loss + settings.feature_decay / 2 * model.features.square().sum()
-    if settings.weight_decay > 0 and isinstance(model.head, StandardHead):
-        loss = loss + settings.weight_decay / 2 * model.head.weight.square().sum()
+    if settings.weight_decay > 0 and isinstance(model.head, UnitRowHead):
+        loss = loss + settings.weight_decay / 2 * model.head.prototypes.square().sum()
     return loss
 
 
@@ -201,7 +193,7 @@ class Descent(Run):
 
     def __init__(self, key: RunKey, settings: Settings) -> None:
         self.key, self.settings = key, settings
-        self.model = UnconstrainedFeatures(key.head, key.classes, key.seed, settings)
+        self.model = make_model(key.head, key.classes, key.seed, settings)
         self.optimizers = make_optimizers(self.model, key.lr, settings)
         self.measured = set(settings.measured_steps())
         parts = {"model": self.model}
@@ -224,15 +216,16 @@ class Descent(Run):
                     optimizer.step()
         return row
 
-    def steps_to(self, distance: float) -> int | None:
-        """The first measured step at which the class means are this near to an ETF, if there is one."""
-        return next((row["step"] for row in self.history if row["etf_distance"] <= distance), None)
+    def steps_to(self, distance: float) -> float:
+        """The first measured step at which the class means are this near to an ETF; infinite: never."""
+        near = (row["step"] for row in self.history if row["etf_distance"] <= distance)
+        return next(near, math.inf)
 
 
 @torch.no_grad()
 def measure(model: UnconstrainedFeatures, step: int, loss: Tensor, logits: Tensor) -> Row:
     """The state after ``step`` steps, with the frame that the head took for it."""
-    targets, inputs = model.targets, head_inputs(model.head, model.features.detach())
+    targets, inputs = model.targets, classifier_inputs(model.head, model.features.detach())
     classifier = read_classifier(model.head)
     measures = collapse_measures(class_statistics(inputs, targets, logits.shape[-1]), classifier)
     row: Row = {

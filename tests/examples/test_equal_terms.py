@@ -10,17 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from etflayers import simplex_etf
+from etflayers import capture_features
 from etflayers.geometry import is_stiefel
-from etflayers.metrics import equinorm, read_classifier
 from lab.classifiers import Trainer
 from lab.data import ImageData, load
 from lab.data.sampling import shifted
 from lab.evaluation import measure
-from lab.heads import StandardHead, captured_features, head_of
+from lab.heads import head_of
 from lab.losses import make_optimizers, set_learning_rate
 from lab.models import GreyAsRGB, make_classifier
-from lab.pictures import centered_cosines
 from lab.settings import Settings
 
 HEADS = ("linear", "fixed", "nearest", "learned")
@@ -120,7 +118,7 @@ def test_evaluation_measures_all_images_in_eval_mode(digits: ImageData) -> None:
     measures = measure(model, nn.CrossEntropyLoss(), digits.train, digits)
     assert model.training
     model.eval()
-    with torch.no_grad(), captured_features(model) as features:
+    with torch.no_grad(), capture_features(model, head_of(model)) as features:
         logits = model(digits.normalized(digits.train.images))
     targets = digits.train.targets
     means = torch.stack([features[0][targets == label].double().mean(0) for label in range(10)])
@@ -134,7 +132,7 @@ def test_evaluation_measures_all_images_in_eval_mode(digits: ImageData) -> None:
     assert measures.row["nc4_disagreement"] == pytest.approx(mismatch)
     assert len(measures.margins) == len(targets)
     rest = measure(model, nn.CrossEntropyLoss(), digits.test, digits, centers=measures.statistics)
-    with torch.no_grad(), captured_features(model.eval()) as features:
+    with torch.no_grad(), capture_features(model.eval(), head_of(model)) as features:
         logits = model(digits.normalized(digits.test.images))
     mismatch = float((logits.argmax(1) != torch.cdist(features[0].double(), means).argmin(1)).double().mean())
     assert rest.row["nc4_disagreement"] == pytest.approx(mismatch)
@@ -149,22 +147,6 @@ def test_network_without_class_means_loses_its_metrics_and_not_the_run(digits: I
         measures = measure(model, nn.CrossEntropyLoss(), digits.train, digits)
     assert measures.row.keys() == {"loss", "accuracy"}
     assert measures.row["loss"] == pytest.approx(math.log(10))
-
-
-def test_standard_head_is_measured_by_the_weight_that_decides() -> None:
-    head = StandardHead(5, 3, scale=2.0, normalize=False)
-    with torch.no_grad():
-        head.weight *= torch.tensor([[1.0], [10.0], [100.0]])
-    features = torch.randn(4, 5)
-    torch.testing.assert_close(read_classifier(head).logits(features), head(features).detach())
-    assert equinorm(read_classifier(head).weight) < 1e-6
-
-
-def test_cosines_are_those_of_centered_rows() -> None:
-    frame = simplex_etf(6, 9, rotation="haar", dtype=torch.float64)
-    cosines = centered_cosines(7 * frame + torch.arange(9))
-    expected = torch.full((6, 6), -0.2, dtype=torch.float64).fill_diagonal_(1)
-    torch.testing.assert_close(cosines, expected)
 
 
 def test_shift_moves_images_and_fills_with_black() -> None:

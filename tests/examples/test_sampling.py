@@ -9,9 +9,8 @@ from torch import nn
 from etflayers.errors import InvalidArgumentError
 from lab.classifiers import Trainer
 from lab.data import load
-from lab.data.sampling import epoch_order
 from lab.heads import head_of
-from lab.losses import HalfSquaredError, make_criterion, set_learning_rate, total_loss
+from lab.losses import make_criterion, set_learning_rate, total_loss
 from lab.settings import Settings
 
 TARGETS = torch.arange(4).repeat(50)
@@ -53,33 +52,11 @@ def test_first_classes_alone() -> None:
         load(Settings(data="digits", classes=11))
 
 
-@pytest.mark.parametrize("targets", [TARGETS, torch.tensor([0] * 90 + [1] * 7 + [2] * 2 + [3])])
-def test_balanced_batches_hold_every_class_equally(targets: torch.Tensor) -> None:
-    order = epoch_order(targets, 4, torch.Generator().manual_seed(0), balanced=True)
-    assert len(order) == len(targets)
-    for batch in targets[order].split(20)[:-1]:
-        assert torch.bincount(batch, minlength=4).tolist() == [5, 5, 5, 5]
-    again = epoch_order(targets, 4, torch.Generator().manual_seed(1), balanced=True)
-    assert not torch.equal(order, again)
-    # No image comes a second time before every image of its class has come once.
-    rare = order[targets[order] == 1]
-    size = int((targets == 1).sum())
-    assert len(rare[:size].unique()) == min(size, len(rare))
-
-
-def test_balanced_batches_need_every_class() -> None:
-    with pytest.raises(InvalidArgumentError, match="class 3 has none"):
-        epoch_order(torch.arange(3), 4, torch.Generator(), balanced=True)
-
-
-def test_unbalanced_order_is_a_permutation() -> None:
-    order = epoch_order(TARGETS, 4, torch.Generator().manual_seed(0), balanced=False)
-    assert torch.equal(order.sort().values, torch.arange(len(TARGETS)))
-
-
-def test_squared_error_is_half_the_squared_distance_to_one_hot_targets() -> None:
-    logits, targets = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([1, 0])
-    assert float(HalfSquaredError()(logits, targets)) == pytest.approx((0.5 * (1 + 1) + 0.5 * 1) / 2)
+def test_balanced_epochs_hold_every_class_equally() -> None:
+    settings = Settings(data="digits", imbalance="step", balanced=True, batch_size=20)
+    trainer = Trainer("fixed", 0, settings, load(settings))
+    for _, targets in trainer.batches():
+        assert torch.bincount(targets, minlength=10).tolist() == [2] * 10
 
 
 def test_feature_decay_is_half_the_mean_squared_length() -> None:

@@ -19,7 +19,7 @@ from PIL import Image, ImageColor
 from rich.console import Console
 
 from collapse_study import HEADLINES, headline_table, summary_rows, tidy_rows
-from etflayers import nearest_etf, simplex_etf
+from etflayers import simplex_etf
 from etflayers.errors import MissingDependencyError
 from lab import pictures as figures
 from lab.classifiers import Trained
@@ -212,14 +212,6 @@ def test_the_tetrahedron_is_for_four_classes() -> None:
     assert "class_means_3d" in figures.study_pictures([made_up_run("fixed", 0, 4)], "")
 
 
-def test_tetrahedron_is_seen_without_distortion() -> None:
-    means = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = figures.tetrahedron_basis(means)
-    torch.testing.assert_close(nearest_etf(means) @ basis, simplex_etf(4, 3, dtype=torch.float64))
-    centered = means - means.mean(0)
-    torch.testing.assert_close(torch.cdist(centered @ basis, centered @ basis), torch.cdist(means, means))
-
-
 def test_panels_are_for_measures_that_exist(runs: list[Trained]) -> None:
     narrow = [without(run, "etf") for run in runs]  # as with fewer than K - 1 features
     whole = figures.measure_figure(figures.COLLAPSE, 4, runs, "")
@@ -316,12 +308,10 @@ def log_twice(folder: Path, **options: Any) -> None:
     """As of a training that logs the epochs 0 to 3, is killed, and continues after epoch 1."""
     wanted = {"tensorboard": False, "wandb": "off", **options}
     for epochs, factor in ((range(4), 1), (range(2, 6), 10)):
-        with loggers(folder, "fixed-seed0", {}, **wanted) as members:
+        with loggers(folder, "fixed-seed0", {}, **wanted) as log:
             for epoch in epochs:
                 drift = math.nan if epoch == 0 else 0.5
-                row = {"epoch": epoch, "train_loss": factor * epoch, "train_nc2_etf_drift_means": drift}
-                for member in members:
-                    member.log(row)
+                log({"epoch": epoch, "train_loss": factor * epoch, "train_nc2_etf_drift_means": drift})
 
 
 def test_tensorboard_has_every_epoch_once(tmp_path: Path) -> None:

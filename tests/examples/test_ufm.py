@@ -23,7 +23,7 @@ from unconstrained.descent import (
     Descent,
     RunKey,
     Settings,
-    UnconstrainedFeatures,
+    make_model,
     make_optimizers,
     measure,
     objective,
@@ -55,15 +55,15 @@ def test_every_head_ends_at_an_etf(head: HeadName, loss: Any, lr: float) -> None
 def test_nearest_is_first() -> None:
     """For one seed: in at most half the steps of the fixed head and a fifth of those of the standard one."""
     reached = run("nearest", Settings(classes=(10,), steps=60)).steps_to(0.05)
-    assert reached is not None
+    assert reached < math.inf
     for head, factor in (("fixed", 2), ("standard", 5)):
-        assert run(head, Settings(classes=(10,), steps=factor * reached)).steps_to(0.05) is None
+        assert run(head, Settings(classes=(10,), steps=factor * reached)).steps_to(0.05) == math.inf
 
 
 def test_step_follows_the_loss_of_each_sample() -> None:
     """A feature moves by ``-lr`` times the gradient of its own loss, written out, whatever N and K."""
     settings = Settings(classes=(3,), per_class=2, features=5)
-    model = UnconstrainedFeatures("fixed", 3, 0, settings).double()
+    model = make_model("fixed", 3, 0, settings).double()
     before, targets = model.features.detach().clone(), model.targets
     objective(model, model(), settings).backward()
     for optimizer in make_optimizers(model, 0.25, settings):
@@ -81,8 +81,8 @@ def test_step_follows_the_loss_of_each_sample() -> None:
 
 def test_standard_head_steps_by_the_mean_of_each_class() -> None:
     settings = Settings(classes=(3,), per_class=2, classifier_rate=0.5)
-    model = UnconstrainedFeatures("standard", 3, 0, settings).double()
-    weight = model.head.weight
+    model = make_model("standard", 3, 0, settings).double()
+    weight = model.head.prototypes
     before = weight.detach().clone()
     objective(model, model(), settings).backward()
     gradient = weight.grad.clone()
@@ -94,9 +94,9 @@ def test_standard_head_steps_by_the_mean_of_each_class() -> None:
 @pytest.mark.parametrize("loss", ["ce", "mse"])
 def test_objective_is_its_definition(loss: Any) -> None:
     settings = Settings(classes=(3,), per_class=2, loss=loss, feature_decay=0.1, weight_decay=0.2)
-    model = UnconstrainedFeatures("standard", 3, 0, settings).double()
+    model = make_model("standard", 3, 0, settings).double()
     logits = model()
-    h, w = model.features.detach().numpy(), model.head.weight.detach().numpy()
+    h, w = model.features.detach().numpy(), model.head.prototypes.detach().numpy()
     z = logits.detach().numpy()
     scale = 5 if loss == "ce" else 0.5
     unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (h, w)]
@@ -114,7 +114,7 @@ def test_objective_is_its_definition(loss: Any) -> None:
 def test_distance_is_that_of_a_procrustes_fit() -> None:
     linalg = pytest.importorskip("scipy.linalg")
     settings = Settings(classes=(5,), features=7, per_class=4)
-    model = UnconstrainedFeatures("standard", 5, 1, settings).double()
+    model = make_model("standard", 5, 1, settings).double()
     logits = model()
     row = measure(model, 0, objective(model, logits, settings), logits)
 
@@ -130,7 +130,7 @@ def test_seed_decides_everything() -> None:
     settings = Settings(classes=(4,), per_class=3, steps=10)
     assert run("learned", settings).history == run("learned", settings).history
     assert run("learned", settings).history != run("learned", settings, seed=1).history
-    starts = [UnconstrainedFeatures(head, 4, 7, settings).features for head in HEADS]
+    starts = [make_model(head, 4, 7, settings).features for head in HEADS]
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 
@@ -233,3 +233,15 @@ def test_unnormalized_features_decay() -> None:
     history = run("fixed", settings, lr=0.6).history
     assert history[-1]["etf_distance"] < 1e-3
     assert history[-1]["nc1_trace"] < 1e-6
+
+
+def test_theory_writes_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cvxpy")
+    assert main(["--theory", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "theory.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [(row["loss"], row["rank"]) for row in written] == [
+        (loss, rank) for loss in ("ce", "mse") for rank in ("free", "0", "1", "2")
+    ]
+    assert float(written[0]["collapse"]) < 1e-5
+    assert "Critical points" in capsys.readouterr().out

@@ -30,6 +30,23 @@ def test_equals_the_product_with_the_frame_and_so_does_the_gradient(
     torch.testing.assert_close(logits, F.linear(features, frame), rtol=0, atol=1e-13)
     (grad,) = torch.autograd.grad(logits, features, cotangent)
     torch.testing.assert_close(grad, cotangent @ frame, rtol=0, atol=1e-13)
+    torch.testing.assert_close(canonical_etf_logits(features, num_classes, scale=3.0), 3 * logits)
+
+
+@pytest.mark.parametrize(("num_classes", "in_features"), SIZES)
+def test_derivatives_in_both_modes_and_batched(num_classes: int, in_features: int) -> None:
+    features = torch.randn(4, in_features, dtype=torch.float64, requires_grad=True)
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        return canonical_etf_logits(x, num_classes, scale=2.0)
+
+    assert torch.autograd.gradcheck(logits, features, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(logits, features)
+    torch.testing.assert_close(torch.vmap(logits)(features), logits(features))
+    jacobian = torch.func.jacrev(logits)(features[0])
+    torch.testing.assert_close(jacobian, torch.func.jacfwd(logits)(features[0]))
+    frame = simplex_etf(num_classes, in_features, dtype=torch.float64)
+    torch.testing.assert_close(jacobian, 2 * frame, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The dot-regression loss against the published formula in a loop."""
+"""Losses against the published formulas in a loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional.losses import dot_regression_loss
+from etflayers.functional.losses import code_mse_loss, dot_regression_loss
 from etflayers.geometry import simplex_etf
 
 IGNORE = -100
@@ -146,3 +146,67 @@ TARGETS = torch.tensor([0, 1, 2])
 def test_bad_input_is_named(logits: Tensor, targets: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         dot_regression_loss(logits, targets, **options)
+
+
+# --- distance to codes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_distance_agrees_with_a_loop(
+    problem: tuple[Tensor, Tensor, Tensor], coded: bool, reduction: Any
+) -> None:
+    features, frame, targets = problem
+    outputs, codes = (features, frame) if coded else (features @ frame.T, torch.eye(4))
+    loss = code_mse_loss(outputs, targets, frame if coded else None, reduction=reduction)
+    expected = np.zeros(len(targets))
+    for i, y in enumerate(targets.tolist()):
+        if y != IGNORE:
+            expected[i] = sum((a - b) ** 2 for a, b in zip(outputs[i], codes[y], strict=True)) / 2
+    if reduction != "none":
+        expected = expected.sum() / (7 if reduction == "mean" else 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+
+
+def test_distance_is_the_mean_squared_error_of_pytorch_times_half_the_classes() -> None:
+    logits, targets = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 4
+    theirs = torch.nn.functional.mse_loss(logits, torch.eye(4, dtype=torch.float64)[targets])
+    torch.testing.assert_close(code_mse_loss(logits, targets), 2 * theirs)
+
+
+def test_distance_is_differentiable_in_outputs_and_codes(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, frame, targets = problem
+    inputs = (features.requires_grad_(), frame.clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, c: code_mse_loss(x, targets, c), inputs)
+
+
+def test_an_ignored_output_may_be_nan(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, frame, targets = problem
+    outputs = (features @ frame.T).clone()
+    expected = code_mse_loss(outputs, targets)
+    outputs[targets == IGNORE] = torch.nan
+    outputs.requires_grad_()
+    loss = code_mse_loss(outputs, targets)
+    torch.testing.assert_close(loss, expected)
+    torch.autograd.backward(loss)
+    assert outputs.grad is not None
+    assert bool(torch.isfinite(outputs.grad).all())
+    assert code_mse_loss(outputs, torch.full_like(targets, IGNORE)) == 0
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "codes", "message"),
+    [
+        (torch.ones(3, 4).long(), torch.zeros(3).long(), None, "outputs must have a real floating-point"),
+        (torch.ones(()), torch.zeros(()).long(), None, "outputs must have shape .* got a scalar"),
+        (torch.ones(3, 4), torch.zeros(2).long(), None, r"targets must have the shape of outputs .* \(3,\)"),
+        (torch.ones(3, 4), torch.full((3,), 4), None, r"targets must be class indices in \[0, 4\)"),
+        (torch.ones(3, 4), torch.zeros(3).long(), torch.ones(2, 5), r"codes must have the width of outputs"),
+        (torch.ones(3, 4), torch.full((3,), 2), torch.ones(2, 4), r"targets must be .* in \[0, 2\)"),
+    ],
+)
+def test_bad_arguments_of_the_distance_are_named(
+    outputs: Tensor, targets: Tensor, codes: Tensor | None, message: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        code_mse_loss(outputs, targets, codes)

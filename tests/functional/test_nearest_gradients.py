@@ -89,12 +89,14 @@ def test_forward_mode_over_an_unrecorded_backward():
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "in_features"), [(10, 64), (10, 9), (100, 128), (200, 256), (127, 126), (400, 512)]
+    ("num_classes", "in_features"),
+    [(10, 64), (10, 9), (32, 40), (100, 128), (127, 126), (150, 700), (200, 256), (400, 512)],
 )
 @pytest.mark.parametrize(
     ("kappa", "bound"),
-    # On both sides of each kappa at which the default goes another way.
-    [(1.01, 2e-6), (1.95, 2e-6), (2.05, 2e-6), (4.35, 2e-6), (4.45, 2e-6), (10, 2e-6), (1e3, 1e-5)],
+    # On both sides of each kappa at which the default goes another way: 5, and 20 d / K, which is 19.8 for
+    # (127, 126), 25.6 for (200, 256), and 93.3 for (150, 700).
+    [(1.01, 2e-6), (4.95, 2e-6), (5.05, 2e-6), (19, 2e-6), (25, 2e-6), (26, 2e-6), (93, 2e-6), (1e3, 2e-6)],
 )
 def test_float32_gradient_against_float64(num_classes, in_features, kappa, bound):
     means = means_with_condition(num_classes, in_features, kappa, dtype=torch.float32).requires_grad_()

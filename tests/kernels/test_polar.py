@@ -185,7 +185,8 @@ def test_a_head_trains_the_same() -> None:
 
 def test_where_the_kernel_cannot_run_it_says_so() -> None:
     options = {"device": "cpu", "dtype": torch.float32, "num_classes": 10, "in_features": 64}
-    assert describe("polar", **options).impl == "reference"
+    assert describe("polar", **options).impl == "numpy"
+    assert describe("polar", **(options | {"num_classes": 40})).impl == "reference"
     with pytest.raises(InvalidArgumentError, match="impl='triton' cannot run polar"):
         nearest_etf(torch.randn(10, 64), solver=GramRoot(impl="triton"))
     with pytest.raises(InvalidArgumentError, match="GramRoot records no operations"):

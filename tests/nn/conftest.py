@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from etflayers.nn import ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead
+from etflayers.nn import CodeHead, FixedETFHead, LearnedETFHead, NearestETFHead, UnitRowHead
 
 
 class MakeHead(Protocol):
@@ -24,7 +24,7 @@ class MakeHead(Protocol):
         scale: float = 1.0,
         normalize: bool = False,
         dtype: torch.dtype | None = None,
-    ) -> ETFHead: ...
+    ) -> CodeHead: ...
 
 
 def _make(kind: str) -> MakeHead:
@@ -36,7 +36,7 @@ def _make(kind: str) -> MakeHead:
         scale: float = 1.0,
         normalize: bool = False,
         dtype: torch.dtype | None = None,
-    ) -> ETFHead:
+    ) -> CodeHead:
         if kind == "canonical":
             return FixedETFHead(
                 in_features,
@@ -61,6 +61,10 @@ def _make(kind: str) -> MakeHead:
             return NearestETFHead(
                 in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
             )
+        if kind == "unit_rows":
+            return UnitRowHead(
+                in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
+            )
         if kind == "geoopt":
             pytest.importorskip("geoopt")
         return LearnedETFHead(
@@ -76,7 +80,7 @@ def _make(kind: str) -> MakeHead:
     return make
 
 
-@pytest.fixture(params=["canonical", "haar", "nearest", "learned", "geoopt"])
+@pytest.fixture(params=["canonical", "haar", "nearest", "learned", "geoopt", "unit_rows"])
 def make_head(request: pytest.FixtureRequest) -> MakeHead:
     kind: str = request.param
     return _make(kind)

@@ -15,7 +15,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from etflayers import ETFCrossEntropy, ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead
+from etflayers import (
+    CodeHead,
+    ETFCrossEntropy,
+    FixedETFHead,
+    LearnedETFHead,
+    NearestETFHead,
+    UnitRowHead,
+)
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
 
 IGNORE = -100
@@ -25,13 +32,14 @@ HEADS = {
     "haar": lambda **o: FixedETFHead(6, 4, rotation="haar", scale=2.0, **o),
     "learned": lambda **o: LearnedETFHead(6, 4, scale=2.0, **o),
     "nearest": lambda **o: NearestETFHead(6, 4, scale=2.0, momentum=0.3, **o),
+    "unit rows": lambda **o: UnitRowHead(6, 4, scale=2.0, **o),
 }
 
 
 @pytest.fixture(params=HEADS)
-def head(request: pytest.FixtureRequest) -> ETFHead:
+def head(request: pytest.FixtureRequest) -> CodeHead:
     torch.manual_seed(0)
-    made: ETFHead = HEADS[request.param](dtype=torch.float64, normalize=True)
+    made: CodeHead = HEADS[request.param](dtype=torch.float64, normalize=True)
     return made
 
 
@@ -48,7 +56,7 @@ def gradients(loss: Tensor, features: Tensor, head: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_gradients_and_state_are_those_of_the_head(
-    head: ETFHead, training: bool, reduction: Any
+    head: CodeHead, training: bool, reduction: Any
 ) -> None:
     features, targets = problem()
     features.requires_grad_()
@@ -64,7 +72,7 @@ def test_loss_gradients_and_state_are_those_of_the_head(
     torch.testing.assert_close(head.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
-def test_another_target_may_be_the_ignored_one(head: ETFHead) -> None:
+def test_another_target_may_be_the_ignored_one(head: CodeHead) -> None:
     features, targets = problem()
     targets = torch.where(targets == IGNORE, 2, targets)
     head.eval()
@@ -90,7 +98,7 @@ def test_under_autocast(name: str) -> None:
     torch.testing.assert_close(gradient, exact_gradient, rtol=0, atol=0.03)
 
 
-def test_compiles_as_one_graph(head: ETFHead) -> None:
+def test_compiles_as_one_graph(head: CodeHead) -> None:
     features, targets = problem()
     expected = ETFCrossEntropy(copy.deepcopy(head))(features, targets)
     compiled = torch.compile(ETFCrossEntropy(head), fullgraph=True, backend="aot_eager")
@@ -159,7 +167,7 @@ def test_invalid_arguments_are_refused() -> None:
 class Both(nn.Module):
     """A model that holds its head and the loss of the head."""
 
-    def __init__(self, head: ETFHead) -> None:
+    def __init__(self, head: CodeHead) -> None:
         super().__init__()
         self.body = nn.Linear(3, 6)
         self.head = head

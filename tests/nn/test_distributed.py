@@ -94,6 +94,20 @@ def averages(rank: int | None, **options: Any) -> list[Tensor]:
     return result
 
 
+def soft_averages(rank: int | None) -> list[Tensor]:
+    """The same with soft targets: a class has shares of samples on one rank, on both, or on none."""
+    case = CASES["float32"]
+    average = FeatureMovingAverage(5, 5, momentum=0.3, dtype=torch.float64)
+    for step in range(STEPS):
+        features, targets = case.batch(step)
+        shares = F.one_hot(torch.stack((targets, targets.roll(3))), 5).double()
+        shares = 0.875 * shares[0] + 0.125 * shares[1]
+        if rank is not None:
+            features, shares = features[case.share(rank)], shares[case.share(rank)]
+        means = average(features.double(), shares)
+    return [means, average.counts, average.updates]
+
+
 def looks() -> int:
     """How often three training passes look at the values of a frame."""
     model = nn.parallel.DistributedDataParallel(make_model(torch.float32, seed=0))
@@ -141,6 +155,7 @@ def worker(rank: int, folder: str) -> None:
         results[name] = train(model, case, rank)
     group = dist.new_group([0, 1])
     results["averages"] = averages(rank, process_group=group)
+    results["soft"] = soft_averages(rank)
     results["local"] = averages(rank, synchronize=False)
     results["copy"] = copy.deepcopy(NearestETFHead(6, 4, process_group=group)).averages.process_group
     results["looks"] = looks()
@@ -190,6 +205,14 @@ def test_averages_and_their_gradients_are_those_of_the_whole_batch(ranks: list[d
             torch.testing.assert_close(
                 got, whole[case.share(rank)] if is_gradient else whole, rtol=0, atol=1e-12
             )
+
+
+def test_averages_of_soft_targets_are_those_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+    expected = soft_averages(rank=None)
+    assert expected[1][-1] == 0  # a class without a share
+    for results in ranks:
+        for got, whole in zip(results["soft"], expected, strict=True):
+            torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
 
 
 def test_without_synchronize_each_rank_keeps_to_itself(ranks: list[dict[str, Any]]) -> None:

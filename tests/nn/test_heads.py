@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import is_simplex_etf, random_stiefel, simplex_etf
-from etflayers.nn import ETFCrossEntropy, ETFHead, FixedETFHead, NearestETFHead
+from etflayers.nn import CodeHead, ETFCrossEntropy, ETFHead, FixedETFHead, NearestETFHead, UnitRowHead
 
 if TYPE_CHECKING:
     from tests.nn.conftest import MakeHead
@@ -26,13 +26,13 @@ def batch(generator: torch.Generator, size: int = 12, in_features: int = 6) -> t
     return features, torch.arange(size) % 4
 
 
-def trained(head: ETFHead, generator: torch.Generator) -> ETFHead:
+def trained(head: CodeHead, generator: torch.Generator) -> CodeHead:
     """The head after a pass in training, so that nothing is at its start value."""
     head(*batch(generator, in_features=head.in_features))
     return head
 
 
-def by_hand(head: ETFHead, features: Tensor) -> Tensor:
+def by_hand(head: CodeHead, features: Tensor) -> Tensor:
     """s (z - m) W' in float64 from the head's own frame and center."""
     rows = features.double()
     if head.normalize:
@@ -47,7 +47,7 @@ def by_hand(head: ETFHead, features: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [(6, 4), (4, 4), (3, 4), (5, 2), (1, 2)])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_eval_logits_are_scaled_inner_products_with_an_etf(
+def test_eval_logits_are_scaled_inner_products_with_the_frame(
     make_head: MakeHead, generator: torch.Generator, size: tuple[int, int], normalize: bool
 ) -> None:
     in_features, num_classes = size
@@ -56,7 +56,9 @@ def test_eval_logits_are_scaled_inner_products_with_an_etf(
     head(features, torch.arange(12) % num_classes)
     head.eval()
 
-    assert is_simplex_etf(head.frame), is_simplex_etf(head.frame).reason
+    if isinstance(head, ETFHead):
+        assert is_simplex_etf(head.frame), is_simplex_etf(head.frame).reason
+    torch.testing.assert_close(head.frame.norm(dim=1), torch.ones(num_classes))
     torch.testing.assert_close(head(features).double(), by_hand(head, features), rtol=1e-5, atol=1e-5)
 
 
@@ -292,7 +294,7 @@ def test_a_half_converted_head_works_and_keeps_its_state_in_float32(
 
     head = head.to(dtype)
 
-    if not isinstance(head, FixedETFHead):  # whose frame is a constant like any weight
+    if not isinstance(head, (FixedETFHead, UnitRowHead)):  # which hold a weight like any other
         assert_same_state(head.state_dict(), before)
     features, targets = batch(generator)
     logits = head(features.to(dtype), targets)
@@ -307,7 +309,8 @@ def test_a_double_head_is_double_throughout(make_head: MakeHead, generator: torc
     logits = head(features.double(), targets)
     assert logits.dtype == head.frame.dtype == torch.float64
     torch.testing.assert_close(head.eval()(features.double()), by_hand(head, features), rtol=0, atol=1e-13)
-    assert is_simplex_etf(head.frame, atol=1e-12)
+    torch.testing.assert_close(head.frame.norm(dim=1), torch.ones(4).double(), rtol=0, atol=1e-12)
+    assert is_simplex_etf(head.frame, atol=1e-12) or not isinstance(head, ETFHead)
     assert make_head().double().frame.dtype == torch.float64
 
 
@@ -416,8 +419,8 @@ def test_features_of_a_wrong_kind_are_named(make_head: MakeHead) -> None:
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        ((2, 4), {}, "in_features must be at least num_classes - 1 = 3, got 2"),
-        ((6, 1), {}, "num_classes must be at least 2, got 1"),
+        ((0, 4), {}, "in_features must be at least (1|num_classes - 1 = 3), got 0"),
+        ((6, 0), {}, "num_classes must be at least [12], got 0"),
         ((6, 4), {"scale": 0.0}, "scale must be a finite number > 0, got 0.0"),
         ((6, 4), {"scale": float("nan")}, "scale must be a finite number > 0"),
         ((6, 4), {"scale": True}, "scale must be a finite number > 0, got True"),
@@ -435,6 +438,21 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         make_head(*size, **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((2, 4), "in_features must be at least num_classes - 1 = 3, got 2"),
+        ((6, 1), "num_classes must be at least 2, got 1"),
+    ],
+)
+def test_a_simplex_needs_room(make_head: MakeHead, size: tuple[int, int], message: str) -> None:
+    if isinstance(make_head(), ETFHead):
+        with pytest.raises(InvalidArgumentError, match=message):
+            make_head(*size)
+    else:  # a code need not be one
+        assert make_head(*size)(torch.ones(3, size[0])).shape == (3, size[1])
 
 
 # --- the fixed head ---------------------------------------------------------------------------------------

@@ -307,6 +307,49 @@ def test_a_state_dict_whose_frame_is_no_etf_is_refused(make: Any) -> None:
     assert_valid(head)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("averages.counts", torch.tensor([3, -5, 1, 0]), "averages.counts must not be negative, got -5"),
+        ("averages.updates", torch.full((4,), -1), "averages.updates must not be negative, got -1"),
+        ("averages.counts", torch.ones(4), "averages.counts must be integers, got torch.float32"),
+        ("averages.means", torch.full((4, 6), torch.nan), "averages.means must be finite"),
+    ],
+)
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_state_dict_with_impossible_averages_is_refused(
+    name: str, value: Tensor, message: str, assign: bool
+) -> None:
+    head = trained(NearestETFHead(6, 4))
+    good = copy.deepcopy(head.state_dict())
+    with pytest.raises(RuntimeError, match=message):
+        head.load_state_dict({**good, name: value}, assign=assign)
+    for entry, tensor in head.averages.state_dict().items():
+        assert torch.equal(tensor, good[f"averages.{entry}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_dict_in_half_precision_leaves_full_precision(
+    make_head: MakeHead, dtype: torch.dtype
+) -> None:
+    source = trained(make_head(seed=3))
+    if isinstance(source, FixedETFHead):
+        return  # its frame is a constant, which may be in half precision
+    half = {name: t.to(dtype) if t.is_floating_point() else t for name, t in source.state_dict().items()}
+    for assign in (True, False):
+        head = make_head()
+        kinds = {name: type(parameter) for name, parameter in head.named_parameters()}
+        head.load_state_dict(half, assign=assign)
+        assert all(t.dtype == source.state_dict()[name].dtype for name, t in head.state_dict().items())
+        assert {name: type(parameter) for name, parameter in head.named_parameters()} == kinds
+        if isinstance(head, LearnedETFHead) and head.manifold is not None:
+            with pytest.raises(ManifoldError, match="proj_"):  # rounded off the manifold
+                head(*batch())
+            with torch.no_grad():
+                head.rotation.proj_()  # type: ignore[operator]
+        assert_valid(head)
+
+
 def test_names_of_entries_of_earlier_versions_load() -> None:
     head, source = NearestETFHead(6, 4), trained(NearestETFHead(6, 4))
     renamed = {"vertices": "frame", "global_mean": "centre"}

@@ -1,4 +1,4 @@
-"""The loss module is the function with its arguments remembered."""
+"""A loss module is the function with its arguments remembered."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional.losses import dot_regression_loss
-from etflayers.nn import DotRegressionLoss
+from etflayers.functional.losses import code_mse_loss, dot_regression_loss
+from etflayers.nn import CodeMSELoss, DotRegressionLoss
 
 LOGITS = torch.tensor([[0.5, -0.5], [-2.0, 2.0], [1.0, 1.0]])
 TARGETS = torch.tensor([0, 1, 7])
@@ -54,3 +54,38 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(compiled(LOGITS, TARGETS), loss(LOGITS, TARGETS))
     with pytest.raises(RuntimeError, match="targets must be class indices"):
         compiled(LOGITS, TARGETS + 1)
+
+
+# --- distance to codes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", [None, torch.tensor([[1.0, 0.0], [-1.0, 0.5], [2.0, 3.0]])])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_distance_passes_its_arguments_on(codes: torch.Tensor | None, reduction: Any) -> None:
+    loss = CodeMSELoss(codes, ignore_index=7, reduction=reduction)
+    expected = code_mse_loss(LOGITS, TARGETS, codes, ignore_index=7, reduction=reduction)
+    assert torch.equal(loss(LOGITS, TARGETS), expected)
+    assert torch.equal(copy.deepcopy(loss)(LOGITS, TARGETS), expected)
+
+
+def test_codes_are_state_of_their_own() -> None:
+    codes = torch.eye(2)
+    loss = CodeMSELoss(codes)
+    codes.zero_()
+    assert loss.state_dict()["codes"].tolist() == [[1, 0], [0, 1]]
+    assert repr(loss) == "CodeMSELoss(codes=(2, 2), ignore_index=-100, reduction='mean')"
+    assert CodeMSELoss().state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("codes", "options", "message"),
+    [
+        (torch.ones(3), {}, r"codes must have shape \(K, d\), one row for each class, got \(3,\)"),
+        (torch.ones(0, 3), {}, r"codes must have shape .* got \(0, 3\)"),
+        (torch.ones(3, 3).long(), {}, "codes must have a real floating-point dtype"),
+        (None, {"reduction": "avg"}, "reduction must be"),
+    ],
+)
+def test_bad_codes_are_named(codes: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        CodeMSELoss(codes, **options)

@@ -48,7 +48,7 @@ def test_a_state_answers_by_its_definitions(solver, num_classes, in_features):
     torch.testing.assert_close(root @ solution + solution @ root, rhs, **exact)
 
 
-@pytest.mark.parametrize("kappa", [1.0, 1.9, 2.1, 4.3, 4.5, 1e3, 9e4, 2e5, 1e6])
+@pytest.mark.parametrize("kappa", [1.0, 4.9, 5.1, 31.0, 33.0, 1e3, 9e4, 2e5, 1e6])
 @pytest.mark.parametrize("num_classes", [5, 40])
 def test_every_regime_of_float32_is_accurate(kappa, num_classes):
     # One unit in the last place of the data already moves the exact frame by about eps * kappa, so the bound
@@ -58,12 +58,18 @@ def test_every_regime_of_float32_is_accurate(kappa, num_classes):
 
 
 def test_regime_chooses_precision_by_condition():
-    def dtype_of(kappa, num_classes):
-        return ByRegime().solve(means_with_condition(num_classes, 64, kappa, dtype=torch.float32)).frame.dtype
+    def precisions(kappa, num_classes):
+        """Of the products, and whether the eigenproblem was solved in float64."""
+        linear = means_with_condition(num_classes, 64, kappa, dtype=torch.float32)
+        state = ByRegime().solve(linear)
+        exact = GramEigh(torch.float64).solve(linear)
+        same = torch.equal(state.spectrum.basis.double(), exact.spectrum.basis.to(state.dtype).double())
+        return state.dtype, same
 
-    assert dtype_of(3.0, 40) == torch.float32
-    assert dtype_of(30.0, 40) == torch.float64
-    assert dtype_of(3.0, 5) == torch.float64
+    assert precisions(3.0, 40) == (torch.float32, False)
+    assert precisions(30.0, 40) == (torch.float32, True)  # 20 d / K = 32
+    assert precisions(40.0, 40) == (torch.float64, True)
+    assert precisions(3.0, 5)[0] == torch.float64
 
 
 @pytest.mark.parametrize("solver", ANY_RANK, ids=repr)

@@ -9,6 +9,7 @@ import torch
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.nn import (
+    CodeMSELoss,
     DotRegressionLoss,
     FixedETFHead,
     HuberNearestETF,
@@ -16,6 +17,7 @@ from etflayers.nn import (
     MahalanobisNearestETF,
     NearestETF,
     NearestETFHead,
+    UnitRowHead,
 )
 from etflayers.solvers import SVD, ByRegime, GramEigh, GramRoot, RiemannianNewton
 from etflayers.testing.suites import (
@@ -54,6 +56,16 @@ class TestNormalizedNearestETFHead(HeadSuite):
 class TestLearnedETFHead(HeadSuite):
     def make(self) -> LearnedETFHead:
         return LearnedETFHead(6, 4)
+
+
+class TestUnitRowHead(HeadSuite):
+    def make(self) -> UnitRowHead:
+        return UnitRowHead(3, 6, scale=2.0)
+
+
+class TestNormalizedUnitRowHead(HeadSuite):
+    def make(self) -> UnitRowHead:
+        return UnitRowHead(6, 4, scale=5.0, normalize=True)
 
 
 class TestByRegime(FrameSolverSuite):
@@ -139,3 +151,13 @@ class TestNearestETF(FrameRuleSuite):
 class TestDotRegressionLoss(LossSuite):
     def make(self) -> DotRegressionLoss:
         return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]))
+
+
+class TestCodeMSELoss(LossSuite):
+    def make(self) -> CodeMSELoss:
+        return CodeMSELoss()
+
+
+class TestMSELossOfOtherCodes(LossSuite):
+    def make(self) -> CodeMSELoss:
+        return CodeMSELoss(torch.linspace(-1, 1, 16).view(4, 4).cos())

@@ -8,6 +8,10 @@ With n_k samples of class k in the batch, N_k before it, and u_k batches that he
     "2/(t+1)":       2 / (t + 1) with t = u_k + 1, and never less than 1e-4, below which the mean would stop
                      following the features (Markou, Ajanthan, Gould 2024, arXiv 2411.01248).
 
+Soft targets make n_k a mass, the sum of shares of samples. Where it is less than one sample, the first and
+the last of these are multiplied by it (the second has n_k in it): a thousandth of a sample is no reason for
+the step of a whole one.
+
 n_k <-> batch_counts, N_k <-> counts, u_k <-> updates, a_k <-> momentum_steps.
 """
 
@@ -45,7 +49,7 @@ def momentum_steps(
 
     Args:
         momentum: the schedule.
-        batch_counts: n_k, ``(K,)``, samples of each class in the batch.
+        batch_counts: n_k, ``(K,)``, samples of each class in the batch, or their mass.
         counts: N_k, ``(K,)``, samples before it.
         updates: u_k, ``(K,)``, batches with the class before it.
         dtype: of the steps.
@@ -57,9 +61,10 @@ def momentum_steps(
     >>> momentum_steps(None, batch, before, before, torch.float32)
     tensor([0.2500, 1.0000, 0.0000])
     """
-    present = batch_counts > 0
     if momentum is None:
         return batch_counts.to(dtype) / (counts + batch_counts).clamp(min=1)
     if isinstance(momentum, str):
-        return (2 / (updates.to(dtype) + 2)).clamp(min=SMALLEST_STEP) * present
-    return torch.where(counts > 0, torch.full_like(counts, momentum, dtype=dtype), 1) * present
+        step = (2 / (updates.to(dtype) + 2)).clamp(min=SMALLEST_STEP)
+    else:
+        step = torch.full_like(counts, momentum, dtype=dtype)
+    return torch.where(counts > 0, step * batch_counts.to(dtype).clamp(max=1), 1) * (batch_counts > 0)

@@ -1,6 +1,6 @@
-"""The nearest frame and its adjoint without a factorization."""
+"""The nearest frame and its adjoint: what a solver returns, and the paths for a GPU and for few classes."""
 
-from etflayers.kernels.polar.api import polar, polar_adjoint
-from etflayers.kernels.polar.state import FrameState, RootState
+from etflayers.kernels.polar.api import polar, polar_adjoint, small_polar
+from etflayers.kernels.polar.state import FrameState, RootState, SpectralState
 
-__all__ = ["FrameState", "RootState", "polar", "polar_adjoint"]
+__all__ = ["FrameState", "RootState", "SpectralState", "polar", "polar_adjoint", "small_polar"]

@@ -1,4 +1,4 @@
-"""The nearest frame and its adjoint without a factorization: by kernels for few classes, by products else.
+"""The nearest frame and its adjoint: by products or in one kernel, and in NumPy for few classes on a CPU.
 
 ``reference`` has the derivation. Which path a call takes is decided by device, precision and size.
 
@@ -8,15 +8,23 @@ M <-> linear, W <-> frame, G <-> direction.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from etflayers._torch import forward_mode, is_batched
+from etflayers.checks import reads_values
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
-from etflayers.kernels.polar import reference
-from etflayers.kernels.polar.state import FrameState, RootState
+from etflayers.kernels.polar import numpy, reference
+from etflayers.kernels.polar.state import FrameState, RootState, SpectralState
+from etflayers.linalg import Eigenbasis
+from etflayers.precision import smallest_divisor
 
-__all__ = ["LARGEST_FUSED", "polar", "polar_adjoint"]
+__all__ = ["LARGEST_FUSED", "polar", "polar_adjoint", "small_polar"]
 
+# Below this many classes a PyTorch operation on a CPU takes as long as its launch.
+LARGEST_SMALL = 31
 LARGEST_FUSED = 32
+# Another subclass of tensors may hold its values elsewhere.
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _supports(call: Call) -> str | None:
@@ -27,7 +35,49 @@ def _supports(call: Call) -> str | None:
     return None
 
 
-register("polar", _supports)
+def _supports_numpy(call: Call) -> str | None:
+    if call.num_classes > LARGEST_SMALL:
+        return f"K = {call.num_classes} classes keep PyTorch busy (NumPy takes at most {LARGEST_SMALL})"
+    if call.in_features is not None and call.num_classes**2 * call.in_features > numpy.MOST_WORK:
+        return "in_features are so many that NumPy would start threads"
+    return None if call.batch in (None, 1) else "NumPy takes one problem at a time"
+
+
+register("polar", _supports, numpy=_supports_numpy)
+
+
+def small_polar(linear: Tensor, precision: torch.dtype) -> tuple[SpectralState, float] | None:
+    """The frame and kappa from NumPy, or ``None``: not for this call, or M_c has no full rank in float64.
+
+    Args:
+        linear: M, ``(..., K, d)``.
+        precision: of the data from which it was made.
+
+    >>> state, kappa = small_polar(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32)
+    >>> state.frame
+    tensor([[ 0.6000,  0.8000],
+            [-0.6000, -0.8000]], dtype=torch.float64)
+    """
+    recorded = linear.requires_grad and torch.is_grad_enabled()
+    if recorded or forward_mode() or not _small(linear):
+        return None
+    found = numpy.small_polar(linear.detach().double().numpy(), smallest_divisor(precision))
+    if found is None:
+        return None
+    frame, inverse, *spectrum = map(torch.from_numpy, found[:-1])
+    return SpectralState(frame, inverse, Eigenbasis(*spectrum)), found.kappa
+
+
+def _small(matrix: Tensor) -> bool:
+    """Whether NumPy can take it: what ``_supports_numpy`` asks, without words, and values to be read."""
+    num_classes, in_features = matrix.shape[-2:]
+    return (
+        num_classes <= LARGEST_SMALL
+        and num_classes * num_classes * in_features <= numpy.MOST_WORK
+        and matrix.ndim == 2
+        and type(matrix) in _PLAIN
+        and reads_values(matrix)
+    )
 
 
 def polar(linear: Tensor, *, precision: torch.dtype | None = None, impl: Impl = "auto") -> RootState:
@@ -84,6 +134,9 @@ def polar_adjoint(direction: Tensor, state: FrameState) -> Tensor:
     tensor([[ 0.8000, -0.6000],
             [-0.8000,  0.6000]], dtype=torch.float64)
     """
+    if isinstance(state, SpectralState) and state.dtype == torch.float64 and _small_adjoint(direction, state):
+        arrays = (tensor.double().numpy() for tensor in (direction, *state.tensors()))
+        return torch.from_numpy(numpy.small_polar_adjoint(*arrays))
     if not (isinstance(state, RootState) and _fused(direction, state.precision, state.impl)):
         return reference.polar_adjoint(direction, state)
     from etflayers.kernels.polar.triton import fused_polar_adjoint
@@ -92,6 +145,11 @@ def polar_adjoint(direction: Tensor, state: FrameState) -> Tensor:
     parts = (tensor.reshape(batch, num_classes, -1) for tensor in (direction, *state.tensors()))
     result: Tensor = fused_polar_adjoint(*parts).reshape(direction.shape)
     return result
+
+
+def _small_adjoint(direction: Tensor, state: SpectralState) -> bool:
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (direction, *state.tensors()))
+    return not (recorded or forward_mode() or is_batched(direction)) and _small(direction)
 
 
 def _fused(matrix: Tensor, precision: torch.dtype, impl: Impl) -> bool:

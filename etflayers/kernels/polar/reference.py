@@ -26,7 +26,7 @@ in float32.
 where the entries of X between absent directions are zero: the minimum-norm derivative.
 
 M <-> linear, M_c <-> rows, W <-> frame, T <-> root, c^2 T^+ <-> inverse, P <-> present, N_0 <-> generic,
-G <-> direction, G_c <-> change.
+G <-> direction, G_c W' <-> inner.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from etflayers.checks import require_values
 from etflayers.errors import ConvergenceError
 from etflayers.geometry import centered, centered_rows, etf_radius
 from etflayers.kernels.polar.state import CUTOFF, FrameState, RootState
-from etflayers.linalg.newton_schulz import indicator, inverse_root, refine
+from etflayers.linalg.newton_schulz import add_product, indicator, inverse_root, refine
 from etflayers.precision import smallest_divisor
 
 __all__ = ["polar", "polar_adjoint"]
@@ -77,18 +77,18 @@ def polar(linear: Tensor, precision: torch.dtype) -> RootState:
 
 def polar_adjoint(direction: Tensor, state: FrameState) -> Tensor:
     """dW for dM = ``direction``, in three products of the size of the frame."""
-    change, frame = centered(direction.to(state.dtype)), state.frame.to(state.dtype)
+    direction, frame = direction.to(state.dtype), state.frame.to(state.dtype)
     num_classes, in_features = frame.shape[-2:]
-    inner = change @ frame.mT
+    if in_features == 1:
+        return torch.zeros_like(direction)  # two frames, -1 and 1, with nothing between them
+    inner = centered(direction @ frame.mT)  # G_c W': of size K, where G is of size d
     left = state.solve_sylvester(inner - inner.mT, skew=True)
     if in_features == num_classes - 1:
         # I - W'W / c^2 vanishes: computing it would only add rounding, divided by tau.
         return left @ frame
     # Both terms that stand left of W in one matrix.
     left = torch.sub(left, state.pseudo_inverse(inner), alpha=1 - 1 / num_classes)
-    d_frame = left @ frame
-    d_frame += state.pseudo_inverse(change)
-    return d_frame
+    return add_product(state.pseudo_inverse(direction), left, frame)
 
 
 def _completion(frame: Tensor, present: Tensor) -> Tensor:

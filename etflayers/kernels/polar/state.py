@@ -7,7 +7,7 @@ For M (K x d), M_c = CM its centered rows and c = sqrt(K/(K-1)), the frame W tha
 
 and every derivative of W applies T^+ and solves T X + X T = S. A state answers both, however it was found.
 
-W <-> frame, T <-> root, c^2 T^+ <-> inverse, I - T T^+ <-> absent.
+W <-> frame, T <-> root, c^2 T^+ <-> inverse, V <-> basis, I - T T^+ <-> absent.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from etflayers.geometry import centered
 from etflayers.kernels.dispatch import Impl
-from etflayers.linalg import Root, Spectrum
+from etflayers.linalg import Eigenbasis, Root, Spectrum
 
-__all__ = ["CUTOFF", "FrameState", "RootState", "absent_directions"]
+__all__ = ["CUTOFF", "FrameState", "RootState", "SpectralState", "absent_directions"]
 
 # Singular values below this, relative to the fourth root of the sum of their fourth powers, count as absent.
 CUTOFF = 1e-6
@@ -51,7 +52,7 @@ class FrameState(Protocol):
         ...
 
     def pseudo_inverse(self, rows: Tensor) -> Tensor:
-        """c^2 T^+ times centered rows ``(..., K, m)``."""
+        """c^2 T^+ times rows ``(..., K, m)``, which need not be centered: T^+ 1 = 0."""
         ...
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -100,8 +101,8 @@ class RootState(NamedTuple):
         return self.spectrum.solve(rhs, skew=skew)
 
     def pseudo_inverse(self, rows: Tensor) -> Tensor:
-        """c^2 T^+ times centered rows ``(..., K, m)``."""
-        return self.inverse @ rows
+        """c^2 T^+ times rows ``(..., K, m)``."""
+        return self.inverse @ centered(rows)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """W, c^2 T^+ and T."""
@@ -111,6 +112,47 @@ class RootState(NamedTuple):
     def form(self) -> Callable[..., RootState]:
         """What makes a state of this kind from its ``tensors()``."""
         return partial(RootState, precision=self.precision, impl=self.impl)
+
+
+class SpectralState(NamedTuple):
+    """A state that knows the eigenbasis of T, and solves by divisions.
+
+    Attributes:
+        frame: W, ``(..., K, d)``.
+        inverse: c^2 T^+, ``(..., K, K)``; it maps 1 to zero.
+        spectrum: orthonormal eigenvectors V of T, ``(..., K, r)``, r = K - 1, or r = K with 1 among them;
+            and 1 / (tau_i + tau_j), zero for pairs of absent directions.
+    """
+
+    frame: Tensor
+    inverse: Tensor
+    spectrum: Eigenbasis
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the solver computed."""
+        return self.inverse.dtype
+
+    def solve_sylvester(self, rhs: Tensor, *, skew: bool = False) -> Tensor:
+        """X with T X + X T = S, zero between absent directions."""
+        return self.spectrum.solve(rhs)
+
+    def pseudo_inverse(self, rows: Tensor) -> Tensor:
+        """c^2 T^+ times rows ``(..., K, m)``."""
+        return self.inverse @ rows
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """W, c^2 T^+, V and the reciprocals."""
+        return self.frame, self.inverse, *self.spectrum
+
+    @property
+    def form(self) -> Callable[..., SpectralState]:
+        """What makes a state of this kind from its ``tensors()``."""
+        return _from_tensors
+
+
+def _from_tensors(frame: Tensor, inverse: Tensor, basis: Tensor, reciprocals: Tensor) -> SpectralState:
+    return SpectralState(frame, inverse, Eigenbasis(basis, reciprocals))
 
 
 def absent_directions(inverse: Tensor, root: Tensor) -> Tensor:
