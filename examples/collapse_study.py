@@ -37,6 +37,7 @@ from lab.loggers import WandbMode, loggers
 from lab.measures import existing
 from lab.options import Count, Distinct, Free, Seed, command
 from lab.pictures import study_pictures
+from lab.progress import make_console
 from lab.ranks import launch, launched, process_group, rank
 from lab.report import flat, write_report
 from lab.results import Column, Results, grouped, summary_table
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.devices > 1 and not launched():
             status = launch(__file__, arguments, settings.devices)
         else:
-            study(settings, Console(), shlex.join(["python", "examples/collapse_study.py", *arguments]))
+            study(settings, make_console(), shlex.join(["python", "examples/collapse_study.py", *arguments]))
 
     return command(StudySettings, run, arguments) or status
 

@@ -28,6 +28,7 @@ from lab.data import load
 from lab.files import Row
 from lab.heads import HeadName
 from lab.options import Count, Distinct, Free, Seed, command
+from lab.progress import make_console
 from lab.results import Results, grouped
 from lab.settings import Settings
 from lab.training import threads
@@ -175,7 +176,7 @@ def _cell(value: float | None, name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep from the command line and return the exit status."""
-    return command(SweepSettings, lambda settings: sweep(settings, Console()), argv)
+    return command(SweepSettings, lambda settings: sweep(settings, make_console()), argv)
 
 
 if __name__ == "__main__":

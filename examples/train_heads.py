@@ -29,6 +29,7 @@ from lab.costs import memory_report, memory_table, step_times
 from lab.files import Row
 from lab.options import Flag, Free, command
 from lab.pictures import comparison_pictures
+from lab.progress import make_console
 from lab.results import Column, Results, mean_and_deviation, summary_table
 from lab.settings import Settings
 from lab.training import threads
@@ -134,7 +135,7 @@ def summary_rows(runs: Sequence[Trained], times: Mapping[str, Row]) -> list[Row]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a comparison from the command line and return the exit status."""
-    return command(ComparisonSettings, lambda settings: compare(settings, Console()), argv)
+    return command(ComparisonSettings, lambda settings: compare(settings, make_console()), argv)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from lab.figures import HEAD_COLORS, draw_band, in_plain_numbers, legend_beside,
 from lab.files import Row
 from lab.heads import HeadName
 from lab.options import command
+from lab.progress import make_console
 from lab.results import Results, make_table
 from unconstrained.descent import Descent, RunKey, Settings
 
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def experiment(settings: Settings) -> None:
         settings.check()
         chosen = check_theory if settings.theory else sweep if settings.sweep else compare
-        chosen(settings, Console())
+        chosen(settings, make_console())
 
     return command(Settings, experiment, argv)
 

@@ -95,7 +95,7 @@ class Trainer(Run):
         parts |= {f"optimizer{number}": part for number, part in enumerate(self.optimizers)}
         if self.scaler.is_enabled():
             parts["scaler"] = self.scaler
-        own = {"head": head, "seed": seed, "classes": data.num_classes, "ranks": world_size()}
+        own = {**data.fingerprint, "head": head, "seed": seed, "ranks": world_size()}
         super().__init__(parts, settings.fingerprint() | own, settings.epochs * self.steps_per_epoch)
         # Dropout and the like draw the same numbers with every head, and other ones on every rank.
         torch.manual_seed(seed + (rank() << 32))

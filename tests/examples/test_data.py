@@ -428,3 +428,31 @@ def test_other_data_are_not_taken_for_those_of_a_run(
             assert error.startswith("error: --resume: ")
             assert what in error
         assert summary.read_bytes() == before
+
+
+def test_other_data_are_not_taken_for_those_of_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The comparison and the study of heads; the folders have names that a console could take for markup."""
+    from collapse_study import main as study
+    from train_heads import main as compare
+
+    monkeypatch.setattr(Results, "figures", lambda self, makers: [])
+    for name, labels, shade in (("[red]", "ab", 0), ("pixels", "ab", 1), ("names", "ac", 0)):
+        for label in labels:
+            write_images(tmp_path / name / label, 30, shade=shade + 100 * (label != "a"))
+    for number, main in enumerate((compare, study)):
+
+        def run(data: str, *more: str, main: Callable[..., int] = main, number: int = number) -> int:
+            where = ("--data-dir", str(tmp_path / data), "--out", str(tmp_path / str(number)))
+            few = ("--epochs", "1", "--batch-size", "16", "--head", "fixed", "--seeds", "0")
+            return main([*few, "--data", "folder", "--image-size", "8", *where, *more])
+
+        assert run("[red]") == 0
+        assert "on [red]" in capsys.readouterr().out
+        assert run("[red]", "--resume") == 0
+        capsys.readouterr()
+        assert run("pixels", "--resume") == 1
+        assert "content of the images was '" in capsys.readouterr().err
+        assert run("names", "--resume") == 1
+        assert "class names was ['a', 'b'], is ['a', 'c']" in capsys.readouterr().err
