@@ -1,52 +1,40 @@
-"""Run the suites, print their tables and keep the results.
+"""Run the benchmarks by pytest-benchmark, print their tables and keep the results.
 
-The exit status is 1 if a result was wrong, and 0 if it was only slower than its bound.
+The exit status is 1 if a result was wrong or a benchmark broke, and 0 if it was only slower than its bound.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from benchmarks import (
-    bench_accuracy,
-    bench_inner_loop,
-    bench_learned,
-    bench_memory,
-    bench_nearest_etf,
-    bench_peers,
-    bench_scaling,
-    bench_solvers,
-    bench_step,
-    bench_stiefel,
-)
 from benchmarks.environment import environment
 from benchmarks.figure import draw_scaling
-from benchmarks.record import merge, write
-from benchmarks.report import Report
+from benchmarks.record import merge, read, write
 from benchmarks.terminal import rendered, verdict
 
-SUITES: dict[str, Callable[[bool], Report]] = {
-    "nearest_etf": bench_nearest_etf.run,
-    "solvers": bench_solvers.run,
-    "peers": bench_peers.run,
-    "stiefel": bench_stiefel.run,
-    "inner_loop": bench_inner_loop.run,
-    "learned": bench_learned.run,
-    "step": bench_step.run,
-    "memory": bench_memory.run,
-    "accuracy": bench_accuracy.run,
-    "scaling": bench_scaling.run,
-}
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+# In the order in which they are shown; each is a module bench_*.py.
+SUITES = (
+    "nearest_etf",
+    "solvers",
+    "peers",
+    "stiefel",
+    "inner_loop",
+    "learned",
+    "step",
+    "memory",
+    "accuracy",
+    "scaling",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,28 +48,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    # On a shared machine two threads can be slower than one; NumPy's BLAS (of a peer) does not obey PyTorch.
-    torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 150)
     shown = ["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]
     where = environment(shlex.join(shown))
     console.print(" · ".join(f"{name}: {value}" for name, value in where.items()))
-    reports = []
-    with threadpool_limits(1):
-        for name in options.only:
-            start = time.perf_counter()
-            with console.status(f"{name} ..."):
-                reports.append(SUITES[name](options.quick))
-            console.rule(f"{name}, {time.perf_counter() - start:.0f} s")
-            for table in reports[-1].tables:
-                console.print(rendered(table))
-    if not options.quick:
-        write(merge(options.output / "cpu.json", reports, where), list(SUITES), options.output)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "benchmarks.json"
+        status = _pytest(options.only, found, quick=options.quick)
+        reports = read(found) if found.exists() else []
+    for report in reports:
+        console.rule(report.suite)
+        for table in report.tables:
+            console.print(rendered(table))
+    if not options.quick and status == 0:
+        write(merge(options.output / "cpu.json", reports, where), SUITES, options.output)
         for report in reports:
             if report.suite == "scaling":
                 draw_scaling(report, options.output / "time.png")
         console.print(f"\nwritten to {options.output}")
-    return verdict(reports, console)
+    return 1 if status else verdict(reports, console)
+
+
+def _pytest(suites: Sequence[str], output: Path, *, quick: bool) -> int:
+    """Run the benchmarks of these suites in a process of its own; its exit status."""
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *(str(HERE / f"bench_{suite}.py") for suite in suites),
+        *("-m", "bench and quick" if quick else "bench and not quick"),
+        *("--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={output}"),
+    ]
+    return subprocess.run(command, cwd=HERE.parent, check=False).returncode
 
 
 if __name__ == "__main__":

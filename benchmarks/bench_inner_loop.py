@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.bench_memory import peak_mb
 from benchmarks.convnet import Problem
-from benchmarks.report import Check, Claim, Report, Table, number
+from benchmarks.findings import Findings, cases
+from benchmarks.report import Check, number
 from benchmarks.timing import median_ratio
 from etflayers.distill import KeptGraph, StepAdjoint, cross_entropy, unrolled_inner_loop
 from etflayers.distill.adjoints import InnerAdjoint
@@ -229,99 +229,42 @@ def sampled(size: Size, rivals: list[str], rounds: int) -> dict[str, list[Found]
     return samples
 
 
-def cost(report: Report, size: Size, absent: dict[str, str], rounds: int) -> list[list[str]]:
-    """Time, memory and compilation of one size, the claims with them; the rows of the table."""
-    count, steps, *_ = size
+@pytest.mark.bench
+@cases("network", full=[{}], quick=[{"width": 4, "blocks": 1}])
+def test_hypergradients_agree(findings: Findings, network: dict[str, int]) -> None:
+    found, _ = findings.once(lambda: checks(2, 3, **network))
+    findings.require(*found, compiled_check(2, 3, **network))
+
+
+@pytest.mark.bench
+@cases("size", full=SIZES, quick=QUICK_SIZES, ids=str)
+def test_cost(findings: Findings, size: Size) -> None:
+    count, steps, width, blocks = size
+    _, absent = checks(2, 3, width=4, blocks=1)
     entered = LONG if steps >= LONG_STEPS else tuple(RIVALS)
-    samples = sampled(size, [name for name in entered if name not in absent], rounds)
-    seconds = {name: [found["seconds"] for found in runs] for name, runs in samples.items()}
-    extra = {name: statistics.median(f["megabytes"] for f in runs) for name, runs in samples.items()}
-    compiling = samples[COMPILED][0]["compile"]  # later processes find the code on disk
-    report.samples[f"{count} images, {steps} steps"] = samples
-    if count == 100:
-        report.claims += claims(f"100 images, {steps} steps", steps, seconds, extra)
-    return [
-        [f"{count}", f"{steps}", name, absent[name], "", "", "", ""]
-        if name in absent
-        else [
-            f"{count}",
-            f"{steps}",
-            name,
-            number(statistics.median(seconds[name])),
-            f"{median_ratio(seconds, name, KEPT):.2f}",
-            number(compiling) if name == COMPILED else "",
-            f"{extra[name]:.0f}",
-            f"{extra[KEPT] / extra[name]:.1f}",
-        ]
-        for name in entered
-    ]
-
-
-def claims(what: str, steps: int, seconds: dict[str, list[float]], extra: dict[str, float]) -> list[Claim]:
-    found = [
-        Claim(
-            f"{what}, {name}: memory", extra[KEPT] / extra[name], "at least", MEMORY_BOUNDS[steps], "x less"
-        )
-        for name in (STEP, COMPILED)
-    ]
-    found.append(
-        Claim(
-            f"{what}, {STEP}: time of {KEPT}", median_ratio(seconds, STEP, KEPT), "at most", EAGER_TIME, "x"
-        )
-    )
-    if steps >= LONG_STEPS:
-        others = [name for name in OTHERS if name in seconds]
-        fastest = min(others, key=lambda name: statistics.median(seconds[name]))
-        ratio = median_ratio(seconds, COMPILED, fastest)
-        what = f"{what}, {COMPILED}: time of the fastest of {', '.join(others)} ({fastest})"
-        found.append(Claim(what, ratio, "at most", COMPILED_TIME, "x"))
-    return found
-
-
-def growth(report: Report, size: Size, lengths: tuple[int, ...], *, claim: bool) -> Table:
-    """Peak memory against the number of steps, with the claim about the states that are kept."""
-    count, _, width, blocks = size
-    weights = sum(p.nbytes for p in problem_of(size).model.parameters()) / 1024**2
-    extra: dict[str, dict[int, float]] = {name: {} for name in GROWERS}
-    for name in GROWERS:
-        for steps in lengths:
-            known = extra[name]
-            if known and max(known.values()) / max(known) * steps > FITS_MB:
-                continue
-            known[steps] = measure(name, (count, steps, width, blocks))["megabytes"]
-    report.samples["memory against steps"] = extra
-    if claim:
-        *_, before, last = lengths
-        states = (last - before) * weights
-        what = f"{STEP}: growth from {before} to {last} steps, over that of the parameters"
-        added = extra[STEP][last] - extra[STEP][before]
-        report.claims.append(Claim(what, added / states, "at most", GROWTH_BOUND, "x"))
-    rows = [
-        [name, *(f"{extra[name][t]:.0f}" if t in extra[name] else "does not fit" for t in lengths)]
-        for name in GROWERS
-    ]
-    return Table(
-        f"Extra memory (MB) against the number of steps T, {count} images, width {width}",
-        ["", *(f"T = {t}" for t in lengths)],
-        rows,
-        f"The parameters of a step are {weights:.3f} MB. More than {FITS_MB:.0f} MB counts as not fitting.",
-    )
-
-
-def run(quick: bool = False) -> Report:
-    report = Report("inner_loop")
-    network = {"width": 4, "blocks": 1} if quick else {}
-    found, absent = checks(2, 3, **network)
-    report.checks.extend([*found, compiled_check(2, 3, **network)])
+    present = [name for name in entered if name not in absent]
     with compiled_afresh():
-        rows = [
-            row
-            for size in (QUICK_SIZES if quick else SIZES)
-            for row in cost(report, size, absent, QUICK_ROUNDS if quick else ROUNDS)
-        ]
-    _, _, width, blocks = (QUICK_SIZES if quick else SIZES)[0]
-    report.tables.append(
-        Table(
+        samples = findings.once(lambda: sampled(size, present, QUICK_ROUNDS if findings.quick else ROUNDS))
+    seconds = {name: [found["seconds"] for found in runs] for name, runs in samples.items()}
+    megabytes = {name: [found["megabytes"] for found in runs] for name, runs in samples.items()}
+    extra = {name: statistics.median(values) for name, values in megabytes.items()}
+    compiling = samples[COMPILED][0]["compile"]  # later processes find the code on disk
+    case = f"{count} images, {steps} steps"
+    findings.keep(case, seconds)
+    findings.keep(f"{case}, MB", megabytes)
+    for name in entered:
+        cells = (
+            [
+                number(statistics.median(seconds[name])),
+                f"{median_ratio(seconds, name, KEPT):.2f}",
+                number(compiling) if name == COMPILED else "",
+                f"{extra[name]:.0f}",
+                f"{extra[KEPT] / extra[name]:.1f}",
+            ]
+            if name in present
+            else [absent[name], "", "", "", ""]
+        )
+        findings.row(
             f"Hypergradient for images, soft labels and rates, {blocks} blocks of {width}, 28x28, float32",
             [
                 "images",
@@ -333,32 +276,58 @@ def run(quick: bool = False) -> Report:
                 "extra MB",
                 "times less",
             ],
-            rows,
+            [f"{count}", f"{steps}", name, *cells],
             "One thread. A fresh process for each sample, rivals taking turns: seconds and peak memory "
             "of one hypergradient, after one of a single step. Compilation is paid once, beside the seconds.",
         )
-    )
-    report.tables.append(
-        growth(
-            report,
-            QUICK_GROWING if quick else GROWING,
-            QUICK_GROWTH if quick else GROWTH,
-            claim=not quick,
-        )
-    )
-    return report
+    if count == 100:
+        claims(findings, case, steps, seconds, extra)
+
+
+def claims(
+    findings: Findings, case: str, steps: int, seconds: dict[str, list[float]], extra: dict[str, float]
+) -> None:
+    for name in (STEP, COMPILED):
+        less = extra[KEPT] / extra[name]
+        findings.claim(f"{case}, {name}: memory", less, "at least", MEMORY_BOUNDS[steps], "x less")
+    ratio = median_ratio(seconds, STEP, KEPT)
+    findings.claim(f"{case}, {STEP}: time of {KEPT}", ratio, "at most", EAGER_TIME, "x")
+    if steps >= LONG_STEPS:
+        others = [name for name in OTHERS if name in seconds]
+        fastest = min(others, key=lambda name: statistics.median(seconds[name]))
+        what = f"{case}, {COMPILED}: time of the fastest of {', '.join(others)} ({fastest})"
+        findings.claim(what, median_ratio(seconds, COMPILED, fastest), "at most", COMPILED_TIME, "x")
+
+
+def growing(size: Size, lengths: tuple[int, ...]) -> dict[str, dict[int, float]]:
+    """Extra megabytes by rival and number of steps, as far as they fit."""
+    count, _, width, blocks = size
+    extra: dict[str, dict[int, float]] = {name: {} for name in GROWERS}
+    for name, known in extra.items():
+        for steps in lengths:
+            if not known or max(known.values()) / max(known) * steps <= FITS_MB:
+                known[steps] = measure(name, (count, steps, width, blocks))["megabytes"]
+    return extra
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("size", SIZES[:2], ids=lambda size: f"{size[0]}-images-{size[1]}-steps")
-@pytest.mark.parametrize("rival", RIVALS)
-def test_hypergradient(benchmark: BenchmarkFixture, rival: str, size: Size) -> None:
-    benchmark.group = f"hypergradient, {size[0]} images, {size[1]} steps"
-    problem = problem_of(size)
-    if rival in (HIGHER, TORCHOPT):
-        pytest.importorskip(rival)
-    RIVALS[rival](problem)  # compilation is no part of what is measured
-    benchmark.pedantic(RIVALS[rival], args=(problem,), rounds=3)  # type: ignore[no-untyped-call]
+@cases("size, lengths", full=[(GROWING, GROWTH)], quick=[(QUICK_GROWING, QUICK_GROWTH)])
+def test_growth(findings: Findings, size: Size, lengths: tuple[int, ...]) -> None:
+    """Peak memory against the number of steps, with the claim about the states that are kept."""
+    extra = findings.once(lambda: growing(size, lengths))
+    weights = sum(p.nbytes for p in problem_of(size).model.parameters()) / 1024**2
+    for name, known in extra.items():
+        findings.keep("memory against steps, MB", {f"{name}, T = {t}": [mb] for t, mb in known.items()})
+        findings.row(
+            f"Extra memory (MB) against the number of steps T, {size[0]} images, width {size[2]}",
+            ["", *(f"T = {t}" for t in lengths)],
+            [name, *(f"{known[t]:.0f}" if t in known else "does not fit" for t in lengths)],
+            f"The parameters of a step are {weights:.3f} MB. More than {FITS_MB:.0f} MB does not fit.",
+        )
+    *_, before, last = lengths
+    added = (extra[STEP][last] - extra[STEP][before]) / ((last - before) * weights)
+    what = f"{STEP}: growth from {before} to {last} steps, over that of the parameters"
+    findings.claim(what, added, "at most", GROWTH_BOUND, "x")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from benchmarks.report import Check, Claim, Report, Table, milliseconds
-from benchmarks.timing import interleaved, median_ratio, medians
+from benchmarks.findings import Findings, cases
+from benchmarks.report import Check, milliseconds
+from benchmarks.timing import median_ratio, medians
 from etflayers import LearnedETFHead
 from etflayers.geometry import centered_basis_adjoint, etf_radius, simplex_etf
 from etflayers.testing import relative_error
@@ -54,37 +54,21 @@ def rivals(shape: Shape) -> dict[str, Callable[[], Tensor]]:
     return {OURS: call_of(LearnedETFHead(*shape)), PEER: call_of(Householder(*shape))}
 
 
-def run(quick: bool = False) -> Report:
-    report = Report("learned")
-    rows = []
-    for shape in QUICK_SHAPES if quick else SHAPES:
-        calls = rivals(shape)
-        in_features, num_classes = shape
-        gram = simplex_etf(num_classes, in_features) @ simplex_etf(num_classes, in_features).T
-        for name, call in calls.items():
-            frame = call()
-            report.checks.append(
-                Check(f"{shape} {name}: is an ETF", relative_error(frame @ frame.T, gram), 1e-5)
-            )
-        samples = interleaved(calls, seconds=0.5 if quick else 6.0)
-        report.samples[str(shape)] = samples
-        ratio = median_ratio(samples, PEER, OURS)
-        rows.append([str(shape), *map(milliseconds, medians(samples).values()), f"{ratio:.1f}"])
-        if not quick:
-            report.claims.append(Claim(f"{shape}: faster than Householder", ratio, "at least", BOUND, "x"))
-    report.tables.append(
-        Table(
-            "A learned frame and its gradient (milliseconds)",
-            ["(d, K)", OURS, PEER, "times faster"],
-            rows,
-            "Forward and backward, float32, from the parameter to the frame.",
-        )
-    )
-    return report
-
-
 @pytest.mark.bench
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"d{shape[0]}-K{shape[1]}")
-@pytest.mark.parametrize("rival", [OURS, PEER])
-def test_frame_and_gradient(benchmark: BenchmarkFixture, shape: Shape, rival: str) -> None:
-    benchmark(rivals(shape)[rival])
+@cases("shape", full=SHAPES, quick=QUICK_SHAPES)
+def test_frame_and_gradient(findings: Findings, shape: Shape) -> None:
+    calls = rivals(shape)
+    in_features, num_classes = shape
+    gram = simplex_etf(num_classes, in_features) @ simplex_etf(num_classes, in_features).T
+    for name, call in calls.items():
+        frame = call()
+        findings.require(Check(f"{shape} {name}: is an ETF", relative_error(frame @ frame.T, gram), 1e-5))
+    samples = findings.measure(str(shape), calls, seconds=6.0)
+    ratio = median_ratio(samples, PEER, OURS)
+    findings.row(
+        "A learned frame and its gradient (milliseconds)",
+        ["(d, K)", OURS, PEER, "times faster"],
+        [str(shape), *map(milliseconds, medians(samples).values()), f"{ratio:.1f}"],
+        "Forward and backward, float32, from the parameter to the frame.",
+    )
+    findings.claim(f"{shape}: faster than Householder", ratio, "at least", BOUND, "x")

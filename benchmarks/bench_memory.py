@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.bench_nearest_etf import FRAME_LIMIT, FRAMES, OURS, forward_backward, gaussian_means
-from benchmarks.report import Check, Claim, Report, Table
+from benchmarks.findings import Findings, cases
+from benchmarks.report import Check
 from etflayers.testing import relative_error, svd_frame
 
 SHAPE, QUICK_SHAPE = (2048, 1000), (64, 20)
@@ -54,41 +54,30 @@ def measure(rival: str, shape: tuple[int, int]) -> dict[str, float]:
     return found
 
 
-def run(quick: bool = False) -> Report:
-    report = Report("memory")
-    d, k = shape = QUICK_SHAPE if quick else SHAPE
-    rows = []
-    for rival in RIVALS:
-        found = measure(rival, shape)
-        extra = found["peak"] - found["before"]
-        report.samples[rival] = found
-        report.checks.append(Check(f"({d}, {k}) {rival}: frame", found["error"], FRAME_LIMIT))
-        matrices = extra * 1024**2 / (4 * d * k)
-        rows.append(
-            [rival, f"{extra:.0f}", f"{matrices:.1f}", f"{found['before']:.0f}", f"{found['peak']:.0f}"]
-        )
-        if rival == OURS and not quick:
-            report.claims += [
-                Claim(f"({d}, {k}): peak of forward + backward", extra, "at most", BOUND_MB, " MB"),
-                Claim(f"({d}, {k}): peak of the whole process", found["peak"], "at most", BOUND_MB, " MB"),
-            ]
-    report.tables.append(
-        Table(
-            f"Peak memory of forward + backward, (d, K) = ({d}, {k}), float32 (MB)",
-            ["", "forward + backward", "in K x d matrices", "process before", "process at the peak"],
-            rows,
-            "A fresh process each; the class means, the frame and the gradient are counted.",
-        )
-    )
-    return report
-
-
 @pytest.mark.bench
+@cases("shape", full=[SHAPE], quick=[QUICK_SHAPE])
 @pytest.mark.parametrize("rival", RIVALS)
-def test_memory(benchmark: BenchmarkFixture, rival: str) -> None:
-    found = benchmark.pedantic(measure, args=(rival, SHAPE), rounds=1)  # type: ignore[no-untyped-call]
-    benchmark.extra_info.update(found)
-    assert found["error"] <= FRAME_LIMIT
+def test_memory(findings: Findings, rival: str, shape: tuple[int, int]) -> None:
+    d, k = shape
+    found = findings.once(lambda: measure(rival, shape))
+    findings.require(Check(f"({d}, {k}) {rival}: frame", found["error"], FRAME_LIMIT))
+    extra = found["peak"] - found["before"]
+    findings.keep(f"({d}, {k}), MB", {rival: [extra]})
+    findings.row(
+        f"Peak memory of forward + backward, (d, K) = ({d}, {k}), float32 (MB)",
+        ["", "forward + backward", "in K x d matrices", "process before", "process at the peak"],
+        [
+            rival,
+            f"{extra:.0f}",
+            f"{extra * 1024**2 / (4 * d * k):.1f}",
+            f"{found['before']:.0f}",
+            f"{found['peak']:.0f}",
+        ],
+        "A fresh process each; the class means, the frame and the gradient are counted.",
+    )
+    if rival == OURS:
+        findings.claim(f"({d}, {k}): peak of forward + backward", extra, "at most", BOUND_MB, " MB")
+        findings.claim(f"({d}, {k}): peak of the whole process", found["peak"], "at most", BOUND_MB, " MB")
 
 
 if __name__ == "__main__":

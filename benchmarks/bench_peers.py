@@ -7,19 +7,17 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.bench_nearest_etf import gaussian_means
-from benchmarks.report import Check, Claim, Report, Table, milliseconds
-from benchmarks.timing import interleaved, median_ratio, medians
+from benchmarks.bench_nearest_etf import OURS, conditioned_means, gaussian_means
+from benchmarks.findings import Findings, cases
+from benchmarks.report import Check, milliseconds
+from benchmarks.timing import median_ratio, medians
 from etflayers import nearest_etf
 from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import etf_radius
 from etflayers.testing import (
     OracleSolution,
-    means_with_condition,
     relative_error,
     riemannian_descent_frame,
     svd_frame,
@@ -91,71 +89,44 @@ def solver_of(name: str, means: Tensor) -> Solver:
     return partial(descent, DEFAULT_RATE if name == DESCENT else best_learning_rate(means))
 
 
-def run(quick: bool = False) -> Report:
-    report = Report("peers")
-    d, k = QUICK_SHAPE if quick else SHAPE
-    generator = torch.Generator().manual_seed(0)
-    cases = {
-        f"({d}, {k}), Gaussian means": gaussian_means((d, k)),
-        f"({d}, {k}), kappa 10": means_with_condition(k, d, 10.0, generator=generator, dtype=torch.float32),
-    }
-    rows = []
-    for title, means in cases.items():
-        calls: dict[str, Callable[[], object]] = {"etflayers": partial(nearest_etf, means)}
-        notes, errors = {"etflayers": "closed form"}, {"etflayers": accuracy(nearest_etf(means), means)}
-        for name in BOUNDS:
-            solve = solver_of(name, means)
-            stop, solution = loosest_stop(solve, means)
-            calls[name] = partial(solve, means, stop)
-            notes[name] = f"{solution.iterations} iterations"
-            errors[name] = accuracy(solution.frame, means)
-        samples = interleaved(calls, seconds=0.5 if quick else 12.0, min_rounds=3 if quick else 9)
-        report.samples[title] = samples
-        for name, time in medians(samples).items():
-            ratio = median_ratio(samples, name, "etflayers")
-            objective, frame = errors[name]
-            rows.append(
-                [
-                    title,
-                    name,
-                    milliseconds(time),
-                    f"{ratio:.0f}",
-                    notes[name],
-                    f"{objective:.0e}",
-                    f"{frame:.0e}",
-                ]
-            )
-            report.checks.append(Check(f"{title} {name}: objective", objective, OBJECTIVE_LIMIT))
-            report.checks.append(Check(f"{title} {name}: frame", frame, FRAME_LIMIT))
-            if name in BOUNDS and not quick:
-                report.claims.append(
-                    Claim(f"{title}: faster than {name}", ratio, "at least", BOUNDS[name], "x")
-                )
-    report.tables.append(
-        Table(
+@pytest.mark.bench
+@cases("shape", full=[SHAPE], quick=[QUICK_SHAPE])
+@pytest.mark.parametrize("kappa", [None, 10.0])
+def test_forward(findings: Findings, shape: tuple[int, int], kappa: float | None) -> None:
+    means = gaussian_means(shape) if kappa is None else conditioned_means(shape, kappa)
+    title = f"{shape}, Gaussian means" if kappa is None else f"{shape}, kappa {kappa:g}"
+    calls: dict[str, Callable[[], object]] = {OURS: partial(nearest_etf, means)}
+    notes, errors = {OURS: "closed form"}, {OURS: accuracy(nearest_etf(means), means)}
+    for name in BOUNDS:
+        solve = solver_of(name, means)
+        stop, solution = loosest_stop(solve, means)
+        calls[name] = partial(solve, means, stop)
+        notes[name] = f"{solution.iterations} iterations"
+        errors[name] = accuracy(solution.frame, means)
+    for name, (objective, frame) in errors.items():
+        findings.require(
+            Check(f"{title} {name}: objective", objective, OBJECTIVE_LIMIT),
+            Check(f"{title} {name}: frame", frame, FRAME_LIMIT),
+        )
+    samples = findings.measure(title, calls, seconds=12.0, min_rounds=9)
+    for name, time in medians(samples).items():
+        ratio = median_ratio(samples, name, OURS)
+        objective, frame = errors[name]
+        findings.row(
             "Forward pass against iterative solvers, cold start, same accuracy",
             ["case", "solver", "ms", "times ours", "work", "objective error", "frame error"],
-            rows,
+            [
+                title,
+                name,
+                milliseconds(time),
+                f"{ratio:.0f}",
+                notes[name],
+                f"{objective:.0e}",
+                f"{frame:.0e}",
+            ],
             "Peers stop at the loosest gradient norm 10^-i that brings the objective within "
             f"{OBJECTIVE_LIMIT:g} and the frame within {FRAME_LIMIT:g}; "
             f"the best learning rate is the fastest of {LEARNING_RATES}.",
         )
-    )
-    return report
-
-
-@pytest.mark.bench
-@pytest.mark.parametrize("shape", [SHAPE], ids=lambda shape: f"d{shape[0]}-K{shape[1]}")
-@pytest.mark.parametrize("solver", ["etflayers", *BOUNDS])
-def test_forward(benchmark: BenchmarkFixture, solver: str, shape: tuple[int, int]) -> None:
-    means = gaussian_means(shape)
-    benchmark.group = f"forward (d, K) = {shape}"
-    if solver == "etflayers":
-        frame = benchmark(nearest_etf, means)
-    else:
-        solve = solver_of(solver, means)
-        stop, _ = loosest_stop(solve, means)
-        frame = benchmark(solve, means, stop).frame
-    objective_error, frame_error = accuracy(frame, means)
-    assert objective_error <= OBJECTIVE_LIMIT
-    assert frame_error <= FRAME_LIMIT
+        if name in BOUNDS:
+            findings.claim(f"{title}: faster than {name}", ratio, "at least", BOUNDS[name], "x")

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from scipy import linalg  # type: ignore[import-untyped]
 from torch import Tensor
 
 from benchmarks.bench_nearest_etf import FrameAndGradient, forward_backward
+from benchmarks.findings import Findings, cases
 from benchmarks.peers import tall_svd_frame
-from benchmarks.report import Check, Report, Table, milliseconds
-from benchmarks.timing import interleaved, medians
+from benchmarks.report import Check, milliseconds
+from benchmarks.timing import medians
 from etflayers import nearest_etf
 from etflayers.adjoints import Adjoint, Detached, Implicit, Unrolled
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
@@ -162,51 +162,29 @@ class Oracle(NamedTuple):
         return found
 
 
-def run(quick: bool = False) -> Report:
-    report = Report("solvers")
-    for case in QUICK_CASES if quick else CASES:
-        oracle = Oracle.of(case)
-        report.checks.append(oracle.check(case))
-        calls, errors = {}, {}
-        for name, kind, call in rivals(case):
-            found = oracle.checks(case, name, kind, call)
-            report.checks += found
-            errors[name, kind] = found[-1].error
-            calls[f"{name}, {kind}"] = call
-        samples = interleaved(calls, seconds=0.5 if quick else 10.0, min_rounds=3)
-        report.samples[str(case)] = samples
-        report.tables.append(_table(case, medians(samples), errors))
-    return report
+@pytest.mark.bench
+@cases("case", full=CASES, quick=QUICK_CASES, ids=str)
+def test_solvers(findings: Findings, case: Case) -> None:
+    oracle = Oracle.of(case)
+    findings.require(oracle.check(case))
+    calls, errors = {}, {}
+    for name, kind, call in rivals(case):
+        found = oracle.checks(case, name, kind, call)
+        findings.require(*found)
+        errors[name, kind] = found[-1].error
+        calls[f"{name}, {kind}"] = call
+    times = medians(findings.measure(str(case), calls, seconds=10.0, min_rounds=3))
 
-
-def _table(case: Case, times: dict[str, float], errors: dict[tuple[str, str], float]) -> Table:
     def cells(name: str, kind: str) -> list[str]:
         if (name, kind) not in errors:
             return ["", ""]
         return [milliseconds(times[f"{name}, {kind}"]), f"{errors[name, kind]:.0e}"]
 
-    rows = [
-        [name, *(cell for kind in ADJOINTS for cell in cells(name, kind))]
-        for name in dict.fromkeys(name for name, _ in errors)
-    ]
-    return Table(
-        f"Solvers and adjoints, (d, K) = {case} (milliseconds)",
-        ["solver", *(column for kind in ADJOINTS for column in (kind, "error"))],
-        rows,
-        "Errors against float64: of the frame (forward), of the gradient (with an adjoint). A time with an "
-        "adjoint is that of forward and backward.",
-    )
-
-
-def _parameters() -> list[tuple[Case, str, str]]:
-    return [(case, name, kind) for case in CASES for name, kind, _ in rivals(case)]
-
-
-@pytest.mark.bench
-@pytest.mark.parametrize(("case", "name", "kind"), _parameters(), ids=str)
-def test_solver(benchmark: BenchmarkFixture, case: Case, name: str, kind: str) -> None:
-    call = next(call for other, adjoint, call in rivals(case) if (other, adjoint) == (name, kind))
-    oracle = Oracle.of(case)
-    assert not [c for c in (oracle.check(case), *oracle.checks(case, name, kind, call)) if not c.passed]
-    benchmark.group = f"solvers (d, K) = {case}"
-    benchmark(call)
+    for name in dict.fromkeys(name for name, _ in errors):
+        findings.row(
+            f"Solvers and adjoints, (d, K) = {case} (milliseconds)",
+            ["solver", *(column for kind in ADJOINTS for column in (kind, "error"))],
+            [name, *(cell for kind in ADJOINTS for cell in cells(name, kind))],
+            "Errors against float64: of the frame (forward), of the gradient (with an adjoint). A time with "
+            "an adjoint is that of forward and backward.",
+        )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.report import Check, Claim, Report, Table, milliseconds
+from benchmarks.findings import Findings, cases
+from benchmarks.report import Check, milliseconds
 from benchmarks.resnet import FEATURES, resnet18_features
-from benchmarks.timing import Samples, interleaved, medians
+from benchmarks.timing import Samples, medians, quartiles
 from etflayers.nn import FixedETFHead, NearestETFHead
 from etflayers.testing import relative_error
 
@@ -22,8 +21,9 @@ QUICK_BATCH, QUICK_SIDE = 8, 8
 NUM_CLASSES, QUICK_NUM_CLASSES = (10, 100), (4,)  # each class occurs in a batch
 # Upper bounds on what NearestETFHead adds to the step, in per cent, by number of classes.
 BOUNDS = {10: 3.0, 100: 10.0}
+LINEAR = "nn.Linear"
 HEADS: dict[str, Callable[[int], nn.Module]] = {
-    "nn.Linear": lambda k: nn.Linear(FEATURES, k),
+    LINEAR: lambda k: nn.Linear(FEATURES, k),
     "FixedETFHead": lambda k: FixedETFHead(FEATURES, k, rotation="canonical"),
     "NearestETFHead": lambda k: NearestETFHead(FEATURES, k, generator=torch.Generator().manual_seed(0)),
 }
@@ -83,59 +83,31 @@ def head_check(name: str, num_classes: int, features: Tensor, targets: Tensor) -
 
 def extra_cost(samples: Samples, name: str) -> tuple[float, float, float]:
     """Quartiles over the rounds of how much longer than with ``nn.Linear`` a call takes, in per cent."""
-    extra = [100 * (a / b - 1) for a, b in zip(samples[name], samples["nn.Linear"], strict=True)]
-    low, middle, high = statistics.quantiles(extra, n=4)
-    return low, middle, high
+    pairs = zip(samples[name], samples[LINEAR], strict=True)
+    return quartiles([100 * (a / b - 1) for a, b in pairs])
 
 
-def run(quick: bool = False) -> Report:
-    report = Report("step")
-    size, side = (QUICK_BATCH, QUICK_SIDE) if quick else (BATCH, SIDE)
+@pytest.mark.bench
+@cases("num_classes", full=NUM_CLASSES, quick=QUICK_NUM_CLASSES)
+def test_step(findings: Findings, num_classes: int) -> None:
+    size, side = (QUICK_BATCH, QUICK_SIDE) if findings.quick else (BATCH, SIDE)
+    images, features, targets = batch(size, side, num_classes)
+    findings.require(*(head_check(name, num_classes, features, targets) for name in HEADS))
     backbone = resnet18_features(channels=1)
-    rows = []
-    for k in QUICK_NUM_CLASSES if quick else NUM_CLASSES:
-        images, features, targets = batch(size, side, k)
-        report.checks.extend(head_check(name, k, features, targets) for name in HEADS)
-        steps = {name: training_step(backbone, make(k), images, targets) for name, make in HEADS.items()}
-        whole = interleaved(steps, seconds=0.5 if quick else 60.0, min_rounds=3)
-        heads = {name: head_step(make(k), features, targets) for name, make in HEADS.items()}
-        alone = interleaved(heads, seconds=0.5 if quick else 3.0)
-        report.samples[f"K = {k}"] = {"step": whole, "head alone": alone}
-        step, head = medians(whole), medians(alone)
-        for name in HEADS:
-            low, middle, high = extra_cost(whole, name)
-            added = 100 * (head[name] - head["nn.Linear"]) / step["nn.Linear"]
-            rows.append(
-                [
-                    f"{k}",
-                    name,
-                    milliseconds(head[name]),
-                    milliseconds(step[name]),
-                    f"{100 * head[name] / step[name]:.2f} %",
-                    f"{added:+.2f} %",
-                    f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})",
-                ]
-            )
-        if not quick:
-            added = 100 * (head["NearestETFHead"] - head["nn.Linear"]) / step["nn.Linear"]
-            report.claims += [
-                Claim(
-                    f"K = {k}: NearestETFHead adds to the step, by its own time",
-                    added,
-                    "at most",
-                    BOUNDS[k],
-                    " %",
-                ),
-                Claim(
-                    f"K = {k}: NearestETFHead adds to the step, by whole steps",
-                    extra_cost(whole, "NearestETFHead")[1],
-                    "at most",
-                    BOUNDS[k],
-                    " %",
-                ),
-            ]
-    report.tables.append(
-        Table(
+    calls: dict[str, Callable[[], object]] = {}
+    for name, make in HEADS.items():
+        calls[name] = training_step(backbone, make(num_classes), images, targets)
+        calls[f"{name}, head alone"] = head_step(make(num_classes), features, targets)
+    samples = findings.measure(f"K = {num_classes}", calls, seconds=60.0, sample_seconds=0.1)
+    times = medians(samples)
+
+    def added(name: str) -> float:
+        more = times[f"{name}, head alone"] - times[f"{LINEAR}, head alone"]
+        return 100 * more / times[LINEAR]
+
+    for name in HEADS:
+        low, middle, high = extra_cost(samples, name)
+        findings.row(
             f"Training step of ResNet-18, batch {size}, {side}x{side} (milliseconds)",
             [
                 "K",
@@ -146,19 +118,21 @@ def run(quick: bool = False) -> Report:
                 "adds, by head alone",
                 "adds, by whole steps (quartiles)",
             ],
-            rows,
+            [
+                f"{num_classes}",
+                name,
+                milliseconds(times[f"{name}, head alone"]),
+                milliseconds(times[name]),
+                f"{100 * times[f'{name}, head alone'] / times[name]:.2f} %",
+                f"{added(name):+.2f} %",
+                f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})",
+            ],
             "A step takes seconds, so a shared machine blurs differences of whole steps by some per cent; "
-            "the head alone (forward, loss, backward to the features) is timed over hundreds of calls.",
+            "the head alone is forward, loss and backward to the features.",
         )
-    )
-    return report
-
-
-@pytest.mark.bench
-@pytest.mark.parametrize("num_classes", NUM_CLASSES, ids="K{}".format)
-@pytest.mark.parametrize("head", HEADS)
-def test_head(benchmark: BenchmarkFixture, head: str, num_classes: int) -> None:
-    _, features, targets = batch(BATCH, SIDE, num_classes)
-    assert head_check(head, num_classes, features, targets).passed
-    benchmark.group = f"head alone, K = {num_classes}"
-    benchmark(head_step(HEADS[head](num_classes), features, targets))
+    for how, value in (
+        ("its own time", added("NearestETFHead")),
+        ("whole steps", extra_cost(samples, "NearestETFHead")[1]),
+    ):
+        what = f"K = {num_classes}: NearestETFHead adds to the step, by {how}"
+        findings.claim(what, value, "at most", BOUNDS.get(num_classes, 0.0), " %")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.bench_memory import peak_mb
-from benchmarks.report import Check, Claim, Report, Table, milliseconds
-from benchmarks.timing import interleaved, median_ratio, medians
+from benchmarks.findings import Findings, cases
+from benchmarks.report import Check, milliseconds
+from benchmarks.timing import median_ratio, medians
 from etflayers.functional import stiefel_argmin
 from etflayers.geometry import centered_basis_apply, random_stiefel
 from etflayers.solvers import RiemannianDescent, RiemannianNewton, StiefelSolver, TrustRegions
@@ -101,59 +101,37 @@ def memory(shape: tuple[int, int]) -> float:
     return float(json.loads(done.stdout))
 
 
-def run(quick: bool = False) -> Report:
-    report = Report("stiefel")
-    solvers, backward = [], []
-    for shape in QUICK_SHAPES if quick else SHAPES:
-        seconds = 0.5 if quick else 10.0
-        solvers += _solver_rows(report, shape, seconds)
-        backward.append(_backward_row(report, shape, seconds, quick))
-    report.tables += [
-        Table(
-            "Forward pass of the general node by its solvers, cold start, float64",
-            ["(d, K)", "solver", "ms", "times ours", "iterations", "gradient norm"],
-            solvers,
-            "Every solver stops by its default tolerance.",
-        ),
-        Table(
-            "Forward and backward pass of the general node, float64",
-            ["(d, K)", "forward, warm (ms)", "backward (ms)", "backward / forward"],
-            backward,
-            f"Warm start: the minimizer for class means that were {DRIFT:.0%} different.",
-        ),
-        _memory_table(report, quick),
-    ]
-    return report
-
-
-def _solver_rows(report: Report, shape: tuple[int, int], seconds: float) -> list[list[str]]:
+@pytest.mark.bench
+@cases("shape", full=SHAPES, quick=QUICK_SHAPES)
+def test_solvers(findings: Findings, shape: tuple[int, int]) -> None:
     coordinates, scales, start = problem(shape)
+    here = partial(objective, coordinates=coordinates, scales=scales)
+    best = RiemannianNewton(tolerance=1e-14).minimize(here, start)
     calls: dict[str, Callable[[], object]] = {}
     notes = {}
-    best = RiemannianNewton(tolerance=1e-14)(
-        partial(objective, coordinates=coordinates, scales=scales), start
-    )
     for name in (OURS, RATE, PEER):
-        calls[name] = partial(
-            solver_of(name), partial(objective, coordinates=coordinates, scales=scales), start
-        )
-        found = solver_of(name)(partial(objective, coordinates=coordinates, scales=scales), start)
+        calls[name] = partial(solver_of(name).minimize, here, start)
+        found = solver_of(name).minimize(here, start)
         size = float(found.gradient_norm)
         notes[name] = [str(found.iterations), f"{size:.0e}"]
-        report.checks.append(
-            Check(f"{shape} {name}: point", relative_error(found.point, best.point), POINT_LIMIT)
+        findings.require(
+            Check(f"{shape} {name}: point", relative_error(found.point, best.point), POINT_LIMIT),
+            Check(f"{shape} {name}: gradient norm", size, NORM_LIMIT),
         )
-        report.checks.append(Check(f"{shape} {name}: gradient norm", size, NORM_LIMIT))
-    samples = interleaved(calls, seconds=seconds, min_rounds=3)
-    report.samples[f"{shape} forward"] = samples
-    return [
-        [str(shape), name, milliseconds(time), f"{median_ratio(samples, name, OURS):.1f}", *notes[name]]
-        for name, time in medians(samples).items()
-    ]
+    samples = findings.measure(f"{shape} forward", calls, seconds=10.0, min_rounds=3)
+    for name, time in medians(samples).items():
+        findings.row(
+            "Forward pass of the general node by its solvers, cold start, float64",
+            ["(d, K)", "solver", "ms", "times ours", "iterations", "gradient norm"],
+            [str(shape), name, milliseconds(time), f"{median_ratio(samples, name, OURS):.1f}", *notes[name]],
+            "Every solver stops by its default tolerance.",
+        )
 
 
-def _backward_row(report: Report, shape: tuple[int, int], seconds: float, quick: bool) -> list[str]:
-    report.checks.append(Check(f"{shape}: gradient", gradient_error(shape), GRADIENT_LIMIT))
+@pytest.mark.bench
+@cases("shape", full=SHAPES, quick=QUICK_SHAPES)
+def test_backward(findings: Findings, shape: tuple[int, int]) -> None:
+    findings.require(Check(f"{shape}: gradient", gradient_error(shape), GRADIENT_LIMIT))
     coordinates, scales, start = problem(shape)
     warm = stiefel_argmin(objective, drifted(coordinates), scales, start=start)
     x = coordinates.requires_grad_()
@@ -164,45 +142,35 @@ def _backward_row(report: Report, shape: tuple[int, int], seconds: float, quick:
         "forward": forward,
         "backward": partial(torch.autograd.grad, point, x, cotangent, retain_graph=True),
     }
-    samples = interleaved(calls, seconds=seconds)
-    report.samples[f"{shape} backward"] = samples
+    samples = findings.measure(f"{shape} backward", calls, seconds=10.0)
     ratio, times = median_ratio(samples, "backward", "forward"), medians(samples)
-    if not quick:
-        report.claims.append(
-            Claim(f"{shape}: backward over warm forward of the node", ratio, "at most", BACKWARD_BOUND, "x")
-        )
-    return [str(shape), milliseconds(times["forward"]), milliseconds(times["backward"]), f"{ratio:.2f}"]
-
-
-def _memory_table(report: Report, quick: bool) -> Table:
-    rows, matrices = [], []
-    for k in QUICK_MEMORY_CLASSES if quick else MEMORY_CLASSES:
-        extra = memory((MEMORY_DIM, k))
-        matrices.append(extra * 1024**2 / (8 * MEMORY_DIM * (k - 1)))
-        report.samples[f"memory K = {k}"] = {"extra_mb": extra}
-        dense = 8 * (MEMORY_DIM * (k - 1)) ** 2 / 1024**2
-        rows.append([str(k), f"{extra:.1f}", f"{matrices[-1]:.0f}", f"{dense:.0f}"])
-    if not quick:
-        growth = matrices[-1] / matrices[-2]
-        report.claims.append(
-            Claim("memory per d x n matrix, K = 200 over K = 100", growth, "at most", MEMORY_BOUND, "x")
-        )
-    return Table(
-        f"Peak memory of forward + backward of the general node, d = {MEMORY_DIM}, float64",
-        ["K", "MB", "in d x (K-1) matrices", "a dense Hessian would take (MB)"],
-        rows,
-        "A fresh process each.",
+    findings.row(
+        "Forward and backward pass of the general node, float64",
+        ["(d, K)", "forward, warm (ms)", "backward (ms)", "backward / forward"],
+        [str(shape), milliseconds(times["forward"]), milliseconds(times["backward"]), f"{ratio:.2f}"],
+        f"Warm start: the minimizer for class means that were {DRIFT:.0%} different.",
     )
+    what = f"{shape}: backward over warm forward of the node"
+    findings.claim(what, ratio, "at most", BACKWARD_BOUND, "x")
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"d{shape[0]}-K{shape[1]}")
-@pytest.mark.parametrize("solver", [OURS, RATE, PEER])
-def test_general_node_forward(benchmark: BenchmarkFixture, solver: str, shape: tuple[int, int]) -> None:
-    coordinates, scales, start = problem(shape)
-    benchmark.group = f"general node, forward (d, K) = {shape}"
-    found = benchmark(solver_of(solver), partial(objective, coordinates=coordinates, scales=scales), start)
-    assert float(found.gradient_norm) <= NORM_LIMIT
+@cases("classes", full=[MEMORY_CLASSES], quick=[QUICK_MEMORY_CLASSES])
+def test_memory(findings: Findings, classes: tuple[int, ...]) -> None:
+    found = findings.once(lambda: {k: memory((MEMORY_DIM, k)) for k in classes})
+    matrices = {k: extra * 1024**2 / (8 * MEMORY_DIM * (k - 1)) for k, extra in found.items()}
+    findings.keep("memory, MB", {f"K = {k}": [extra] for k, extra in found.items()})
+    for k, extra in found.items():
+        dense = 8 * (MEMORY_DIM * (k - 1)) ** 2 / 1024**2
+        findings.row(
+            f"Peak memory of forward + backward of the general node, d = {MEMORY_DIM}, float64",
+            ["K", "MB", "in d x (K-1) matrices", "a dense Hessian would take (MB)"],
+            [str(k), f"{extra:.1f}", f"{matrices[k]:.0f}", f"{dense:.0f}"],
+            "A fresh process each.",
+        )
+    before, last = classes[-2:]
+    what = f"memory per d x n matrix, K = {last} over K = {before}"
+    findings.claim(what, matrices[last] / matrices[before], "at most", MEMORY_BOUND, "x")
 
 
 if __name__ == "__main__":

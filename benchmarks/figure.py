@@ -14,16 +14,16 @@ _STYLES = [("#1b6ca8", "o", "-"), ("#c2571a", "s", "-"), ("#777777", "", "--")]
 
 
 def draw_scaling(report: Report, path: Path) -> None:
-    """Write a PNG of ``report.samples``: axis -> curve -> [[size, seconds], ...]."""
+    """Write a PNG of the tables of the scaling suite, one for each axis."""
     require_module("matplotlib", extra="examples").use("Agg")
     plt = require_module("matplotlib.pyplot", extra="examples")
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for panel, (axis, curves) in zip(panels, report.samples.items(), strict=True):
-        for (name, points), (color, marker, line) in zip(curves.items(), _STYLES, strict=True):
-            sizes, seconds = zip(*points, strict=True)
-            milliseconds = [1e3 * value for value in seconds]
-            panel.loglog(sizes, milliseconds, line, color=color, marker=marker, label=name)
-        panel.set_xlabel(_LABELS[axis])
+    for panel, (axis, label), table in zip(panels, _LABELS.items(), report.tables, strict=True):
+        shapes, *curves = zip(*table.rows, strict=True)
+        sizes = [int(shape.strip("()").split(", ")[axis == "K"]) for shape in shapes]
+        for name, times, (color, marker, line) in zip(table.columns[1:], curves, _STYLES, strict=True):
+            panel.loglog(sizes, [float(time) for time in times], line, color=color, marker=marker, label=name)
+        panel.set_xlabel(label)
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
         panel.grid(alpha=0.3)

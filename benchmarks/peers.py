@@ -9,7 +9,7 @@ from torch import Tensor
 
 from etflayers.geometry import centered_basis_adjoint, centered_basis_apply, etf_radius
 
-__all__ = ["five_products", "tall_svd_frame"]
+__all__ = ["five_products", "five_products_and_eigh", "tall_svd_frame"]
 
 
 def five_products(num_classes: int, in_features: int) -> Callable[[], Tensor]:
@@ -24,6 +24,19 @@ def five_products(num_classes: int, in_features: int) -> Callable[[], Tensor]:
         for _ in range(4):
             left @ right
         return left @ right
+
+    return call
+
+
+def five_products_and_eigh(num_classes: int, in_features: int) -> Callable[[], object]:
+    """The floor and one eigenproblem of size K in float32, the least of a way through a factorization."""
+    products = five_products(num_classes, in_features)
+    root = torch.randn(num_classes, 2 * num_classes)
+    gram = root @ root.mT
+
+    def call() -> object:
+        products()
+        return torch.linalg.eigh(gram)
 
     return call
 

@@ -1,4 +1,4 @@
-"""What is kept of a run: JSON with the raw samples, and the same tables as Markdown."""
+"""What is kept of a run: JSON with quartiles, claims and rows, one a line, and the same as Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from typing import Any
 
 from benchmarks.report import Claim, Report, Table
 
-__all__ = ["merge", "to_markdown", "write"]
+__all__ = ["merge", "read", "to_markdown", "write"]
 
 Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Report]:
+    """The reports of the suites whose benchmarks are in the JSON file of pytest-benchmark."""
+    reports: dict[str, Report] = {}
+    for entry in json.loads(path.read_text())["benchmarks"]:
+        found = Report.from_record(entry["extra_info"])
+        reports.setdefault(found.suite, Report(found.suite)).join(found)
+    return list(reports.values())
 
 
 def merge(path: Path, reports: Iterable[Report], environment: dict[str, str]) -> Record:
@@ -26,15 +35,37 @@ def merge(path: Path, reports: Iterable[Report], environment: dict[str, str]) ->
 def write(record: Record, order: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {suite: record[suite] for suite in order if suite in record}
-    (folder / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "cpu.json").write_text(to_json(record) + "\n")
     (folder / "cpu.md").write_text(to_markdown(record))
+
+
+def to_json(value: Any, depth: int = 0) -> str:
+    """JSON in which whatever holds no more than numbers and strings stands on one line."""
+    if isinstance(value, dict):
+        items = [f"{json.dumps(name)}: {to_json(part, depth + 1)}" for name, part in value.items()]
+        opening, closing, parts = "{", "}", list(value.values())
+    elif isinstance(value, list):
+        items = [to_json(part, depth + 1) for part in value]
+        opening, closing, parts = "[", "]", value
+    else:
+        return json.dumps(value)
+    # A case with its rivals is a line, too.
+    is_case = isinstance(value, dict) and all(isinstance(part, list) and _flat(part) for part in parts)
+    if _flat(parts) or is_case:
+        return json.dumps(value)
+    indent = "\n" + " " * (depth + 1)
+    return opening + indent + f",{indent}".join(items) + "\n" + " " * depth + closing
+
+
+def _flat(parts: list[Any]) -> bool:
+    return not any(isinstance(part, (dict, list)) for part in parts)
 
 
 def to_markdown(record: Record) -> str:
     parts = [
         "# Measured on a CPU",
         "",
-        "Written by `python -m benchmarks`; the raw samples are in `cpu.json`.",
+        "Written by `python -m benchmarks`. The quartiles behind the tables are in `cpu.json`.",
     ]
     for suite, entry in record.items():
         report = Report.from_record(entry["report"])

@@ -59,7 +59,11 @@ class Table:
 
 @dataclass
 class Report:
-    """Everything that one suite found; ``samples`` are the raw numbers, in seconds unless named otherwise."""
+    """Everything that one suite found.
+
+    ``samples`` are the measured numbers behind the tables, in seconds unless named otherwise: by case and
+    rival the quartiles and how many samples there were.
+    """
 
     suite: str
     tables: list[Table] = field(default_factory=list)
@@ -70,6 +74,23 @@ class Report:
     @property
     def failures(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]
+
+    def add(self, table: Table) -> None:
+        """Add a table, or its rows to the one of that title."""
+        for known in self.tables:
+            if known.title == table.title:
+                known.rows.extend(table.rows)
+                return
+        self.tables.append(table)
+
+    def join(self, other: Report) -> None:
+        """Add what another part of the suite found."""
+        for table in other.tables:
+            self.add(table)
+        self.claims += other.claims
+        self.checks += other.checks
+        for title, found in other.samples.items():
+            self.samples.setdefault(title, {}).update(found)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Report:

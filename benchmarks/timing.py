@@ -6,12 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-__all__ = ["Samples", "interleaved", "median_ratio", "medians"]
+from pytest_benchmark.fixture import BenchmarkFixture
+
+__all__ = ["Samples", "median_ratio", "medians", "quartiles", "take_turns"]
 
 Samples = dict[str, list[float]]
 
 
-def interleaved(
+def take_turns(
+    benchmark: BenchmarkFixture,
     rivals: Mapping[str, Callable[[], object]],
     *,
     seconds: float,
@@ -20,29 +23,45 @@ def interleaved(
 ) -> Samples:
     """Seconds for each call of each rival, one sample a round, rivals taking turns.
 
-    Drift of the clock frequency and load by other programs then fall on all rivals alike. A sample repeats a
-    short call for ``sample_seconds``, so that it does not measure the caches that another left behind.
+    pytest-benchmark times the first of them and, while it waits between two rounds, the others have theirs.
+    Drift of the clock frequency and load by other programs then fall on all alike. A sample repeats a short
+    call for ``sample_seconds``, so that it does not measure the caches that another left behind.
 
     Args:
-        rivals: what to call, by name.
-        seconds: stop after the round in which this much time has passed.
-        min_rounds: but not before so many rounds.
+        benchmark: the fixture; switched off (``--benchmark-disable``), it makes each call once.
+        rivals: what to call, by name; the first is the subject of the benchmark.
+        seconds: how long all of it may take.
+        min_rounds: but not fewer rounds than these.
         sample_seconds: shortest sample.
     """
-    repeats = {name: _repeats(call, sample_seconds) for name, call in rivals.items()}
+    subject, *others = rivals
+    if benchmark.disabled:
+        benchmark.pedantic(rivals[subject])  # type: ignore[no-untyped-call]
+        return {name: [_sample(call, 1)] for name, call in rivals.items()}
+    costs = {name: _cost(call, sample_seconds) for name, call in rivals.items()}
+    repeats = {name: max(1, round(sample_seconds / cost)) for name, cost in costs.items()}
+    round_seconds = sum(costs[name] * repeats[name] for name in rivals)
     samples: Samples = {name: [] for name in rivals}
-    order = list(rivals)
-    end = time.perf_counter() + seconds
-    while len(samples[order[0]]) < min_rounds or time.perf_counter() < end:
-        for name in list(order):
+
+    def turn_of_the_others() -> None:
+        for name in others:
             samples[name].append(_sample(rivals[name], repeats[name]))
-        order.append(order.pop(0))  # nobody always follows the same rival
-    return samples
+        others.append(others.pop(0)) if others else None  # nobody always follows the same rival
+
+    benchmark.pedantic(  # type: ignore[no-untyped-call]
+        rivals[subject],
+        teardown=turn_of_the_others,
+        rounds=max(min_rounds, round(seconds / round_seconds)),
+        iterations=repeats[subject],
+    )
+    samples[subject] = list(benchmark.stats.stats.data)
+    # After the last round pytest-benchmark makes one call more for its result, and its turn.
+    return {name: found[: len(samples[subject])] for name, found in samples.items()}
 
 
-def _repeats(call: Callable[[], object], sample_seconds: float) -> int:
+def _cost(call: Callable[[], object], sample_seconds: float) -> float:
     first = _sample(call, 1)  # includes lazy initialization
-    return 1 if first >= 100 * sample_seconds else max(1, round(sample_seconds / _sample(call, 1)))
+    return first if first >= 100 * sample_seconds else _sample(call, 1)
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
@@ -54,6 +73,14 @@ def _sample(call: Callable[[], object], repeats: int) -> float:
 
 def medians(samples: Samples) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def median_ratio(samples: Samples, over: str, under: str) -> float:

@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,23 +20,29 @@ pytest.importorskip("geoopt")
 pytest.importorskip("cvxpylayers")
 
 from benchmarks import (
+    __main__ as command,
+)
+from benchmarks import (
     bench_accuracy,
+    bench_learned,
     bench_memory,
     bench_nearest_etf,
     bench_peers,
     bench_scaling,
     bench_solvers,
     bench_step,
+    bench_stiefel,
 )
-from benchmarks.__main__ import main
 from benchmarks.figure import draw_scaling
+from benchmarks.findings import Findings
 from benchmarks.peers import five_products, tall_svd_frame
-from benchmarks.record import merge, to_markdown, write
+from benchmarks.record import merge, read, to_json, to_markdown, write
 from benchmarks.report import Check, Claim, Report, Table
-from benchmarks.timing import interleaved, median_ratio, medians
+from benchmarks.timing import median_ratio, medians, quartiles
 from etflayers.testing import relative_error, svd_frame
 
 TINY = (6, 4)
+ROOT = Path(command.__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -42,25 +53,40 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("rival", bench_nearest_etf.FRAMES)
-def test_node_suite_checks_what_it_times(benchmark: BenchmarkFixture, rival: str) -> None:
-    bench_nearest_etf.test_forward_backward(benchmark, rival, TINY)
+@pytest.fixture
+def findings(benchmark: BenchmarkFixture) -> Findings:
+    return Findings(benchmark, "tiny", quick=True)
 
 
-@pytest.mark.parametrize("solver", ["etflayers", *bench_peers.BOUNDS])
-def test_peers_reach_the_same_accuracy(benchmark: BenchmarkFixture, solver: str) -> None:
-    bench_peers.test_forward(benchmark, solver, TINY)
+def assert_complete(findings: Findings, tables: int = 1) -> None:
+    """Checked, measured, and shown in tables whose rows are as wide as their columns."""
+    report = findings.report
+    assert report.checks
+    assert not report.failures
+    assert not report.claims  # of a quick run
+    assert len(report.tables) == tables
+    assert all(len(row) == len(table.columns) for table in report.tables for row in table.rows)
+
+
+def test_node_suite(findings: Findings) -> None:
+    bench_nearest_etf.test_node(findings, TINY, None)
+    assert_complete(findings)
+    assert len(findings.report.checks) == 2 * len(bench_nearest_etf.FRAMES)
+    (measured,) = findings.report.samples.values()
+    assert all(low <= middle <= high and count == 1 for low, middle, high, count in measured.values())
+
+
+def test_peers_reach_the_same_accuracy(findings: Findings) -> None:
+    bench_peers.test_forward(findings, TINY, None)
+    assert_complete(findings)
 
 
 TINY_CASE = bench_solvers.Case(*TINY, torch.float64, 3.0)
-TINY_RIVALS = [(name, kind) for name, kind, _ in bench_solvers.rivals(TINY_CASE)]
 
 
-@pytest.mark.parametrize(("name", "kind"), TINY_RIVALS)
-def test_every_solver_is_checked_before_it_is_timed(
-    benchmark: BenchmarkFixture, name: str, kind: str
-) -> None:
-    bench_solvers.test_solver(benchmark, TINY_CASE, name, kind)
+def test_every_solver_is_checked_before_it_is_timed(findings: Findings) -> None:
+    bench_solvers.test_solvers(findings, TINY_CASE)
+    assert_complete(findings)
 
 
 def test_a_wrong_solver_or_a_wrong_oracle_fails_its_check() -> None:
@@ -71,9 +97,19 @@ def test_a_wrong_solver_or_a_wrong_oracle_fails_its_check() -> None:
     assert not any(c.passed for c in oracle.checks(TINY_CASE, "wrong", bench_solvers.IMPLICIT, wrong))
 
 
-@pytest.mark.parametrize("head", bench_step.HEADS)
-def test_heads_send_back_the_float64_gradient(benchmark: BenchmarkFixture, head: str) -> None:
-    bench_step.test_head(benchmark, head, 4)
+def test_learned_suite(findings: Findings) -> None:
+    bench_learned.test_frame_and_gradient(findings, TINY)
+    assert_complete(findings)
+
+
+def test_step_suite(findings: Findings) -> None:
+    bench_step.test_step(findings, 4)
+    assert_complete(findings)
+
+
+def test_stiefel_suite(findings: Findings) -> None:
+    bench_stiefel.test_solvers(findings, TINY)
+    assert_complete(findings)
 
 
 def test_a_training_step_of_every_head_lowers_the_loss() -> None:
@@ -85,12 +121,14 @@ def test_a_training_step_of_every_head_lowers_the_loss() -> None:
         assert losses[-1] < losses[0]
 
 
-def test_accuracy_suite(benchmark: BenchmarkFixture) -> None:
-    bench_accuracy.test_accuracy(benchmark, TINY, 10.0)
+def test_accuracy_suite(findings: Findings) -> None:
+    bench_accuracy.test_accuracy(findings, TINY, 10.0)
+    assert_complete(findings, tables=2)
 
 
-def test_scaling_suite(benchmark: BenchmarkFixture) -> None:
-    bench_scaling.test_scaling(benchmark, TINY)
+def test_scaling_suite(findings: Findings, tmp_path: Path) -> None:
+    bench_scaling.test_scaling(findings, "K", TINY)
+    assert_complete(findings)
 
 
 def test_memory_counts_what_a_pass_allocates() -> None:
@@ -131,22 +169,61 @@ def test_floor_is_of_the_size_of_the_problem() -> None:
     assert five_products(4, 6)().shape == (3, 6)
 
 
-def test_interleaved_takes_turns() -> None:
-    calls: list[str] = []
-    rivals = {name: lambda name=name: calls.append(name) for name in "abc"}
-    samples = interleaved(rivals, seconds=0.0, min_rounds=4, sample_seconds=0.0)
+BENCHMARKS = """
+import time
+import pytest
+from benchmarks.report import Check
+
+@pytest.mark.bench
+def test_turns(findings):
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        time.sleep(1e-3)
+
+    rivals = {name: lambda name=name: call(name) for name in "abc"}
+    samples = findings.measure("turns", rivals, seconds=0.0, min_rounds=4, sample_seconds=1e-9)
+    findings.claim("three rivals", len(samples), "at least", 3, "")
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abc", 4)
-    assert calls[-12:] == [*"abc", *"bca", *"cab", *"abc"]
+    assert "".join(calls[3:15]) == "abcacbabcacb"  # after a call of each to find out how long it takes
+    assert all(1e-3 < value < 1 for values in samples.values() for value in values)
+
+@pytest.mark.bench
+def test_wrong(findings):
+    findings.require(Check("frame", 1.0, 0.5))
+    findings.measure("wrong", {"never": lambda: None}, seconds=1.0)
+"""
+
+
+def test_rivals_take_turns_and_a_wrong_one_is_not_timed(tmp_path: Path) -> None:
+    (tmp_path / "bench_mine.py").write_text(BENCHMARKS)
+    configuration = ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}", "-p", "benchmarks.conftest"]
+    options = ["-m", "bench", "--benchmark-enable", f"--benchmark-json={tmp_path / 'out.json'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *configuration, *options, str(tmp_path / "bench_mine.py")],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+    )
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "wrong: frame: error 1.00e+00 > 0.5" in done.stdout
+    (report,) = read(tmp_path / "out.json")
+    assert [claim.what for claim in report.claims] == ["three rivals"]
+    assert report.samples["turns"].keys() == set("abc")
 
 
 def test_ratio_is_taken_within_rounds() -> None:
     samples = {"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]}
     assert median_ratio(samples, "slow", "fast") == 2.0
     assert medians(samples) == {"slow": 20.0, "fast": 10.0}
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 @pytest.mark.parametrize(("value", "sense", "met"), [(2.0, "at least", True), (2.0, "at most", False)])
-def test_claims_know_their_sense(value: float, sense: str, met: bool) -> None:
+def test_claims_know_their_sense(value: float, sense: Any, met: bool) -> None:
     claim = Claim("speed", value, sense, 1.5, "x")
     assert claim.met is met
     assert claim.cells()[-1] == ("met" if met else "MISSED")
@@ -156,21 +233,23 @@ def test_nan_fails_a_check() -> None:
     assert not Check("frame", math.nan, 1.0).passed
 
 
-def _report(error: float) -> Report:
+def _report(error: float = 0.0) -> Report:
+    axes = {"K": ["(512, 10)", "(512, 20)"], "d": ["(64, 100)", "(128, 100)"]}
+    columns = ["(d, K)", "ours", "peer", "floor"]
     return Report(
         "scaling",
-        tables=[Table("Times", ["(d, K)", "ms"], [["(6, 4)", "1.5"]], "a note")],
+        tables=[
+            Table(f"Along {axis}", columns, [[shape, "1.5", "3", "1"] for shape in shapes], "a note")
+            for axis, shapes in axes.items()
+        ],
         claims=[Claim("speed", 1.0, "at least", 1.5, "x")],
         checks=[Check("frame", error, 1e-5)],
-        samples={
-            axis: {name: [[10, 1e-3], [20, 2e-3]] for name in ("ours", "peer", "floor")}
-            for axis in ("K", "d")
-        },
+        samples={"case": {"ours": [1.0, 2.0, 3.0, 9], "peer": [4.0, 5.0, 6.0, 9]}},
     )
 
 
 def test_record_keeps_the_suites_that_were_not_run(tmp_path: Path) -> None:
-    first, second = _report(0.0), Report("memory")
+    first, second = _report(), Report("memory")
     write(merge(tmp_path / "cpu.json", [first], {"date": "first"}), ["scaling", "memory"], tmp_path)
     write(merge(tmp_path / "cpu.json", [second], {"date": "second"}), ["scaling", "memory"], tmp_path)
     record = json.loads((tmp_path / "cpu.json").read_text())
@@ -178,33 +257,51 @@ def test_record_keeps_the_suites_that_were_not_run(tmp_path: Path) -> None:
     assert Report.from_record(record["scaling"]["report"]) == first
     markdown = (tmp_path / "cpu.md").read_text()
     assert markdown == to_markdown(record)
-    assert "| (6, 4) | 1.5 |" in markdown
+    assert "| (512, 10) | 1.5 | 3 | 1 |" in markdown
     assert "| speed | 1x | at least 1.5x | MISSED |" in markdown
     assert "date: second" in markdown
 
 
+def test_json_has_a_line_for_a_case_a_claim_and_a_row() -> None:
+    case = {"ours": [1, 2, 3, 4], "peer": [5, 6, 7, 8]}
+    value = {"rows": [["a", "b"], ["c", "d"]], "samples": {"case": case}}
+    text = to_json(value)
+    assert json.loads(text) == value
+    assert '["a", "b"]' in text
+    assert '"case": {"ours": [1, 2, 3, 4], "peer": [5, 6, 7, 8]}' in text
+
+
+def test_parts_of_a_suite_are_joined() -> None:
+    whole = Report("scaling")
+    whole.join(_report())
+    whole.join(_report(error=1.0))
+    assert [len(table.rows) for table in whole.tables] == [4, 4]
+    assert len(whole.checks) == 2
+    assert len(whole.failures) == 1
+
+
 def test_figure_is_a_picture(tmp_path: Path) -> None:
-    draw_scaling(_report(0.0), tmp_path / "time.png")
+    draw_scaling(_report(), tmp_path / "time.png")
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("error", "status"), [(0.0, 0), (1.0, 1), (math.nan, 1)])
+@pytest.mark.parametrize("status", [0, 1])
 def test_only_wrong_results_fail_the_run(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    error: float,
-    status: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
 ) -> None:
-    monkeypatch.setitem(main.__globals__["SUITES"], "scaling", lambda quick: _report(error))
-    assert main(["--only", "scaling", "--output", str(tmp_path)]) == status
+    def finished(suites: Any, output: Path, *, quick: bool) -> int:
+        output.write_text(json.dumps({"benchmarks": [{"extra_info": asdict(_report())}]}))
+        return status
+
+    monkeypatch.setattr(command, "_pytest", finished)
+    assert command.main(["--only", "scaling", "--output", str(tmp_path)]) == status
     printed = capsys.readouterr().out
-    assert "MISSED" in printed
-    assert ("wrong:" in printed) is bool(status)
-    assert (tmp_path / "time.png").exists()
+    assert ("MISSED" in printed) is not bool(status)
+    assert (tmp_path / "time.png").exists() is not bool(status)  # what is wrong is not kept
 
 
-def test_quick_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", "--only", "nearest_etf", "--output", str(tmp_path)]) == 0
+@pytest.mark.slow
+def test_quick_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--quick", "--only", "nearest_etf", "--output", str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir())
-    assert "24 of 24 checks of correctness passed" in capsys.readouterr().out
+    assert "24 of 24 checks of correctness passed" in capfd.readouterr().out

@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import bench_inner_loop
 from benchmarks.convnet import Problem
+from benchmarks.findings import Findings
+from benchmarks.report import Claim
 from etflayers.distill import KeptGraph, StepAdjoint
 
 TINY = {"width": 4, "blocks": 1}
@@ -47,26 +50,35 @@ def test_a_wrong_rival_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_suite_runs_and_tells_the_rivals_apart() -> None:
-    report = bench_inner_loop.run(quick=True)
-    assert not report.failures
-    found, growth = report.samples.values()
+def test_the_suite_runs_and_tells_the_rivals_apart(benchmark: BenchmarkFixture) -> None:
+    findings = Findings(benchmark, "inner_loop", quick=True)
+    bench_inner_loop.test_cost(findings, bench_inner_loop.QUICK_SIZES[0])
+    seconds, _ = findings.report.samples.values()
     _, absent = bench_inner_loop.checks(1, 2, **TINY)
-    assert set(found) == set(bench_inner_loop.RIVALS) - set(absent)
-    assert all(run["seconds"] > 0 for runs in found.values() for run in runs)
-    assert found[bench_inner_loop.COMPILED][0]["compile"] > 0
-    assert set(growth) == set(bench_inner_loop.GROWERS)
+    assert set(seconds) == set(bench_inner_loop.RIVALS) - set(absent)
+    assert all(median > 0 for _, median, _, _ in seconds.values())
+    (table,) = findings.report.tables
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    compilation = {row[2]: row[5] for row in table.rows}
+    assert float(compilation[bench_inner_loop.COMPILED]) > 0
 
 
-def test_claims_are_those_of_the_project() -> None:
+def test_claims_are_those_of_the_project(benchmark: BenchmarkFixture) -> None:
+    benchmark(lambda: None)
     names = (*bench_inner_loop.OTHERS, bench_inner_loop.STEP, bench_inner_loop.COMPILED)
     seconds = dict(zip(names, ([20.0], [14.0], [17.0], [20.0], [11.0]), strict=True))
     extra = dict(zip(names, (6000.0, 6100.0, 6100.0, 600.0, 500.0), strict=True))
-    found = bench_inner_loop.claims("at 50 steps", 50, seconds, extra)
+
+    def claimed(seconds: dict[str, list[float]]) -> list[Claim]:
+        findings = Findings(benchmark, "inner_loop", quick=False)
+        bench_inner_loop.claims(findings, "at 50 steps", 50, seconds, extra)
+        return findings.report.claims
+
+    found = claimed(seconds)
     assert all(claim.met for claim in found)
     assert [claim.value for claim in found] == pytest.approx([10.0, 12.0, 1.0, 11 / 14])
     slower = {**seconds, bench_inner_loop.HIGHER: [13.0]}
-    assert not bench_inner_loop.claims("at 50 steps", 50, slower, extra)[-1].met
+    assert not claimed(slower)[-1].met
 
 
 def test_the_problem_is_one_of_distillation() -> None:

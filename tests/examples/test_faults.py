@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,6 +179,15 @@ class Made(Options):
     default_out: ClassVar[str] = "never"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C means what it means in a terminal: a shell has what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_run_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--out", str(tmp_path / "two words"), "--seeds", "1", "2"]
 
@@ -200,6 +209,7 @@ def test_interrupted_run_says_how_to_go_on(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")  # a handler, which the child does not inherit, and not "ignored"
 def test_interrupted_process_has_no_traceback(tmp_path: Path) -> None:
     script = [sys.executable, distill.__file__, "kernel", "--quick", "--outer-steps", "100000"]
     run = subprocess.Popen(
