@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXTRAS := dev,distill,examples,metrics,solvers,tracking,triton
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+PIP_INSTALL := -m pip --disable-pip-version-check -qq install
+PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
+
+# An environment of its own for the newest PyTorch, with the frameworks in which the heads are used.
+NEWEST := .venv-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all slow bench lint format clean
+.PHONY: help demo test test-all slow integrations bench lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## train the heads side by side on a small problem
 	@$(BIN)/python examples/train_heads.py --demo
@@ -18,7 +22,8 @@ demo: $(INSTALLED)  ## train the heads side by side on a small problem
 # In parallel, one process a core and one thread a process: the tensors of a test are small. What is compiled is
 # kept here: a file that a killed process of somebody else left half written would fail a test.
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.pytest_cache/inductor
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
+IN_PARALLEL := -q -n auto --maxprocesses 8 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
 
 test: lint  ## lint, then tests and doctests: under five minutes on two cores
 	@echo "==> tests and doctests"
@@ -29,6 +34,10 @@ test-all: test slow  ## everything: also the tests that take minutes
 slow: $(INSTALLED)  ## the tests that take minutes
 	@echo "==> the tests that take minutes"
 	@$(PYTEST) -m slow
+
+integrations: $(NEWEST)/.installed  ## the library in the newest PyTorch and in other frameworks: TIMES
+	@echo "==> the library's tests and other frameworks' models on the newest PyTorch"
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest $(IN_PARALLEL) --ignore tests/benchmarks --ignore tests/examples
 
 bench: $(INSTALLED)  ## measure time and memory
 	@$(BIN)/python -m benchmarks
@@ -47,16 +56,27 @@ format: $(INSTALLED)  ## rewrite the sources in the house style
 	@$(BIN)/ruff format --quiet .
 
 clean:  ## remove the environment, builds and caches
-	@rm -rf $(VENV) build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(NEWEST) build dist .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# PyTorch goes first and alone: it is most of the download, so a failure there is seen at once.
-$(INSTALLED): pyproject.toml constraints.txt
+# Without an interpreter that will do, nothing is made.
+%/bin/pip:
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 	  || { echo "make: $(PYTHON) must be Python 3.10 or newer with its venv module (try PYTHON=...)" >&2; exit 1; }
-	@test -x $(BIN)/pip || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> creating $*"
+	@$(PYTHON) -m venv $*
+
+# PyTorch goes first and alone: it is most of the download, so a failure there is seen at once.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "==> installing PyTorch (once; a minute or more)"
 	@$(PIP) torch numpy
 	@echo "==> installing etflayers with its oracles and tools (once; about a minute)"
 	@$(PIP) -e '.[$(EXTRAS)]'
+	@touch $@
+
+# The tools are those of the other environment; only its PyTorch, and the Triton that belongs to it, are not.
+$(NEWEST)/.installed: pyproject.toml constraints.txt requirements-integrations.txt | $(NEWEST)/bin/pip
+	@echo "==> installing the newest PyTorch with its frameworks, 6 GB (once; some minutes)"
+	@grep -vE '^(torch|triton)==' constraints.txt >$(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/python $(PIP_INSTALL) -c $(NEWEST)/constraints.txt -r requirements-integrations.txt -e '.[$(EXTRAS)]'
 	@touch $@

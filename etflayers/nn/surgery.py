@@ -102,7 +102,7 @@ def restore_linear(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     The opposite of :func:`replace_classifier`: what serves, exports, compiles or quantizes models then finds
     nothing of this library in it. The layers are copies of the present state
     (:meth:`~etflayers.nn.CodeHead.to_linear`) that have forgotten what they were: trained further, they leave
-    the ETF.
+    the ETF. A head with a center becomes a layer with a bias, also where the model had one without.
 
     Args:
         model: contains at least one :class:`~etflayers.nn.CodeHead`.
