@@ -35,7 +35,7 @@ slow: $(INSTALLED)  ## the tests that take minutes
 	@echo "==> the tests that take minutes"
 	@$(PYTEST) -m slow
 
-integrations: $(NEWEST)/.installed  ## the library in the newest PyTorch and in other frameworks: TIMES
+integrations: $(NEWEST)/.installed  ## the library in the newest PyTorch and in other frameworks (6 GB, 15 minutes)
 	@echo "==> the library's tests and other frameworks' models on the newest PyTorch"
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest $(IN_PARALLEL) --ignore tests/benchmarks --ignore tests/examples
 

@@ -186,7 +186,6 @@ def test_half_precision_shares_are_close_enough_to_probabilities(dtype: torch.dt
 
 
 def test_compiles_as_one_graph() -> None:
-    torch.compiler.reset()  # Dynamo counts what other tests compiled of the same code
     eager, head = make_head("nearest"), make_head("nearest")
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     for step in range(3):
