@@ -15,13 +15,14 @@ __all__ = ["merge", "read", "to_markdown", "write"]
 Record = dict[str, Any]
 
 
-def read(path: Path) -> list[Report]:
-    """The reports of the suites whose benchmarks are in the JSON file of pytest-benchmark."""
-    reports: dict[str, Report] = {}
-    for entry in json.loads(path.read_text())["benchmarks"]:
-        found = Report.from_record(entry["extra_info"])
-        reports.setdefault(found.suite, Report(found.suite)).join(found)
-    return list(reports.values())
+def read(path: Path) -> Report:
+    """The report of the suite whose benchmarks are in the JSON file of pytest-benchmark."""
+    first, *others = (
+        Report.from_record(entry["extra_info"]) for entry in json.loads(path.read_text())["benchmarks"]
+    )
+    for other in others:
+        first.join(other)
+    return first
 
 
 def merge(path: Path, reports: Iterable[Report], environment: dict[str, str]) -> Record:

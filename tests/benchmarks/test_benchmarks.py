@@ -209,7 +209,7 @@ def test_rivals_take_turns_and_a_wrong_one_is_not_timed(tmp_path: Path) -> None:
     )
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "wrong: frame: error 1.00e+00 > 0.5" in done.stdout
-    (report,) = read(tmp_path / "out.json")
+    report = read(tmp_path / "out.json")
     assert [claim.what for claim in report.claims] == ["three rivals"]
     assert report.samples["turns"].keys() == set("abc")
 
@@ -289,7 +289,7 @@ def test_figure_is_a_picture(tmp_path: Path) -> None:
 def test_only_wrong_results_fail_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
 ) -> None:
-    def finished(suites: Any, output: Path, *, quick: bool) -> int:
+    def finished(suite: str, output: Path, *, quick: bool) -> int:
         output.write_text(json.dumps({"benchmarks": [{"extra_info": asdict(_report())}]}))
         return status
 
