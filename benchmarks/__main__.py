@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     shown = ["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]
-    where = environment(shlex.join(shown))
+    where = {**environment(shlex.join(shown)), "threads": "1"}  # by benchmarks/conftest.py
     console.print(" · ".join(f"{name}: {value}" for name, value in where.items()))
     reports, broken = [], False
     for suite in options.only:
