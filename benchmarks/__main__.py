@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.figure import draw_scaling
 from benchmarks.record import merge, read, write
+from benchmarks.report import Report
 from benchmarks.terminal import rendered, verdict
 
 HERE = Path(__file__).parent
@@ -50,30 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     shown = ["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]
-    where = environment(shlex.join(shown))
+    where = {**environment(shlex.join(shown)), "threads": "1"}  # by benchmarks/conftest.py
     console.print(" · ".join(f"{name}: {value}" for name, value in where.items()))
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "benchmarks.json"
-        status = _pytest(options.only, found, quick=options.quick)
-        reports = read(found) if found.exists() else []
-    for report in reports:
-        console.rule(report.suite)
+    reports, broken = [], False
+    for suite in options.only:
+        console.rule(suite)
+        report = _measured(suite, quick=options.quick)
+        if report is None:
+            broken = True
+            continue
+        reports.append(report)
         for table in report.tables:
             console.print(rendered(table))
-    if not options.quick and status == 0:
-        write(merge(options.output / "cpu.json", reports, where), SUITES, options.output)
-        for report in reports:
-            if report.suite == "scaling":
+        if not options.quick:
+            # After each suite, so that a run that is cut short leaves what it has measured.
+            write(merge(options.output / "cpu.json", [report], where), SUITES, options.output)
+            if suite == "scaling":
                 draw_scaling(report, options.output / "time.png")
+    if not options.quick:
         console.print(f"\nwritten to {options.output}")
-    return 1 if status else verdict(reports, console)
+    return verdict(reports, console) or int(broken)
 
 
-def _pytest(suites: Sequence[str], output: Path, *, quick: bool) -> int:
-    """Run the benchmarks of these suites in a process of its own; its exit status."""
+def _measured(suite: str, *, quick: bool) -> Report | None:
+    """What a suite found; ``None`` where something is wrong, which pytest has shown: nothing to keep."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "benchmarks.json"
+        return read(found) if _pytest(suite, found, quick=quick) == 0 else None
+
+
+def _pytest(suite: str, output: Path, *, quick: bool) -> int:
+    """Run the benchmarks of a suite in a process of its own; its exit status."""
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *(str(HERE / f"bench_{suite}.py") for suite in suites),
+        str(HERE / f"bench_{suite}.py"),
         *("-m", "bench and quick" if quick else "bench and not quick"),
         *("--benchmark-enable", "--benchmark-quiet", f"--benchmark-json={output}"),
     ]

@@ -15,21 +15,35 @@ __all__ = ["merge", "read", "to_markdown", "write"]
 Record = dict[str, Any]
 
 
-def read(path: Path) -> list[Report]:
-    """The reports of the suites whose benchmarks are in the JSON file of pytest-benchmark."""
-    reports: dict[str, Report] = {}
-    for entry in json.loads(path.read_text())["benchmarks"]:
-        found = Report.from_record(entry["extra_info"])
-        reports.setdefault(found.suite, Report(found.suite)).join(found)
-    return list(reports.values())
+def read(path: Path) -> Report:
+    """The report of the suite whose benchmarks are in the JSON file of pytest-benchmark."""
+    first, *others = (
+        Report.from_record(entry["extra_info"]) for entry in json.loads(path.read_text())["benchmarks"]
+    )
+    for other in others:
+        first.join(other)
+    return first
 
 
 def merge(path: Path, reports: Iterable[Report], environment: dict[str, str]) -> Record:
     """The record at ``path`` with the suites of ``reports`` replaced, each with its own environment."""
     record: Record = json.loads(path.read_text()) if path.exists() else {}
     for report in reports:
-        record[report.suite] = {"environment": environment, "report": asdict(report)}
+        record[report.suite] = {"environment": environment, "report": _kept(report)}
     return record
+
+
+def _kept(report: Report) -> dict[str, Any]:
+    """A report as it is kept: of the checks only how many there were, the closest, and those that failed."""
+    kept = asdict(report)
+    closest = max(report.checks, key=lambda check: check.error / check.limit, default=None)
+    kept["checks"] = {
+        "passed": len(report.checks) - len(report.failures),
+        "of": len(report.checks),
+        "closest": closest and asdict(closest),
+        "failed": [asdict(check) for check in report.failures],
+    }
+    return kept
 
 
 def write(record: Record, order: Sequence[str], folder: Path) -> None:
@@ -68,13 +82,12 @@ def to_markdown(record: Record) -> str:
         "Written by `python -m benchmarks`. The quartiles behind the tables are in `cpu.json`.",
     ]
     for suite, entry in record.items():
-        report = Report.from_record(entry["report"])
+        report, checks = Report.from_record({**entry["report"], "checks": []}), entry["report"]["checks"]
         parts += ["", f"## {suite}", ""]
         parts.append(" · ".join(f"{name}: {value}" for name, value in entry["environment"].items()))
         if report.claims:
             parts += ["", *_grid(Claim.COLUMNS, (claim.cells() for claim in report.claims))]
-        passed = len(report.checks) - len(report.failures)
-        parts += ["", f"Correctness: {passed} of {len(report.checks)} checks passed."]
+        parts += ["", f"Correctness: {checks['passed']} of {checks['of']} checks passed."]
         for table in report.tables:
             parts += ["", *_table(table)]
         if suite == "scaling":
