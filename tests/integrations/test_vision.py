@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from etflayers.nn import NearestETFHead, find_classifiers, provide_targets, replace_classifier, restore_linear
 
 models = pytest.importorskip("torchvision.models")
+v2 = pytest.importorskip("torchvision.transforms.v2")
 timm = pytest.importorskip("timm")
 
 # What these libraries warn of is theirs; what the library itself causes is an error.
@@ -154,3 +155,30 @@ def test_a_compiled_model_trains_as_it_does_eagerly(name: str, backend: str) -> 
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-8)
     with torch.no_grad():
         torch.testing.assert_close(compiled.eval()(images), twin.eval()(images), rtol=1e-6, atol=1e-8)
+
+
+MIXERS = {
+    "torchvision-mixup": lambda: v2.MixUp(num_classes=K),
+    "torchvision-cutmix": lambda: v2.CutMix(num_classes=K),
+    "timm": lambda: timm.data.Mixup(cutmix_alpha=1.0, label_smoothing=0.1, num_classes=K),
+}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_mixed_images_give_each_class_its_share(mixer: str) -> None:
+    _, side, options = TIMM["resnet10t"]
+    model = replace_classifier(timm.create_model("resnet10t", num_classes=K, **options), NearestETFHead)
+    images, shares = MIXERS[mixer]()(torch.randn(2 * K, 3, side, side), TARGETS)
+    assert shares.shape == (2 * K, K)
+    (head,) = heads_of(model)
+    features: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
+    with provide_targets(model.train(), shares):
+        logits = model(images)
+    hook.remove()
+    torch.autograd.backward(F.cross_entropy(logits, shares))
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+    # In the first batch the mean of a class is the mean of all samples, each with its share in that class.
+    shares = shares.to(features[0])
+    expected = shares.T @ features[0] / shares.sum(0).unsqueeze(-1)
+    torch.testing.assert_close(head.averages.means, expected, rtol=1e-4, atol=1e-5)
