@@ -40,9 +40,7 @@ SUITES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, under a minute; nothing is written"
-    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, two minutes; nothing is written")
     parser.add_argument("--only", nargs="+", choices=SUITES, default=list(SUITES), help="suites to run")
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)"

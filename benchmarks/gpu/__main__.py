@@ -1,5 +1,7 @@
 """Check and time the GPU paths, print the tables and keep the results.
 
+With a timer of its own, by events of the device: the image of the GPU machine has no pytest-benchmark.
+
 The exit status is 1 if a result was wrong or there is no GPU, and 0 if it was only slower than its bound.
 """
 
@@ -83,7 +85,7 @@ def _write(folder: Path, reports: Sequence[object], where: dict[str, str]) -> No
     heading = [
         f"# Measured on a GPU: {torch.cuda.get_device_name(0)}",
         "",
-        f"Written by `python -m benchmarks.gpu`; the raw samples are in `{path.name}`.",
+        f"Written by `python -m benchmarks.gpu`; the samples are in `{path.name}`.",
         "",
     ]
     path.with_suffix(".md").write_text("\n".join(heading) + "\n## " + body)

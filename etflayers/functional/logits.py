@@ -100,8 +100,8 @@ def directions(features: Tensor) -> Tensor:
     with full_precision(features):
         rows = features.to(working_dtype(features.dtype))
         lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        alive = lengths >= _SHORTEST
-        return torch.where(alive, rows / torch.where(alive, lengths, 1), 0)
+        dead = lengths < _SHORTEST  # not so for NaN, which has to stay one
+        return torch.where(dead, 0, rows / torch.where(dead, 1, lengths))
 
 
 def linear_dtype(features: Tensor) -> torch.dtype:

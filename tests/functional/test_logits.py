@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional.logits import canonical_etf_logits
+from etflayers.functional.logits import canonical_etf_logits, directions
 from etflayers.geometry import simplex_etf
 
 SIZES = [(k, d) for k in (2, 3, 10) for d in (k - 1, k, k + 7)]
@@ -47,6 +47,13 @@ def test_derivatives_in_both_modes_and_batched(num_classes: int, in_features: in
     torch.testing.assert_close(jacobian, torch.func.jacfwd(logits)(features[0]))
     frame = simplex_etf(num_classes, in_features, dtype=torch.float64)
     torch.testing.assert_close(jacobian, 2 * frame, rtol=0, atol=1e-13)
+
+
+def test_a_direction_that_is_not_known_stays_unknown() -> None:
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0], [torch.nan, 1.0]], requires_grad=True)
+    found = directions(rows)
+    assert found[:2].tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
+    assert found[2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

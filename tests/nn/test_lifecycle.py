@@ -17,7 +17,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from etflayers.errors import ManifoldError
 from etflayers.functional import nearest_etf
 from etflayers.geometry import is_simplex_etf, random_stiefel, simplex_etf
-from etflayers.nn import ETFHead, FixedETFHead, LearnedETFHead, NearestETFHead, provide_targets
+from etflayers.nn import (
+    CodeHead,
+    ETFHead,
+    FixedETFHead,
+    LearnedETFHead,
+    NearestETFHead,
+    UnitRowHead,
+    provide_targets,
+)
 
 if TYPE_CHECKING:
     from tests.nn.conftest import MakeHead
@@ -46,9 +54,11 @@ def step_on(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> No
     optimizer.step()
 
 
-def assert_valid(head: ETFHead) -> None:
-    """An ETF, and logits that are those of its own weight and bias."""
-    assert is_simplex_etf(head.frame), is_simplex_etf(head.frame).reason
+def assert_valid(head: CodeHead) -> None:
+    """An ETF, where the head is one, unit rows, and logits that are those of its own weight and bias."""
+    if isinstance(head, ETFHead):
+        assert is_simplex_etf(head.frame), is_simplex_etf(head.frame).reason
+    torch.testing.assert_close(head.frame.norm(dim=-1), torch.ones(4), rtol=1e-5, atol=1e-5)
     features, _ = batch(5)
     logits = head.eval()(features)
     torch.testing.assert_close(logits, F.linear(features, head.weight, head.bias), rtol=1e-4, atol=1e-4)
@@ -181,6 +191,8 @@ def test_a_head_from_meta_without_reset_is_refused(make_head: MakeHead, value: f
     if not list(head.state_dict()):  # canonical: nothing to lose
         assert_valid(head)
         return
+    if isinstance(head, UnitRowHead):
+        return  # a weight like any other: nothing tells a learned row from garbage
     if isinstance(head, LearnedETFHead) and head.manifold is None and abs(value) < 1e38:
         assert_valid(head)  # any finite matrix has a nearest ETF
         return
@@ -333,8 +345,8 @@ def test_a_state_dict_in_half_precision_leaves_full_precision(
     make_head: MakeHead, dtype: torch.dtype
 ) -> None:
     source = trained(make_head(seed=3))
-    if isinstance(source, FixedETFHead):
-        return  # its frame is a constant, which may be in half precision
+    if isinstance(source, (FixedETFHead, UnitRowHead)):
+        return  # which hold a weight like any other, in half precision too
     half = {name: t.to(dtype) if t.is_floating_point() else t for name, t in source.state_dict().items()}
     for assign in (True, False):
         head = make_head()
@@ -447,6 +459,8 @@ def test_a_pretrained_model_without_the_keys_of_the_head(tmp_path: Path, make_he
     Backbone(Config()).save_pretrained(tmp_path)
     model = Classifier.from_pretrained(tmp_path)
     features, targets = batch(1, in_features=5)
+    if isinstance(model.head, UnitRowHead):
+        model.head.reset_parameters()  # a weight like any other, which _init_weights has to fill
     try:
         model.eval()(features)
     except (ManifoldError, ArithmeticError):  # the refusal names the remedy
