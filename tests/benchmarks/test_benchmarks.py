@@ -308,7 +308,11 @@ def test_only_wrong_results_fail_the_run(
 
 
 @pytest.mark.slow
-def test_quick_run_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_quick_run_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)  # pytest-benchmark measures nothing in a process of xdist
     assert command.main(["--quick", "--only", "nearest_etf", "--output", str(tmp_path)]) == 0
     assert not list(tmp_path.iterdir())
     assert "24 of 24 checks of correctness passed" in capfd.readouterr().out
