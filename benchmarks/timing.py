@@ -46,7 +46,8 @@ def take_turns(
     def turn_of_the_others() -> None:
         for name in others:
             samples[name].append(_sample(rivals[name], repeats[name]))
-        others.append(others.pop(0)) if others else None  # nobody always follows the same rival
+        if others:
+            others.append(others.pop(0))  # nobody always follows the same rival
 
     benchmark.pedantic(  # type: ignore[no-untyped-call]
         rivals[subject],

@@ -15,12 +15,23 @@ from torch import Tensor
 from etflayers.checks import reads_values, require, require_values
 from etflayers.precision import working_dtype
 
-__all__ = ["are_soft", "require_soft_targets"]
+__all__ = ["are_soft", "require_soft_shape", "require_soft_targets"]
 
 
 def are_soft(targets: object) -> bool:
     """Whether ``targets`` are probabilities, which is a matter of their dtype: class indices are integers."""
     return isinstance(targets, Tensor) and targets.dtype.is_floating_point
+
+
+def require_soft_shape(targets: Tensor, leading: torch.Size, num_classes: int) -> None:
+    """Raise unless ``targets`` have the shape ``(*leading, K)``; no value is looked at."""
+    expected = (*leading, num_classes)
+    require(
+        targets.shape == expected,
+        f"targets must be integers (class indices), got {targets.dtype} of shape {tuple(targets.shape)}: "
+        "convert them with .long(); or probabilities of the classes, of shape (..., num_classes) = "
+        f"{expected}",
+    )
 
 
 def require_soft_targets(targets: Tensor, leading: torch.Size, num_classes: int) -> None:
@@ -35,13 +46,7 @@ def require_soft_targets(targets: Tensor, leading: torch.Size, num_classes: int)
         InvalidArgumentError: another shape, a row with NaN or a negative number, or a row whose sum is not 1
             up to the rounding of its dtype.
     """
-    expected = (*leading, num_classes)
-    require(
-        targets.shape == expected,
-        f"targets must be integers (class indices), got {targets.dtype} of shape {tuple(targets.shape)}: "
-        "convert them with .long(); or probabilities of the classes, of shape (..., num_classes) = "
-        f"{expected}",
-    )
+    require_soft_shape(targets, leading, num_classes)
     if targets.numel() == 0:
         return
     rows = targets.detach().to(working_dtype(targets.dtype))

@@ -18,7 +18,7 @@ from etflayers.errors import (
     RecomputationError,
 )
 from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
-from etflayers.functional.soft_targets import are_soft, require_soft_targets
+from etflayers.functional.soft_targets import are_soft, require_soft_shape
 from etflayers.kernels.class_sums import (
     Momentum,
     averages_use_triton,
@@ -200,7 +200,7 @@ class FeatureMovingAverage(KeepsPrecision):
             )
         soft = are_soft(targets)
         if soft:
-            require_soft_targets(targets, features.shape[:-1], self.num_classes)
+            require_soft_shape(targets, features.shape[:-1], self.num_classes)  # class_sums looks at values
             require(
                 self.momentum is not None,
                 "soft targets have shares of samples, of which momentum=None would need the sum over all "

@@ -53,7 +53,8 @@ class ByRegime(FrameSolver):
             small = small_polar(linear, precision)
             if small is not None and small[1] < (_KAPPA if precision != torch.float64 else _KAPPA_FLOAT64):
                 return small[0]
-            for dtype in _dtypes(num_classes, precision):
+            # Where NumPy has found kappa too large, the same eigenproblem would find it again.
+            for dtype in _dtypes(num_classes, precision) if small is None else ():
                 spectrum = GramEigh(dtype).spectrum(linear, precision)
                 margin = float(spectrum.margin(precision).detach().amin())
                 for products, largest_kappa in _limits(dtype, num_classes, in_features, precision):
