@@ -21,7 +21,8 @@ demo: $(INSTALLED)  ## train the heads side by side on a small problem
 
 # In parallel, one process a core and one thread a process: the tensors of a test are small. What is compiled is
 # kept here: a file that a killed process of somebody else left half written would fail a test.
-export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.pytest_cache/inductor
+# A folder for each instruction set: Inductor of PyTorch 2.13 computes garbage with what it compiled for another.
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.pytest_cache/inductor$(addprefix -,$(ATEN_CPU_CAPABILITY))
 IN_PARALLEL := -q -n auto --maxprocesses 8 --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
 
