@@ -12,6 +12,7 @@ from etflayers.functional import Reduction, nearest_etf
 from etflayers.geometry import simplex_etf
 from etflayers.kernels import Impl
 from etflayers.nn import (
+    ClassMeanHead,
     CodeHead,
     CodeMSELoss,
     DotRegressionLoss,
@@ -33,6 +34,7 @@ from etflayers.nn import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassMeanHead",
     "CodeHead",
     "CodeMSELoss",
     "DotRegressionLoss",

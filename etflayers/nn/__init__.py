@@ -2,6 +2,7 @@
 
 from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.class_means import ClassMeanHead
 from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
 from etflayers.nn.features import capture_features
@@ -16,6 +17,7 @@ from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
 from etflayers.nn.unit_rows import UnitRowHead
 
 __all__ = [
+    "ClassMeanHead",
     "CodeHead",
     "CodeMSELoss",
     "DotRegressionLoss",
