@@ -28,7 +28,7 @@ __all__ = ["ClassMeanHead"]
 
 
 class ClassMeanHead(KeepsPrecision, CodeHead):
-    r"""Classifier whose weight is the directions of the class means: ````s z W'``, ``w_k = m_k / |m_k|``.
+    r"""Classifier by the directions of class means: ``logits = s z W'``, ``w_k = m_k / |m_k|``.
 
     It has no parameters: a training pass, with features and targets, updates the running class means M
     (:class:`~etflayers.nn.FeatureMovingAverage` of the inputs z) and then decides by the directions of their
@@ -38,10 +38,10 @@ class ClassMeanHead(KeepsPrecision, CodeHead):
     A class not seen yet, or with a mean shorter than 1e-12, has a random direction, which is drawn at the
     start and kept in a buffer.
 
-    With ``detach=True``, the default, W is a constant in the backward pass, as the paper's assigned weight is.
-    Only a share of ``momentum`` of each mean comes from the batch, so that little is lost; a gradient through
-    W (``detach=False``) costs a second matrix of size K x d and, with several ranks, a second sum of one over
-    them in each step.
+    With ``detach=True``, the default, W is a constant in the backward pass, as the weight is that the paper
+    assigns from step to step. Little is lost: only a share of ``momentum`` of each mean comes from the batch.
+    A gradient through W (``detach=False``) costs a second matrix of size K x d and, with several ranks, a
+    second sum of one over them in each step.
 
     In eval mode everything comes from buffers: no targets, a batch of one is fine. A training pass changes
     them, under ``torch.no_grad`` too, as in BatchNorm. Gradient checkpointing, which would run it twice, is
