@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
+from etflayers.functional.assignment import assign_labels
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
@@ -17,6 +18,7 @@ __all__ = [
     "CriticalPoint",
     "NearestETFSolution",
     "Reduction",
+    "assign_labels",
     "canonical_etf_logits",
     "class_means",
     "class_sums",

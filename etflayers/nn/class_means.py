@@ -3,10 +3,10 @@ r"""The head whose frame is the directions of the class means of the features.
 Symbols: M <-> averages.means, U <-> initial_rows, W <-> frame.
 
 At generalized neural collapse each classifier row has the direction of the mean of its class, for any
-number of classes and dimensions. So the row need not be learned: it can be read off the features. A mean that
-is zero, as that of a class not seen yet is, has no direction. A row of zeros would give the logit 0, more than
-most wrong classes get from a trained network, and to all such classes the same one. Until there is a mean the
-row is therefore a random direction, which no feature prefers.
+number of classes and dimensions. So the row need not be learned: it can be read off the features. A mean
+that is zero, as that of a class not seen yet is, has no direction. A row of zeros would give the logit 0,
+more than most wrong classes get from a trained network, and to all such classes the same one. Until there is
+a mean the row is therefore a random direction, which no feature prefers.
 """
 
 from __future__ import annotations
