@@ -11,6 +11,7 @@ from etflayers.functional.logits import canonical_etf_logits, directions
 from etflayers.functional.losses import code_mse_loss, dot_regression_loss
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
 from etflayers.functional.reduction import Reduction
+from etflayers.functional.sampled_cross_entropy import sampled_cross_entropy
 from etflayers.functional.spread import unit_spread
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 
@@ -30,6 +31,7 @@ __all__ = [
     "huber_nearest_etf",
     "mahalanobis_nearest_etf",
     "nearest_etf",
+    "sampled_cross_entropy",
     "solve_nearest_etf",
     "solve_stiefel",
     "stiefel_argmin",

@@ -8,7 +8,7 @@ from etflayers.nn.etf import ETFHead
 from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.learned import LearnedETFHead
-from etflayers.nn.losses import CodeMSELoss, DotRegressionLoss, ETFCrossEntropy
+from etflayers.nn.losses import CodeMSELoss, DotRegressionLoss, ETFCrossEntropy, SampledCrossEntropy
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
@@ -33,6 +33,7 @@ __all__ = [
     "Momentum",
     "NearestETF",
     "NearestETFHead",
+    "SampledCrossEntropy",
     "StiefelNode",
     "TargetCapture",
     "UnitRowHead",
