@@ -9,7 +9,14 @@ from torch import Tensor
 
 from etflayers._torch import assume_constant_result
 
-__all__ = ["autocast_dtype", "default_tolerance", "full_precision", "smallest_divisor", "working_dtype"]
+__all__ = [
+    "autocast_dtype",
+    "default_tolerance",
+    "full_precision",
+    "linear_dtype",
+    "smallest_divisor",
+    "working_dtype",
+]
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,6 +37,13 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def linear_dtype(features: Tensor) -> torch.dtype:
+    """The dtype that ``F.linear`` returns for ``features``: autocast's, where that is on, or their own."""
+    dtype = autocast_dtype(features.device.type)
+    # Autocast leaves float64 alone.
+    return features.dtype if dtype is None or features.dtype == torch.float64 else dtype
 
 
 def smallest_divisor(dtype: torch.dtype) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from etflayers.checks import require, require_floating
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
-from etflayers.functional.logits import canonical_etf_logits, linear_dtype
+from etflayers.functional.logits import canonical_etf_logits
 from etflayers.functional.reduction import Reduction, reduced, require_reduction
 from etflayers.functional.soft_targets import are_soft, require_soft_targets
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
@@ -34,7 +34,7 @@ from etflayers.kernels.cross_entropy import (
     linear_softmax_losses,
     softmax_losses,
 )
-from etflayers.precision import working_dtype
+from etflayers.precision import linear_dtype, working_dtype
 
 __all__ = ["code_cross_entropy", "etf_cross_entropy", "require_loss_options", "require_targets_of"]
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
+from etflayers.geometry.canonical import canonical_etf_adjoint, canonical_etf_logits
 from etflayers.geometry.frames import (
     centered,
     centered_basis_adjoint,
@@ -36,6 +37,8 @@ if not TYPE_CHECKING:
 
 __all__ = [
     "Check",
+    "canonical_etf_adjoint",
+    "canonical_etf_logits",
     "centered",
     "centered_basis_adjoint",
     "centered_basis_apply",

@@ -27,7 +27,8 @@ from etflayers.checks import (
     require_values,
 )
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
-from etflayers.functional.logits import directions, linear_dtype
+from etflayers.functional.logits import directions
+from etflayers.precision import linear_dtype
 
 __all__ = ["CodeHead", "LogitTerms"]
 

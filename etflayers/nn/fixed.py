@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require, require_floating
-from etflayers.functional.logits import canonical_etf_logits, linear_dtype
+from etflayers.functional.logits import canonical_etf_logits
 from etflayers.geometry import simplex_etf
 from etflayers.nn.distributed import overwrite
 from etflayers.nn.etf import ETFHead
-from etflayers.precision import full_precision, working_dtype
+from etflayers.precision import full_precision, linear_dtype, working_dtype
 
 __all__ = ["FixedETFHead"]
 

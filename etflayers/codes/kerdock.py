@@ -1,0 +1,218 @@
+r"""d + 2 words to a dimension with cosines of at most ``1 / sqrt d``: Kerdock's set of orthonormal bases.
+
+Let d = 2^m with m even, and F the field of 2^(m-1) elements with its trace Tr to GF(2) = {0, 1}. Number the
+coordinates by v in V = F x GF(2). Each s in F gives a linear map of V,
+
+    M_s(x, a) = (s^2 x + s Tr(s x) + s a, Tr(s x)),
+
+and, with the pairing ((y, e), (u, c)) -> Tr(y u) + e c, an alternating bilinear form B_s(v, w) = (M_s v, w):
+B_s(v, v) = 0. For s != t the form B_s + B_t has full rank m, as only forms in an even number of variables
+can, and no larger set of forms has that property. In a basis of V let Q_s(v) = sum_{i<j} B_s(b_i, b_j) v_i
+v_j, a quadratic form over GF(2). The words of basis s are
+
+    w_{s,b}(v) = (-1)^(Q_s(v) + b.v) / sqrt d        for all b in GF(2)^m.
+
+Two of one basis are orthogonal. For s != t the inner product of w_{s,b} and w_{t,c} is the mean over v of
+(-1)^((Q_s + Q_t)(v) + (b+c).v); its square is 1/d, because Q_s + Q_t has the form B_s + B_t of full rank: a
+bent function. With the coordinate axes, which have ``1 / sqrt d`` with all of these, there are d/2 + 1
+orthonormal bases. The words with their negatives are K = d (d + 2), no two of them with a cosine above ``1 /
+sqrt d``.
+
+The logits of basis s are a Walsh-Hadamard transform of the features times the signs (-1)^Q_s: no weight but
+signs.
+
+Symbols: d <-> in_features, m <-> ``_digits``, (-1)^Q_s(v) <-> ``_signs(d)[s, v]``, b <-> place of a word in
+its basis. An element of F is an integer whose binary digits are its coefficients in the powers of a root of
+an irreducible polynomial, and s is the number of its basis; v has the digits of x first and a as its highest
+one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from etflayers._torch import assume_constant_result, is_concrete
+from etflayers.checks import require
+from etflayers.codes.code import AntipodalCode
+from etflayers.kernels.hadamard import hadamard_transform
+
+__all__ = ["KerdockCode"]
+
+# Irreducible polynomials over GF(2) by their degree m - 1, written as binary numbers, e.g. x^3 + x + 1.
+_IRREDUCIBLE = {1: 0b11, 3: 0b1011, 5: 0b100101, 7: 0b10000011, 9: 0b1000010001, 11: 0b100000000101}
+
+_kept_signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class KerdockCode(AntipodalCode):
+    r"""Kerdock's d/2 + 1 orthonormal bases of R^d and their negatives: K <= d (d + 2), cosines to 1/sqrt(d).
+
+    =====  =========  ==============
+    d      largest K  largest cosine
+    =====  =========  ==============
+    16     288        1/4
+    64     4,224      1/8
+    256    66,048     1/16
+    1,024  1,050,624  1/32
+    =====  =========  ==============
+
+    A piece is one basis, d words and their negatives, and its logits are a fast Walsh-Hadamard transform. K
+    classes have the first K words: as many whole bases as go into K, and the first words of one more.
+
+    Args:
+        num_classes: K from 2 to d (d + 2).
+        in_features: d, a power of 4 from 4 to 4096.
+
+    Raises:
+        InvalidArgumentError: a d that is no such power, or a K that is not in this range.
+
+    Reference:
+        Kerdock (1972), A class of low-rate nonlinear binary codes; Calderbank, Cameron, Kantor, Seidel
+        (1997), Z4-Kerdock codes, orthogonal spreads, and extremal Euclidean line-sets.
+
+    >>> code = KerdockCode(288, 16)
+    >>> code.pieces, code.piece_range(8), code.half_logits(torch.ones(1, 16), 0, 9).shape
+    (9, (256, 288), torch.Size([9, 1, 16]))
+    >>> code.describe()
+    'kerdock: 288 unit vectors in R^16 with largest cosine 0.25, where none can have less than 0.2416; a
+    fast Walsh-Hadamard transform for each 2 d classes, and no weight but signs.'
+    """
+
+    kind: ClassVar[str] = "kerdock"
+    reason: ClassVar[str] = "a fast Walsh-Hadamard transform for each 2 d classes, and no weight but signs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        d = self.in_features
+        require(
+            d.bit_count() == 1 and _digits(d) % 2 == 0 and _digits(d) - 1 in _IRREDUCIBLE,
+            f"in_features must be a power of 4 from 4 to 4096 for a Kerdock code, got {d}: project the "
+            "features, or take another kind of code",
+        )
+        require(
+            self.num_classes <= d * (d + 2),
+            f"num_classes must be at most in_features * (in_features + 2) = {d * (d + 2)} for a Kerdock "
+            f"code, got {self.num_classes}: widen the features to {4 * d}",
+        )
+
+    @property
+    def piece_size(self) -> int:
+        """``2 d``, a basis and its negatives."""
+        return 2 * self.in_features
+
+    @property
+    def largest_cosine(self) -> float:
+        """``1 / sqrt d``, or 0 where one basis is enough."""
+        return self.in_features**-0.5 if self.num_classes > 2 * self.in_features else 0.0
+
+    def _words(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        d = self.in_features
+        piece, place = index // (2 * d), index % (2 * d)
+        signs = _signs(d, torch.empty((), device=index.device, dtype=dtype))
+        coordinates = torch.arange(d, device=index.device)
+        odd = _parity((place % d).unsqueeze(-1) & coordinates)
+        words = signs[piece.clamp(max=d // 2 - 1)] * (1 - 2 * odd) / math.sqrt(d)
+        words = torch.where((piece == d // 2).unsqueeze(-1), one_hot(place % d, d).to(dtype), words)
+        return torch.where((place < d).unsqueeze(-1), words, -words)
+
+    def _halves(self, rows: Tensor, start: int, stop: int) -> Tensor:
+        if start == self.in_features // 2:
+            return rows.unsqueeze(0)
+        halves = hadamard_transform(rows * self._basis_signs(rows, start, stop))
+        return torch.cat((halves, rows.unsqueeze(0))) if self._has_axes(stop) else halves
+
+    def _halves_adjoint(self, cotangent: Tensor, start: int, stop: int) -> Tensor:
+        if start == self.in_features // 2:
+            return cotangent.squeeze(0)
+        transformed = hadamard_transform(cotangent[:-1] if self._has_axes(stop) else cotangent)
+        total = (transformed * self._basis_signs(cotangent[0], start, stop)).sum(0)
+        return total + cotangent[-1] if self._has_axes(stop) else total
+
+    def _has_axes(self, stop: int) -> bool:
+        """Whether the last piece before ``stop`` is the basis of coordinate axes."""
+        return stop > self.in_features // 2
+
+    def _basis_signs(self, like: Tensor, start: int, stop: int) -> Tensor:
+        """(-1)^Q_s, ``(P, 1, ..., 1, d)``, to go with rows ``(..., d)``."""
+        signs = _signs(self.in_features, like)[start:stop]
+        return signs.view(-1, *[1] * (like.ndim - 1), self.in_features)
+
+
+def _signs(size: int, like: Tensor) -> Tensor:
+    """(-1)^Q_s(v), ``(d/2, d)``, made once for each device and dtype; anew in a graph being traced."""
+    key = size, like.device, like.dtype
+    if key in _kept_signs and is_concrete(like):
+        return _kept_signs[key]
+    with torch.inference_mode(False):
+        forms = torch.tensor(_forms(size), device=like.device)
+        v = torch.arange(size, device=like.device)
+        value = torch.zeros(forms.shape[0], size, dtype=torch.int64, device=like.device)
+        for digit in range(forms.shape[1]):
+            value ^= (v >> digit & 1) * _parity(forms[:, digit, None] & v)
+        signs = (1 - 2 * value).to(like.dtype)
+    if is_concrete(like):
+        _kept_signs[key] = signs
+    return signs
+
+
+def _parity(number: Tensor) -> Tensor:
+    """Whether the binary digits of each number below 2^16 have an odd sum, as 0 or 1."""
+    for shift in (8, 4, 2, 1):
+        number = number ^ number >> shift
+    return number & 1
+
+
+@assume_constant_result
+def _forms(size: int) -> list[list[int]]:
+    """The upper triangles of the forms B_s: for s and i the number with digits B_s(b_i, b_j), j > i."""
+    digits = _digits(size)
+    degree = digits - 1
+    basis = [(1 << i, 0) for i in range(degree)] + [(0, 1)]
+    # Tr(y u) is linear in u: a mask of the digits of u, for each y.
+    masks = [
+        sum(_trace(_product(y, 1 << i, degree), degree) << i for i in range(degree)) for y in range(size // 2)
+    ]
+    forms = []
+    for s in range(size // 2):
+        square, rows = _product(s, s, degree), []
+        for i, (x, a) in enumerate(basis):
+            trace = (masks[s] & x).bit_count() & 1
+            y = _product(square, x, degree) ^ (s if trace ^ a else 0)
+            row = masks[y] | trace << degree
+            rows.append(row & -(2 << i))
+        forms.append(rows)
+    return forms
+
+
+def _product(x: int, y: int, degree: int) -> int:
+    """The product in F."""
+    result = 0
+    while y:
+        if y & 1:
+            result ^= x
+        x <<= 1
+        if x >> degree:
+            x ^= _IRREDUCIBLE[degree]
+        y >>= 1
+    return result
+
+
+def _trace(x: int, degree: int) -> int:
+    """Tr x = x + x^2 + x^4 + ..., 0 or 1."""
+    total = 0
+    for _ in range(degree):
+        total ^= x
+        x = _product(x, x, degree)
+    return total
+
+
+def _digits(size: int) -> int:
+    """m, for d = 2^m."""
+    return size.bit_length() - 1
