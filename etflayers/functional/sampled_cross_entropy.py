@@ -34,10 +34,9 @@ from etflayers.checks import require, require_floating, require_number
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
 from etflayers.functional.cross_entropy import require_loss_options, require_targets_of
-from etflayers.functional.logits import linear_dtype
 from etflayers.functional.reduction import Reduction, reduced
 from etflayers.functional.soft_targets import are_soft
-from etflayers.precision import working_dtype
+from etflayers.precision import linear_dtype, working_dtype
 
 __all__ = ["require_rate", "sampled_cross_entropy"]
 

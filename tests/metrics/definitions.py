@@ -167,6 +167,22 @@ def direct_measures(data: Data, of: str = "classes") -> dict[str, float]:
     return result
 
 
+def direct_generalized(data: Data) -> dict[str, float]:
+    """Generalized collapse: class means of unit features, as they are, and rows of the classifier."""
+    features, targets = data.arrays
+    units = np.stack([row / norm(row) for row in features])
+    means = np.stack([units[targets == j].mean(0) for j in range(data.num_classes)])
+    weight = data.weight.double().numpy()
+    k, result = len(means), {}
+    for name, rows in (("means", means), ("weights", weight)):
+        cosines = [rows[i] @ rows[j] / norm(rows[i]) / norm(rows[j]) for i in range(k) for j in range(i)]
+        result[f"gnc2_largest_cosine_{name}"] = float(max(cosines))
+    pairs = [(w / norm(w), m / norm(m)) for w, m in zip(weight, means, strict=True)]
+    result["gnc3_cosine"] = float(np.mean([w @ m for w, m in pairs]))
+    result["gnc3_row_distance"] = float(np.mean([norm(w - m) for w, m in pairs]))
+    return result
+
+
 def direct_margins(features: Array, targets: npt.NDArray[np.int64], weight: Array) -> Array:
     margins = []
     for row, target in zip(features, targets, strict=True):
