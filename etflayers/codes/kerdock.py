@@ -92,7 +92,7 @@ class KerdockCode(AntipodalCode):
         super().__post_init__()
         d = self.in_features
         require(
-            d.bit_count() == 1 and _digits(d) % 2 == 0 and _digits(d) - 1 in _IRREDUCIBLE,
+            _is_width(d),
             f"in_features must be a power of 4 from 4 to 4096 for a Kerdock code, got {d}: project the "
             "features, or take another kind of code",
         )
@@ -101,6 +101,11 @@ class KerdockCode(AntipodalCode):
             f"num_classes must be at most in_features * (in_features + 2) = {d * (d + 2)} for a Kerdock "
             f"code, got {self.num_classes}: widen the features to {4 * d}",
         )
+
+    @staticmethod
+    def exists(num_classes: int, in_features: int) -> bool:
+        """Whether there is a Kerdock code of these sizes."""
+        return _is_width(in_features) and num_classes <= in_features * (in_features + 2)
 
     @property
     def piece_size(self) -> int:
@@ -211,6 +216,10 @@ def _trace(x: int, degree: int) -> int:
         total ^= x
         x = _product(x, x, degree)
     return total
+
+
+def _is_width(size: int) -> bool:
+    return size == 1 << _digits(size) and _digits(size) - 1 in _IRREDUCIBLE
 
 
 def _digits(size: int) -> int:

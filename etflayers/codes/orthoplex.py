@@ -60,8 +60,8 @@ class OrthoplexCode(AntipodalCode):
         return -1.0 if self.in_features == 1 else 0.0
 
     def _words(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        axes = one_hot(index % self.in_features, self.in_features).to(dtype)
-        return torch.where((index < self.in_features).unsqueeze(-1), axes, -axes)
+        positive, negative = one_hot(index, 2 * self.in_features).chunk(2, dim=-1)
+        return (positive - negative).to(dtype)
 
     def _halves(self, rows: Tensor, start: int, stop: int) -> Tensor:
         return rows.unsqueeze(0)
