@@ -11,7 +11,7 @@ from etflayers._imports import names_on_demand
 from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
 from etflayers.metrics.descriptions import DESCRIPTIONS, Description
 from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
-from etflayers.metrics.gnc import generalized_measures, largest_cosine
+from etflayers.metrics.gnc import OneVsRest, generalized_measures, largest_cosine, one_vs_rest
 from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
@@ -79,6 +79,7 @@ __all__ = [
     "NeuralCollapse",
     "NeuralCollapseCallback",
     "NeuralCollapseProbe",
+    "OneVsRest",
     "Whitening",
     "between_whitening",
     "bias_collapse",
@@ -108,6 +109,7 @@ __all__ = [
     "mse_decomposition",
     "nearest_center",
     "numerical_rank",
+    "one_vs_rest",
     "orthogonality_deviation",
     "own_cosines",
     "plot_cosines",

@@ -55,7 +55,12 @@ def _of_rows(what: str, x: str) -> dict[str, Description]:
 
 def _generalized(what: str, x: str) -> dict[str, Description]:
     """GNC2, likewise; its ideal depends on K and d, and is known for few of them."""
-    formulas = {"largest_cosine": ("largest cosine", f"max over i ≠ j of cos({x}ᵢ, {x}ⱼ)")}
+    hull = f"over k of dist({x}ₖ/|{x}ₖ|, convex hull of the others)"
+    formulas = {
+        "largest_cosine": ("largest cosine", f"max over i ≠ j of cos({x}ᵢ, {x}ⱼ)"),
+        "one_vs_rest_min": ("smallest one-vs-rest distance", f"min {hull}"),
+        "one_vs_rest_mean": ("one-vs-rest distance", f"mean {hull}"),
+    }
     return {
         f"gnc2_{name}_{what}": Description(f"GNC2 {label}, {what}", formula, None, _JIANG)
         for name, (label, formula) in formulas.items()

@@ -27,7 +27,9 @@ def test_every_measure_has_a_description_and_reaches_its_ideal() -> None:
     values = second.compute()
     assert set(values) == set(DESCRIPTIONS) - {"nc2_etf_drift_means"}  # which takes two epochs
     simplex = {"margin_mean": 4 / 3}  # what depends on the number of classes
-    simplex |= dict.fromkeys(("gnc2_largest_cosine_means", "gnc2_largest_cosine_weights"), -1 / 3)
+    for of in ("means", "weights"):
+        simplex[f"gnc2_largest_cosine_{of}"] = -1 / 3
+        simplex |= dict.fromkeys((f"gnc2_one_vs_rest_{which}_{of}" for which in ("min", "mean")), 4 / 3)
     for name, value in values.items():
         ideal = DESCRIPTIONS[name].ideal
         if name in simplex:

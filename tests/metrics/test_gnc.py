@@ -19,6 +19,7 @@ from etflayers.metrics import (
     covariance_trace_ratio,
     generalized_measures,
     largest_cosine,
+    one_vs_rest,
 )
 from tests.metrics.definitions import (
     KINDS,
@@ -29,7 +30,7 @@ from tests.metrics.definitions import (
     make_data,
 )
 
-SIZES = [(5, 7), (9, 3), (40, 2)]  # with room for a simplex, and without
+SIZES = [(5, 7), (9, 3), (12, 2)]  # with room for a simplex, and without
 
 
 def unit_data(data: Data) -> Data:
@@ -84,7 +85,9 @@ def test_the_metric_measures_directions_and_counts_decisions_on_features(kind: s
     for name in measured.keys() - flat:
         value = measured[name]
         expected = without[name].item() if name in of_features else direct[name]
-        assert value.item() == pytest.approx(expected, rel=1e-6, abs=1e-10), name
+        # A distance of 1e-5 is the root of a difference of squares near 1.
+        absolute = 1e-6 if "one_vs_rest" in name and kind == "offset" else 1e-10
+        assert value.item() == pytest.approx(expected, rel=1e-6, abs=absolute), name
     # NC4: decisions on the features against the nearest mean of directions.
     features, _ = unit_data(data).arrays
     means = direct_statistics(unit_data(data))["means"]
@@ -116,8 +119,19 @@ def test_the_values_of_a_regular_polygon(num_classes: int) -> None:
     expected = math.cos(2 * math.pi / num_classes)
     for of in ("means", "weights"):
         assert measured[f"gnc2_largest_cosine_{of}"].item() == pytest.approx(expected, abs=1e-14)
+        # From a corner to the line through its neighbors.
+        for which in ("min", "mean"):
+            distance = measured[f"gnc2_one_vs_rest_{which}_{of}"].item()
+            assert distance == pytest.approx(1 - expected, abs=1e-12)
     assert measured["gnc3_cosine"].item() == pytest.approx(1, abs=1e-14)
     assert measured["gnc3_row_distance"].item() == pytest.approx(0, abs=1e-14)
+
+
+def test_one_class_between_others_has_the_smallest_distance() -> None:
+    rows = torch.tensor([[1.0, 0.1], [1.0, 0.0], [1.0, -0.1], [-1.0, 0.0]], dtype=torch.float64)
+    found = one_vs_rest(rows)
+    assert found.min.item() == pytest.approx(1 - 1 / math.sqrt(1.01), abs=1e-12)
+    assert found.mean > 5 * found.min
 
 
 def test_more_rows_than_a_block_holds() -> None:
