@@ -268,7 +268,7 @@ class SampledCrossEntropy(_HeadLoss):
     of all classes, a few samples at a time, that of :class:`ETFCrossEntropy`.
 
     In training it takes the place of the head, whose state it updates, and refers to it without owning it, as
-    :class:`ETFCrossEntropy` does. Under ``DistributedDataParallel`` each rank draws classes of its own.
+    :class:`ETFCrossEntropy` does. Under ``DistributedDataParallel`` each rank draws by itself.
 
     Args:
         head: any :class:`~etflayers.nn.CodeHead`. Its whole frame is made in each step: a head whose

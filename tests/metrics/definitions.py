@@ -175,7 +175,7 @@ def units_of(rows: Array) -> Array:
 def hull_distance(units: Array, k: int) -> float:
     """Distance of a unit vector from the hull of others: the nearest is in a face of d corners.
 
-    Every set of so many corners is tried: the nearest point of its affine hull counts if it is in the simplex.
+    Every set of so many corners is tried: the nearest point of its affine hull counts if it is in the hull.
     """
     others = np.delete(units, k, axis=0)
     best = np.inf
