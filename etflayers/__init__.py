@@ -12,6 +12,7 @@ from etflayers.functional import Reduction, nearest_etf
 from etflayers.geometry import simplex_etf
 from etflayers.kernels import Impl
 from etflayers.nn import (
+    ClassMeanHead,
     CodeHead,
     CodeMSELoss,
     DotRegressionLoss,
@@ -22,6 +23,7 @@ from etflayers.nn import (
     LearnedETFHead,
     Momentum,
     NearestETFHead,
+    SampledCrossEntropy,
     UnitRowHead,
     capture_features,
     capture_targets,
@@ -33,6 +35,7 @@ from etflayers.nn import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassMeanHead",
     "CodeHead",
     "CodeMSELoss",
     "DotRegressionLoss",
@@ -45,6 +48,7 @@ __all__ = [
     "Momentum",
     "NearestETFHead",
     "Reduction",
+    "SampledCrossEntropy",
     "UnitRowHead",
     "__version__",
     "capture_features",

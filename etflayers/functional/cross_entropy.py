@@ -36,7 +36,7 @@ from etflayers.kernels.cross_entropy import (
 )
 from etflayers.precision import linear_dtype, working_dtype
 
-__all__ = ["code_cross_entropy", "etf_cross_entropy", "require_loss_options"]
+__all__ = ["code_cross_entropy", "etf_cross_entropy", "require_loss_options", "require_targets_of"]
 
 
 def etf_cross_entropy(
@@ -87,7 +87,7 @@ def etf_cross_entropy(
         require_soft_targets(targets, features.shape[:-1], num_classes)
         logits = canonical_etf_logits(features, num_classes, scale=scale)
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
-    _require_target_for_each(features, targets)
+    require_targets_of(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     factor = scale * etf_radius(num_classes)
@@ -165,7 +165,7 @@ def code_cross_entropy(
         require_soft_targets(targets, features.shape[:-1], frame.shape[0])
         logits = scale * F.linear(features.to(dtype), frame.to(dtype))
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
-    _require_target_for_each(features, targets)
+    require_targets_of(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     ignored = ignored_targets(labels, frame.shape[0], ignore_index)
@@ -192,6 +192,16 @@ def require_loss_options(
     require(chunk_size is None or chunk_size >= 1, f"chunk_size must be at least 1 or None, got {chunk_size}")
 
 
+def require_targets_of(features: Tensor, targets: Tensor) -> None:
+    """Raise unless ``targets`` are class indices ``(...)`` for features ``(..., d)``."""
+    if targets.shape != features.shape[:-1]:
+        raise InvalidArgumentError(
+            f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    require_class_indices(targets)
+
+
 def _soft_cross_entropy(
     logits: Tensor, targets: Tensor, label_smoothing: float, reduction: Reduction
 ) -> Tensor:
@@ -204,12 +214,3 @@ def _soft_cross_entropy(
         reduction=reduction,
     )
     return loss.view(targets.shape[:-1] if reduction == "none" else ())
-
-
-def _require_target_for_each(features: Tensor, targets: Tensor) -> None:
-    if targets.shape != features.shape[:-1]:
-        raise InvalidArgumentError(
-            f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
-            f"got {tuple(targets.shape)}"
-        )
-    require_class_indices(targets)

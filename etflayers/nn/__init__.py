@@ -2,12 +2,13 @@
 
 from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.class_means import ClassMeanHead
 from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
 from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.learned import LearnedETFHead
-from etflayers.nn.losses import CodeMSELoss, DotRegressionLoss, ETFCrossEntropy
+from etflayers.nn.losses import CodeMSELoss, DotRegressionLoss, ETFCrossEntropy, SampledCrossEntropy
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
@@ -16,6 +17,7 @@ from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
 from etflayers.nn.unit_rows import UnitRowHead
 
 __all__ = [
+    "ClassMeanHead",
     "CodeHead",
     "CodeMSELoss",
     "DotRegressionLoss",
@@ -31,6 +33,7 @@ __all__ = [
     "Momentum",
     "NearestETF",
     "NearestETFHead",
+    "SampledCrossEntropy",
     "StiefelNode",
     "TargetCapture",
     "UnitRowHead",

@@ -257,8 +257,8 @@ class FeatureMovingAverage(KeepsPrecision):
         again = is_concrete(self.means) and inside_backward() and stamp(self.means) == self._committed
         if again:
             raise RecomputationError(
-                "a training pass of NearestETFHead or FeatureMovingAverage runs a second time, inside a "
-                "backward pass, as gradient checkpointing does: its gradient would be that of other class "
+                "a training pass of FeatureMovingAverage, or of a head with one, runs a second time, inside "
+                "a backward pass, as gradient checkpointing does: its gradient would be that of other class "
                 "means. Keep it outside of torch.utils.checkpoint; the body of the model may stay inside"
             )
 
