@@ -10,6 +10,7 @@ from torch import Tensor
 
 from etflayers._torch import inside_backward, is_concrete, stamp
 from etflayers.checks import require, require_flag, require_floating, require_size, require_values
+from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import (
     EtfLayersError,
     InvalidArgumentError,
@@ -26,7 +27,6 @@ from etflayers.kernels.class_sums import (
     momentum_steps,
     require_momentum,
 )
-from etflayers.nn.distributed import all_reduce_sum, world_size
 from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import working_dtype
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import EtfLayersError
 from etflayers.nn import FeatureMovingAverage, FixedETFHead, NearestETFHead, etf, provide_targets
-from etflayers.nn.distributed import all_reduce_sum, world_size
 
 WORLD = 2
 STEPS = 3
