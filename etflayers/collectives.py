@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from etflayers.checks import require, require_size
 
@@ -21,6 +20,8 @@ __all__ = [
     "ClassShard",
     "all_reduce_sum",
     "largest_over_ranks",
+    "local_part",
+    "require_first_derivative",
     "sum_over_ranks",
     "summed_backward",
     "world_size",
@@ -93,6 +94,12 @@ class ClassShard:
         return self.stop - self.start
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a ``DTensor`` that this rank holds; any other tensor is that part."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def all_reduce_sum(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
     r"""Sum a tensor over the ranks: ``s = sum_r t_r`` on every rank.
 
@@ -147,9 +154,17 @@ class _SummedBackward(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        require_first_derivative()
         return sum_over_ranks(grad.clone(memory_format=torch.contiguous_format), ctx.process_group), None
+
+
+def require_first_derivative() -> None:
+    """Raise in a backward pass that is itself to be differentiated: ranks would need a rule for that, too."""
+    require(
+        not torch.is_grad_enabled(),
+        "create_graph must be False where classes are divided among ranks: that has first derivatives only",
+    )
 
 
 def sum_over_ranks(tensor: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:

@@ -19,11 +19,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from etflayers._torch import leave_to_eager
 from etflayers.checks import require, require_floating, require_values
-from etflayers.collectives import ClassShard, largest_over_ranks, sum_over_ranks, world_size
+from etflayers.collectives import (
+    ClassShard,
+    largest_over_ranks,
+    local_part,
+    require_first_derivative,
+    sum_over_ranks,
+    world_size,
+)
 from etflayers.errors import RanksDisagreeError
 from etflayers.functional.class_means import ignored_targets
 from etflayers.functional.cross_entropy import require_loss_options
@@ -100,7 +106,7 @@ def class_parallel_cross_entropy(
     require_floating("local_weight", local_weight.dtype)
     if shard is None:
         shard = _shard_of(local_weight)
-    weight, bias = _local(local_weight), None if local_bias is None else _local(local_bias)
+    weight, bias = local_part(local_weight), None if local_bias is None else local_part(local_bias)
     require(
         features.ndim >= 1 and weight.shape == (len(shard), features.shape[-1]),
         f"features and local_weight must have shapes (..., in_features) and ({len(shard)}, in_features) for "
@@ -203,7 +209,8 @@ def _reduced_losses(
     ignored = ignored_targets(labels, shard.num_classes, ignore_index)
     rows = features.reshape(-1, features.shape[-1])
     losses = _losses(rows, weight, bias, labels.long(), ignored, shard, options)
-    return reduced(losses, ignored, reduction).view(targets.shape if reduction == "none" else ())
+    losses = reduced(losses, ignored, reduction)
+    return losses.view(targets.shape) if reduction == "none" else losses
 
 
 @leave_to_eager
@@ -250,8 +257,8 @@ class _ClassParallelLosses(torch.autograd.Function):
         return losses.masked_fill_(ignored, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_derivative()
         features, weight, bias, targets, ignored, shifts, logs = ctx.saved_tensors
         factor, smoothing, chunk_size = ctx.options
         shard: ClassShard = ctx.shard
@@ -360,12 +367,6 @@ def _require_same_features(features: Tensor, shard: ClassShard) -> None:
             "features must be the same on every rank that shares the classes, and differ by up to "
             f"{float(gap):.3g}: dropout and other random layers need the same seed on these ranks"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a ``DTensor`` that this rank holds; another tensor is that part."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
 
 
 def _shard_of(weight: Tensor) -> ClassShard:

@@ -236,8 +236,8 @@ class FeatureMovingAverage(KeepsPrecision):
         ignore_index = self.ignore_index
         if self._shard is not None:
             targets, ignore_index = _among(self._shard, targets, ignore_index), -1
-            if len(self._shard) == 0:  # as on the ranks that share this shard
-                return AverageState(self.means, self.counts, self.updates)
+            if len(self._shard) == 0:  # no means, but a graph, so that all ranks have a backward pass
+                return AverageState(self.means + features[:0], self.counts, self.updates)
         if not soft and not self._distributed and averages_use_triton(features, self.means):
             # Sums, counts, all checks and the update in one launch.
             require_class_indices(targets)

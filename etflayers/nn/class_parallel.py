@@ -28,7 +28,7 @@ class ClassParallel(ColwiseParallel):
 
     - :class:`~etflayers.nn.UnitRowHead` and ``nn.Linear``: its rows of the parameter, a ``DTensor``.
     - :class:`~etflayers.nn.FixedETFHead`: nothing for the canonical frame, otherwise its rows of the buffer,
-      a ``DTensor``.
+      which is a ``DTensor`` in a state dict.
     - Every other :class:`~etflayers.nn.CodeHead`, yours too: all that the frame comes from. Only its logits
       are divided. :class:`~etflayers.nn.NearestETFHead` needs the means of all classes for any row, and
       :class:`~etflayers.nn.LearnedETFHead` the whole matrix.
@@ -78,6 +78,7 @@ class ClassParallel(ColwiseParallel):
         assert isinstance(module, ShardedHead)
         module.class_shard = ClassShard.chunk(module.num_classes, device_mesh.get_group())
         module.class_mesh = device_mesh
+        module.keep_rows()
         return module
 
     def __repr__(self) -> str:
@@ -94,11 +95,8 @@ def _store(head: CodeHead, kind: type[ShardedHead], mesh: DeviceMesh) -> None:
                 setattr(head, name, nn.Parameter(rows, parameter.requires_grad))
             else:
                 _take_from_first(parameter, mesh)
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            if owner is head and name in kind.stored_rows:
-                setattr(head, name, distribute_tensor(buffer, mesh, [Shard(0)]))
-            else:
-                _take_from_first(buffer, mesh)
+        for buffer in owner.buffers(recurse=False):
+            _take_from_first(buffer, mesh)
 
 
 def _take_from_first(tensor: Tensor, mesh: DeviceMesh) -> None:

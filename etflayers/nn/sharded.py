@@ -23,13 +23,13 @@ from torch import Tensor
 
 from etflayers._torch import is_concrete, stamp
 from etflayers.checks import require_values
-from etflayers.collectives import ClassShard, summed_backward
+from etflayers.collectives import ClassShard, local_part, summed_backward
 from etflayers.errors import InvalidArgumentError, ManifoldError
 from etflayers.functional.logits import directions, linear_dtype
-from etflayers.geometry import centered_basis_adjoint, etf_radius
+from etflayers.geometry import centered_basis_adjoint, etf_radius, simplex_etf
 from etflayers.geometry.tolerance import default_atol
 from etflayers.nn.base import CodeHead, LogitTerms
-from etflayers.nn.distributed import gathered
+from etflayers.nn.distributed import gathered, overwrite
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.unit_rows import UnitRowHead
 from etflayers.precision import full_precision, working_dtype
@@ -37,7 +37,7 @@ from etflayers.precision import full_precision, working_dtype
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ShardedHead", "held", "sharded_kind"]
+__all__ = ["ShardedHead", "sharded_kind"]
 
 
 class ShardedHead(CodeHead):
@@ -48,11 +48,14 @@ class ShardedHead(CodeHead):
         class_mesh: the device mesh of the ranks, with one dimension.
     """
 
-    # Names of the tensors (K, ...) of which a rank stores its rows.
+    # Names of the parameters (K, ...) of which a rank stores its rows.
     stored_rows: tuple[str, ...] = ()
 
     class_shard: ClassShard
     class_mesh: DeviceMesh
+
+    def keep_rows(self) -> None:
+        """Forget what belongs to the classes of other ranks and is no parameter."""
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits ``(..., K)`` of a batch that all ranks have: a ``DTensor``, sharded by class.
@@ -115,16 +118,24 @@ class ShardedUnitRows(ShardedHead):
 
     def local_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
         """See :meth:`ShardedHead.local_terms`."""
-        return LogitTerms(self.inputs(features), directions(held(self.prototypes)))
+        return LogitTerms(self.inputs(features), directions(local_part(self.prototypes)))
 
 
 class ShardedVertices(ShardedHead):
-    """The rows of a :class:`FixedETFHead` with a matrix: a buffer of which each rank has its own."""
+    """The rows of a :class:`FixedETFHead` with a matrix: a buffer of which each rank has its own.
 
-    stored_rows = ("vertices",)
+    The buffer is an ordinary tensor ``(K_r, d)``, because ``DistributedDataParallel`` sends buffers around
+    and cannot do that with a ``DTensor``. A state dict holds the ``DTensor`` with the same memory.
+    """
 
+    rotation: str
     vertices: Tensor
     _trusted: tuple[int, int] | None
+
+    def keep_rows(self) -> None:
+        """Forget the rows of all classes but those of this rank."""
+        self.vertices = self.vertices[self.class_shard.rows].clone()
+        self._trusted = stamp(self.vertices) if is_concrete(self.vertices) else None
 
     def local_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
         """See :meth:`ShardedHead.local_terms`."""
@@ -134,24 +145,43 @@ class ShardedVertices(ShardedHead):
     def frame(self) -> Tensor:
         """W, ``(K, d)``, unit rows, gathered from all ranks, which all have to ask for it."""
         self._trusted_rows()
-        return gathered(self.vertices)
+        return gathered(self._whole())
 
-    def trust(self, stored: Tensor) -> None:
-        """Note that the head itself has written the rows."""
-        if is_concrete(held(stored)):
-            self._trusted = stamp(held(stored))
-
-    def trusted(self, stored: Tensor) -> Tensor:
-        """``stored``, whose rows here have to have the angles of a simplex."""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """See :meth:`FixedETFHead.reset_parameters`."""
+        if self.rotation != "given":
+            frame = simplex_etf(
+                self.num_classes,
+                self.in_features,
+                rotation="haar",
+                device=self.vertices.device,
+                dtype=self.vertices.dtype,
+            )
+            overwrite(self._whole(), frame)
+        self._trusted = None
         self._trusted_rows()
-        return stored
+
+    def _whole(self) -> Tensor:
+        """W as a ``DTensor``, in the memory of the rows."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        whole: Tensor = DTensor.from_local(
+            self.vertices,
+            self.class_mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size((self.num_classes, self.in_features)),
+            stride=(self.in_features, 1),
+        )
+        return whole
 
     def _trusted_rows(self) -> Tensor:
         """W_r, looked at once after each change by others: W_r W_r' is a block of ``c^2 (I - 11'/K)``.
 
         An average of frames is not made one again, as in a head with all rows: that needs all of them.
         """
-        rows = held(self.vertices)
+        rows = self.vertices
         if not is_concrete(rows) or stamp(rows) == self._trusted:
             return rows
         with torch.no_grad(), full_precision(rows):
@@ -169,6 +199,17 @@ class ShardedVertices(ShardedHead):
         )
         self._trusted = stamp(rows)
         return rows
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "vertices"] = self._whole()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stored = state_dict.get(prefix + "vertices")
+        if stored is not None:
+            rows = stored.to_local() if hasattr(stored, "to_local") else stored[self.class_shard.rows]
+            state_dict = {**state_dict, prefix + "vertices": rows}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ShardedCanonical(ShardedHead):
@@ -204,12 +245,6 @@ def sharded_kind(head: CodeHead) -> type[ShardedHead]:
     if isinstance(head, FixedETFHead) and kind.frame is FixedETFHead.frame and not own_terms:
         return ShardedCanonical if head.canonical else ShardedVertices
     return ShardedHead
-
-
-def held(tensor: Tensor) -> Tensor:
-    """The part of a ``DTensor`` that this rank holds; another tensor is that part."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
 
 
 def _refusal(head: CodeHead) -> InvalidArgumentError:
