@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -699,3 +701,22 @@ def test_bad_shards() -> None:
         average(torch.ones(1, 2), torch.tensor([5]))
     with pytest.raises(InvalidArgumentError, match="leave class_range out"):
         average(torch.ones(1, 2), torch.eye(5)[:1])
+
+
+@pytest.mark.slow
+@needs_fsdp
+def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "many-classes.md").read_text(encoding="utf-8")
+    script, _, _ = text.partition("```py\n")[2].partition("```")
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    finished = subprocess.run(
+        [*command, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    head = UnitRowHead(64, 1000)
+    state = {"head.prototypes": torch.zeros(1000, 64)}
+    with pytest.warns(UserWarning, match="assuming.*single process"):
+        dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+    head.load_state_dict({"prototypes": state["head.prototypes"]})
+    assert head.frame.norm(dim=1).gt(0.99).all()  # every row has come from some rank
