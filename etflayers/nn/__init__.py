@@ -1,5 +1,8 @@
 """Layers: classifier heads with unit rows, what feeds them, and how they get into a model."""
 
+from typing import TYPE_CHECKING
+
+from etflayers._imports import names_on_demand
 from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
 from etflayers.nn.class_means import ClassMeanHead
@@ -16,8 +19,15 @@ from etflayers.nn.surgery import replace_classifier, restore_linear
 from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
 from etflayers.nn.unit_rows import UnitRowHead
 
+if TYPE_CHECKING:
+    from etflayers.nn.class_parallel import ClassParallel
+else:
+    # It loads torch.distributed.tensor.
+    __getattr__, __dir__ = names_on_demand(__name__, lazy={"ClassParallel": f"{__name__}.class_parallel"})
+
 __all__ = [
     "ClassMeanHead",
+    "ClassParallel",
     "CodeHead",
     "CodeMSELoss",
     "DotRegressionLoss",

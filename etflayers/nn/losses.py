@@ -20,11 +20,17 @@ from etflayers.functional.losses import (
     positive_lengths,
     require_codes,
 )
+from etflayers.functional.parallel_cross_entropy import (
+    class_parallel_cross_entropy,
+    class_parallel_etf_cross_entropy,
+)
 from etflayers.functional.reduction import Reduction, require_reduction
 from etflayers.functional.sampled_cross_entropy import require_rate, sampled_cross_entropy
 from etflayers.kernels import Impl
 from etflayers.nn.base import CodeHead
+from etflayers.nn.distributed import gathered
 from etflayers.nn.fixed import FixedETFHead
+from etflayers.nn.sharded import ShardedCanonical, ShardedHead
 from etflayers.precision import working_dtype
 
 if TYPE_CHECKING:
@@ -186,7 +192,9 @@ class ETFCrossEntropy(_HeadLoss):
     Logits and probabilities ``(B, K)`` never exist as a whole, forward or backward. The canonical frame of
     :class:`~etflayers.nn.FixedETFHead` takes one pass over the features
     (:func:`~etflayers.functional.etf_cross_entropy`), any other frame a few rows of logits at a time
-    (:func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large.
+    (:func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large. If
+    :class:`~etflayers.nn.ClassParallel` has divided the classes among ranks, each rank makes the logits of
+    its own, a few classes at a time (:func:`~etflayers.functional.class_parallel_cross_entropy`).
 
     In training the loss takes the place of the head, whose state it updates; where logits are wanted, call
     the head. Hooks of the head do not run.
@@ -202,7 +210,8 @@ class ETFCrossEntropy(_HeadLoss):
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         ignore_index: target of the samples to leave out of the loss; give the head the same.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
-        chunk_size: samples whose logits exist at a time, where there are logits.
+        chunk_size: samples whose logits exist at a time, where there are logits; where the classes are
+            divided among ranks, classes.
         impl: which path to take: see :func:`etflayers.kernels.describe`.
 
     Raises:
@@ -234,6 +243,8 @@ class ETFCrossEntropy(_HeadLoss):
         Targets are class indices ``(...)`` or soft targets ``(..., K)``, which make all logits.
         """
         head = self.head
+        if isinstance(head, ShardedHead):
+            return self._over_ranks(head, gathered(features), targets)
         if isinstance(head, FixedETFHead) and head.canonical:
             inputs, scale = _scaled(head.inputs(features), head.scale)
             return etf_cross_entropy(
@@ -258,6 +269,24 @@ class ETFCrossEntropy(_HeadLoss):
             chunk_size=self.chunk_size,
             impl=self.impl,
         )
+
+    def _over_ranks(self, head: ShardedHead, features: Tensor, targets: Tensor) -> Tensor:
+        require(
+            self.impl != "triton",
+            "impl must not be 'triton' where the classes are divided: that has no kernel",
+        )
+        options: dict[str, Any] = {
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "chunk_size": self.chunk_size,
+        }
+        if isinstance(head, ShardedCanonical):
+            inputs, scale = _scaled(head.inputs(features), head.scale)
+            return class_parallel_etf_cross_entropy(inputs, targets, head.class_shard, scale=scale, **options)
+        inputs, rows, center = head.local_terms(features, targets)
+        inputs, scale = _scaled(inputs if center is None else inputs - center, head.scale)
+        return class_parallel_cross_entropy(inputs, rows, targets, head.class_shard, scale=scale, **options)
 
 
 class SampledCrossEntropy(_HeadLoss):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import EtfLayersError
 from etflayers.nn import (
     ClassMeanHead,
@@ -24,7 +25,6 @@ from etflayers.nn import (
     etf,
     provide_targets,
 )
-from etflayers.nn.distributed import all_reduce_sum, world_size
 
 WORLD = 2
 STEPS = 3
