@@ -56,7 +56,7 @@ def require_etf_dims(num_classes: int, in_features: int) -> None:
         raise InvalidArgumentError(
             f"in_features must be at least num_classes - 1 = {num_classes - 1}, got {in_features}: a simplex "
             f"of {num_classes} classes has {num_classes - 1} dimensions; widen the features with a linear "
-            "layer"
+            "layer, or take a code for more classes than dimensions, such as etflayers.FixedCodeHead"
         )
 
 

@@ -10,9 +10,17 @@ from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
 from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
+from etflayers.nn.fixed_code import FixedCodeHead
 from etflayers.nn.learned import LearnedETFHead
-from etflayers.nn.losses import CodeMSELoss, DotRegressionLoss, ETFCrossEntropy, SampledCrossEntropy
+from etflayers.nn.losses import (
+    CodeCrossEntropy,
+    CodeMSELoss,
+    DotRegressionLoss,
+    ETFCrossEntropy,
+    SampledCrossEntropy,
+)
 from etflayers.nn.nearest import NearestETFHead
+from etflayers.nn.nearest_code import NearestCodeHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
 from etflayers.nn.surgery import replace_classifier, restore_linear
@@ -28,12 +36,14 @@ else:
 __all__ = [
     "ClassMeanHead",
     "ClassParallel",
+    "CodeCrossEntropy",
     "CodeHead",
     "CodeMSELoss",
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
     "FeatureMovingAverage",
+    "FixedCodeHead",
     "FixedETFHead",
     "FrameRule",
     "HuberNearestETF",
@@ -41,6 +51,7 @@ __all__ = [
     "LogitTerms",
     "MahalanobisNearestETF",
     "Momentum",
+    "NearestCodeHead",
     "NearestETF",
     "NearestETFHead",
     "SampledCrossEntropy",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
+from etflayers.codes import SphericalCode
 from etflayers.functional.cross_entropy import (
     code_cross_entropy,
     etf_cross_entropy,
@@ -36,7 +37,7 @@ from etflayers.precision import working_dtype
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CodeMSELoss", "DotRegressionLoss", "ETFCrossEntropy", "SampledCrossEntropy"]
+__all__ = ["CodeCrossEntropy", "CodeMSELoss", "DotRegressionLoss", "ETFCrossEntropy", "SampledCrossEntropy"]
 
 
 class CodeMSELoss(nn.Module):
@@ -186,13 +187,14 @@ class _HeadLoss(nn.Module):
         )
 
 
-class ETFCrossEntropy(_HeadLoss):
+class CodeCrossEntropy(_HeadLoss):
     r"""Cross-entropy of a head, from features: ``F.cross_entropy(head(f, y), y)`` with less memory.
 
     Logits and probabilities ``(B, K)`` never exist as a whole, forward or backward. The canonical frame of
     :class:`~etflayers.nn.FixedETFHead` takes one pass over the features
-    (:func:`~etflayers.functional.etf_cross_entropy`), any other frame a few rows of logits at a time
-    (:func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large. If
+    (:func:`~etflayers.functional.etf_cross_entropy`), a spherical code with a formula a few of its classes at
+    a time and no matrix at all, any other frame a few rows of logits at a time (both by
+    :func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large. If
     :class:`~etflayers.nn.ClassParallel` has divided the classes among ranks, each rank makes the logits of
     its own, a few classes at a time (:func:`~etflayers.functional.class_parallel_cross_entropy`).
 
@@ -217,7 +219,7 @@ class ETFCrossEntropy(_HeadLoss):
     Raises:
         InvalidArgumentError: a head that is no ``CodeHead``, or an option out of its range.
 
-    >>> loss = ETFCrossEntropy(FixedETFHead(in_features=4, num_classes=3, rotation="canonical"))
+    >>> loss = CodeCrossEntropy(FixedETFHead(in_features=4, num_classes=3, rotation="canonical"))
     >>> loss(torch.tensor([[3.0, 0.0, 0.0, 7.0]]), torch.tensor([0]))
     tensor(0.0495)
     """
@@ -257,7 +259,12 @@ class ETFCrossEntropy(_HeadLoss):
                 reduction=self.reduction,
                 impl=self.impl,
             )
-        inputs, frame, scale = self.linear_terms(features, targets)
+        frame: Tensor | SphericalCode
+        if head.code is not None:
+            frame = head.code
+            inputs, scale = _scaled(head.inputs(features), head.scale)
+        else:
+            inputs, frame, scale = self.linear_terms(features, targets)
         return code_cross_entropy(
             inputs,
             frame,
@@ -289,15 +296,19 @@ class ETFCrossEntropy(_HeadLoss):
         return class_parallel_cross_entropy(inputs, rows, targets, head.class_shard, scale=scale, **options)
 
 
+ETFCrossEntropy = CodeCrossEntropy
+"""The name from the time when every code here was a simplex ETF."""
+
+
 class SampledCrossEntropy(_HeadLoss):
     r"""Cross-entropy from features over the classes of a batch and a random share of the others.
 
     For a head of many classes. In training it is :func:`~etflayers.functional.sampled_cross_entropy`, which
     is too small on average, the more so the smaller the rate. In eval mode it is the loss
-    of all classes, a few samples at a time, that of :class:`ETFCrossEntropy`.
+    of all classes, a few samples at a time, that of :class:`CodeCrossEntropy`.
 
     In training it takes the place of the head, whose state it updates, and refers to it without owning it, as
-    :class:`ETFCrossEntropy` does. Under ``DistributedDataParallel`` each rank draws by itself.
+    :class:`CodeCrossEntropy` does. Under ``DistributedDataParallel`` each rank draws by itself.
 
     Args:
         head: any :class:`~etflayers.nn.CodeHead`. Its whole frame is made in each step: a head whose
