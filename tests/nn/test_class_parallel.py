@@ -28,8 +28,9 @@ from etflayers.functional import (
     ClassShard,
     class_parallel_cross_entropy,
     class_parallel_etf_cross_entropy,
+    code_cross_entropy,
 )
-from etflayers.geometry import simplex_etf
+from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn import (
     ClassParallel,
     CodeHead,
@@ -290,6 +291,23 @@ def passes(head: nn.Module, world: int) -> dict[str, Any]:
     return found
 
 
+def from_meta(mesh: Any, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Frames of heads that were divided before they had values, and the logits with these."""
+    torch.manual_seed(rank)
+    found = {}
+    for name in ("unit_rows", "haar", "canonical", "learned"):
+        with torch.device("meta"):
+            model = nn.ModuleDict({"head": HEADS[name]()})
+        parallelize_module(model, mesh, {"head": ClassParallel()})
+        model.to_empty(device="cpu")
+        head: Any = model["head"]
+        if isinstance(head.scale, Tensor):
+            torch.nn.init.constant_(head.scale, 2.0)
+        head.reset_parameters()
+        found[name] = (head.frame.detach(), whole(head(batch(6)[0])).detach())
+    return found
+
+
 def whole(tensor: Any) -> Tensor:
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
@@ -486,6 +504,7 @@ def worker(rank: int, folder: str) -> None:
         if FSDP_ON_CPU:
             results["trained", name, "fsdp"] = two_dimensions(name, both, fsdp=True)
     results["averages, samples divided"] = averages(meshes[2].get_group(), 0.3, both["data"].get_group())
+    results["from meta"] = from_meta(four, rank)
     results["dtensors"] = of_dtensors(four)
     results["refusals"] = refusals(four.get_group(), rank)
     results["refused heads"] = refused_heads(four, both)
@@ -535,6 +554,16 @@ def test_a_divided_head_is_the_head_of_one_process(
 ) -> None:
     for results in ranks:
         require_close(results["head", name, world], 2e-6)
+
+
+def test_heads_that_were_divided_without_values_get_them(ranks: list[dict[Any, Any]]) -> None:
+    for name, (frame, logits) in ranks[0]["from meta"].items():
+        torch.testing.assert_close(frame.norm(dim=1), torch.ones(5))
+        assert is_simplex_etf(frame) or name == "unit_rows"
+        inputs = F.normalize(batch(6)[0]) if name == "unit_rows" else batch(6)[0]
+        torch.testing.assert_close(logits, 2 * inputs @ frame.mT)
+        for results in ranks:
+            assert torch.equal(results["from meta"][name][0], frame)
 
 
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
@@ -641,6 +670,21 @@ def test_a_nan_comes_through_and_an_ignored_one_does_not() -> None:
     with torch.no_grad():
         features[0, 0] = torch.nan
     assert class_parallel_cross_entropy(features, weight, targets, shard).isnan()
+
+
+def test_autocast_rounds_the_products_as_it_does_elsewhere() -> None:
+    features, weight, _, targets = problem(CASES["plain"])
+    features.requires_grad_()
+    shard = ClassShard.chunk(11)
+    found = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for loss in (
+            class_parallel_cross_entropy(features, weight, targets, shard, label_smoothing=0.1),
+            code_cross_entropy(features, weight, targets, label_smoothing=0.1),
+        ):
+            assert loss.dtype == torch.float32
+            found.append((loss.detach(), torch.autograd.grad(loss, features)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_a_class_that_a_bias_excludes_has_no_share() -> None:
