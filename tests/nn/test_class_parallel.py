@@ -23,6 +23,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 from torch.multiprocessing.spawn import spawn
 
+from etflayers._torch import TorchDispatchMode, tree_iter
 from etflayers.errors import EtfLayersError, InvalidArgumentError
 from etflayers.functional import (
     ClassShard,
@@ -326,6 +327,8 @@ def heads(name: str, mesh: Any, rank: int) -> Pairs:
     start = {key: whole(tensor).clone() for key, tensor in model["head"].state_dict().items()}
     alone = made(name, seed=0)
     alone.load_state_dict(start)
+    if name == "haar":
+        model["head"].load_state_dict(start)  # of all classes, of which a rank takes its own
     got = passes(model["head"], mesh.size())
     for averages in (m for m in alone.modules() if isinstance(m, FeatureMovingAverage)):
         averages.synchronize = False
@@ -657,6 +660,33 @@ def test_first_derivatives_and_no_second() -> None:
         torch.autograd.grad(loss(*leaves).sum(), leaves[0], create_graph=True)
 
 
+class Sizes(TorchDispatchMode):
+    """Notes the largest number of entries of a tensor that any operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(t.numel() for t in tree_iter(result) if isinstance(t, Tensor))])
+        return result
+
+
+def test_logits_of_all_classes_never_exist() -> None:
+    features, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    targets = torch.arange(64)
+    with Sizes() as sizes:
+        loss = class_parallel_cross_entropy(
+            features, weight, targets, ClassShard.chunk(1000), label_smoothing=0.1, chunk_size=50
+        )
+        loss.backward()
+    assert sizes.largest == weight.numel()  # and not 64 * 1000
+    with Sizes() as sizes:
+        F.cross_entropy(F.linear(features, weight), targets).backward()
+    assert sizes.largest == 64 * 1000  # so it sees them
+
+
 def test_a_nan_comes_through_and_an_ignored_one_does_not() -> None:
     features, weight, _, targets = problem(CASES["plain"])
     features[1, 3] = torch.nan  # ignored
@@ -745,6 +775,7 @@ def test_bad_shards() -> None:
         average(torch.ones(1, 2), torch.tensor([5]))
     with pytest.raises(InvalidArgumentError, match="leave class_range out"):
         average(torch.ones(1, 2), torch.eye(5)[:1])
+    assert repr(average).endswith("class_range=(2, 4))")
 
 
 @pytest.mark.slow
