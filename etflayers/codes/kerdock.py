@@ -19,17 +19,19 @@ orthonormal bases. The words with their negatives are K = d (d + 2), no two of t
 sqrt d``.
 
 The logits of basis s are a Walsh-Hadamard transform of the features times the signs (-1)^Q_s: no weight but
-signs.
+signs. For 256 samples and all 66,048 classes in R^256 that takes 11 ms on one CPU thread, a few bases at a
+time and without writing the logits of the negatives; a product with the matrix takes 90.
 
-Symbols: d <-> in_features, m <-> ``_digits``, (-1)^Q_s(v) <-> ``_signs(d)[s, v]``, b <-> place of a word in
-its basis. An element of F is an integer whose binary digits are its coefficients in the powers of a root of
-an irreducible polynomial, and s is the number of its basis; v has the digits of x first and a as its highest
-one.
+Symbols: d <-> in_features, m <-> ``_digits``, (-1)^Q_s(v) <-> ``_signs(d, ...)[s, v]``, b <-> place of a
+word in its basis. An element of F is an integer whose binary digits are its coefficients in the powers of a
+root of an irreducible polynomial, and s is the number of its basis; v has the digits of x first and a as
+its highest one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,7 +49,11 @@ __all__ = ["KerdockCode"]
 # Irreducible polynomials over GF(2) by their degree m - 1, written as binary numbers, e.g. x^3 + x + 1.
 _IRREDUCIBLE = {1: 0b11, 3: 0b1011, 5: 0b100101, 7: 0b10000011, 9: 0b1000010001, 11: 0b100000000101}
 
-_kept_signs: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+# Up to here a product with all words of the bases, half a megabyte, takes less time than transforms: 0.4 ms
+# in place of 2 for 256 samples and all 33 bases of R^64, on one CPU thread.
+_LARGEST_STORED = 64
+
+_constants: dict[tuple[str, int, torch.device, torch.dtype], Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -128,13 +134,22 @@ class KerdockCode(AntipodalCode):
         return torch.where((place < d).unsqueeze(-1), words, -words)
 
     def _halves(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        if start == self.in_features // 2:
+        d = self.in_features
+        if d <= _LARGEST_STORED:
+            flat = rows.reshape(-1, d) @ _stored_words(d, rows)[start:stop].mT
+            return flat.view(stop - start, *rows.shape)
+        if start == d // 2:
             return rows.unsqueeze(0)
         halves = hadamard_transform(rows * self._basis_signs(rows, start, stop))
         return torch.cat((halves, rows.unsqueeze(0))) if self._has_axes(stop) else halves
 
     def _halves_adjoint(self, cotangent: Tensor, start: int, stop: int) -> Tensor:
-        if start == self.in_features // 2:
+        d = self.in_features
+        if d <= _LARGEST_STORED:
+            flat = cotangent.flatten(1, -2) if cotangent.ndim > 2 else cotangent.unsqueeze(1)
+            flat = flat @ _stored_words(d, cotangent)[start:stop]
+            return flat.sum(0).view(cotangent.shape[1:])
+        if start == d // 2:
             return cotangent.squeeze(0)
         transformed = hadamard_transform(cotangent[:-1] if self._has_axes(stop) else cotangent)
         total = (transformed * self._basis_signs(cotangent[0], start, stop)).sum(0)
@@ -150,21 +165,40 @@ class KerdockCode(AntipodalCode):
         return signs.view(-1, *[1] * (like.ndim - 1), self.in_features)
 
 
+def _stored_words(size: int, like: Tensor) -> Tensor:
+    """The words of all bases without their negatives, ``(d/2 + 1, d, d)``, made as the signs are."""
+    return _kept("words", size, like, _make_words)
+
+
+def _make_words(size: int, like: Tensor) -> Tensor:
+    axes = torch.eye(size, device=like.device, dtype=like.dtype)
+    bases = hadamard_transform(axes) * _signs(size, like).unsqueeze(1)
+    return torch.cat((bases, axes.unsqueeze(0)))
+
+
 def _signs(size: int, like: Tensor) -> Tensor:
     """(-1)^Q_s(v), ``(d/2, d)``, made once for each device and dtype; anew in a graph being traced."""
-    key = size, like.device, like.dtype
-    if key in _kept_signs and is_concrete(like):
-        return _kept_signs[key]
+    return _kept("signs", size, like, _make_signs)
+
+
+def _make_signs(size: int, like: Tensor) -> Tensor:
+    forms = torch.tensor(_forms(size), device=like.device)
+    v = torch.arange(size, device=like.device)
+    value = torch.zeros(forms.shape[0], size, dtype=torch.int64, device=like.device)
+    for digit in range(forms.shape[1]):
+        value ^= (v >> digit & 1) * _parity(forms[:, digit, None] & v)
+    return (1 - 2 * value).to(like.dtype)
+
+
+def _kept(name: str, size: int, like: Tensor, make: Callable[[int, Tensor], Tensor]) -> Tensor:
+    key = name, size, like.device, like.dtype
+    if key in _constants and is_concrete(like):
+        return _constants[key]
     with torch.inference_mode(False):
-        forms = torch.tensor(_forms(size), device=like.device)
-        v = torch.arange(size, device=like.device)
-        value = torch.zeros(forms.shape[0], size, dtype=torch.int64, device=like.device)
-        for digit in range(forms.shape[1]):
-            value ^= (v >> digit & 1) * _parity(forms[:, digit, None] & v)
-        signs = (1 - 2 * value).to(like.dtype)
+        made = make(size, like)
     if is_concrete(like):
-        _kept_signs[key] = signs
-    return signs
+        _constants[key] = made
+    return made
 
 
 def _parity(number: Tensor) -> Tensor:

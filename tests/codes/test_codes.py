@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from etflayers.codes import (
     SimplexCode,
     SphericalCode,
     coherence,
+    kerdock,
 )
 from etflayers.codes.kerdock import _forms
 from etflayers.errors import InvalidArgumentError
@@ -36,6 +37,11 @@ def random_rows(num_classes: int, in_features: int) -> Tensor:
 
 def make_dense(num_classes: int, in_features: int) -> DenseCode:
     return DenseCode(random_rows(num_classes, in_features))
+
+
+def make_transformed(num_classes: int, in_features: int) -> KerdockCode:
+    """A Kerdock code so small that it would take a product, but has to take transforms: see ``code``."""
+    return KerdockCode(num_classes, in_features)
 
 
 # Full and cut, of one piece and of several.
@@ -54,6 +60,9 @@ MAKERS: list[tuple[Callable[[int, int], SphericalCode], int, int]] = [
     (KerdockCode, 32, 16),
     (KerdockCode, 7, 16),
     (KerdockCode, 600, 64),
+    (KerdockCode, 700, 256),
+    (make_transformed, 288, 16),
+    (make_transformed, 265, 16),
     (RootCode, 2, 2),
     (RootCode, 6, 3),
     (RootCode, 20, 5),
@@ -67,9 +76,12 @@ MAKERS: list[tuple[Callable[[int, int], SphericalCode], int, int]] = [
 @pytest.fixture(
     params=MAKERS, ids=lambda case: f"{getattr(case[0], '__name__', '')}-{case[1]}-{case[2]}", scope="module"
 )
-def code(request: pytest.FixtureRequest) -> SphericalCode:
+def code(request: pytest.FixtureRequest) -> Iterator[SphericalCode]:
     make, num_classes, in_features = request.param
-    return make(num_classes, in_features)
+    with pytest.MonkeyPatch.context() as patch:
+        if make is make_transformed:
+            patch.setattr(kerdock, "_LARGEST_STORED", 0)
+        yield make(num_classes, in_features)
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -210,7 +222,9 @@ def test_copies_are_equal_and_work(code: SphericalCode) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [KerdockCode(265, 16), SimplexCode(5, 5), RootCode(17, 5), make_dense(7, 3)], ids=lambda c: c.kind
+    "code",
+    [KerdockCode(265, 16), KerdockCode(1030, 256), SimplexCode(5, 5), RootCode(17, 5), make_dense(7, 3)],
+    ids=lambda c: c.kind,
 )
 def test_compiles_into_one_graph_with_its_gradient(code: SphericalCode) -> None:
     torch.compiler.reset()
