@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etflayers import simplex_etf
+from etflayers._torch import allow_in_graph
 from etflayers.codes import (
     DenseCode,
     KerdockCode,
@@ -175,6 +177,8 @@ def test_halves_are_the_first_words_of_full_pieces(code: SphericalCode) -> None:
         cotangent = sample(stop - start, 3, half)
         expected = torch.einsum("pbm,pmd->bd", cotangent, pieces[:, 0])
         adjoint = code.half_adjoint(cotangent, start, stop)
+        single = code.half_adjoint(cotangent[:, 0], start, stop)
+        torch.testing.assert_close(single, expected[0], rtol=0, atol=1e-11)
         torch.testing.assert_close(adjoint, expected, rtol=0, atol=1e-11)
 
 
@@ -234,6 +238,44 @@ def test_compiles_into_one_graph_with_its_gradient(code: SphericalCode) -> None:
     torch.testing.assert_close(found, 2 * code.logits(features))
     (grad,) = torch.autograd.grad(found[0, 1], features)
     torch.testing.assert_close(grad[0], 2 * code.dense(dtype=torch.float64)[1])
+
+
+class SquaredHalves(torch.autograd.Function):
+    """A loss as one node of a graph, which is traced with tensors that have no values."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, code: KerdockCode) -> Tensor:
+        halves = code.half_logits(features, 0, code.full_pieces)
+        ctx.code = code
+        ctx.save_for_backward(halves)
+        return halves.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (halves,) = ctx.saved_tensors
+        return 2 * grad * ctx.code.half_adjoint(halves, 0, ctx.code.full_pieces), None
+
+
+@allow_in_graph
+def squared_halves(features: Tensor, num_classes: int, in_features: int) -> Tensor:
+    found: Tensor = SquaredHalves.apply(features, KerdockCode(num_classes, in_features))
+    return found
+
+
+@pytest.mark.parametrize(("num_classes", "in_features"), [(70, 16), (1030, 256)])
+def test_halves_in_a_node_that_others_trace(num_classes: int, in_features: int) -> None:
+    torch.compiler.reset()
+    features = sample(3, in_features).requires_grad_()
+    compiled = torch.compile(
+        lambda x: squared_halves(2 * x, num_classes, in_features), backend="aot_eager", fullgraph=True
+    )
+    found = compiled(features)
+    words = KerdockCode(num_classes, in_features).dense(dtype=torch.float64)
+    words = words[: num_classes // (2 * in_features) * 2 * in_features]
+    expected = (2 * features @ words.mT).square().sum() / 2  # both halves have the same squares
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(value, features)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 # --- The words of each kind ---
