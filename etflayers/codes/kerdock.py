@@ -72,7 +72,7 @@ class KerdockCode(AntipodalCode):
 
     A piece is one basis, d words and their negatives, and its logits are a fast Walsh-Hadamard transform. K
     classes have the first K words: as many whole bases as go into K, and the first words of one more. The
-    signs are brought to a device when they are first used there, which has to be before a CUDA graph is captured.
+    signs are brought to a device when they are first used there: do that before capturing a CUDA graph.
 
     Args:
         num_classes: K from 2 to d (d + 2).
