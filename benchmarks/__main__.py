@@ -33,6 +33,7 @@ SUITES = (
     "learned",
     "step",
     "memory",
+    "class_parallel",
     "accuracy",
     "scaling",
 )

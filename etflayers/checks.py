@@ -80,10 +80,10 @@ def describe_argument(value: object) -> str:
 
 def require_floating(name: str, dtype: torch.dtype) -> None:
     """Raise unless ``dtype`` is a real floating-point type."""
-    require(
-        dtype.is_floating_point,
-        f"{name} must have a real floating-point dtype, got {dtype}: convert it, e.g. with .float()",
-    )
+    if not dtype.is_floating_point:
+        raise InvalidArgumentError(
+            f"{name} must have a real floating-point dtype, got {dtype}: convert it, e.g. with .float()"
+        )
 
 
 def require_module(name: str, *, extra: str) -> ModuleType:
@@ -135,8 +135,12 @@ def require_finite(tensor: Tensor, message: str) -> None:
     """Raise :class:`NonFiniteError` with ``message`` if the tensor holds NaN or infinity, without a sync."""
     if tensor.numel() == 0:
         return
+    readable = reads_values(tensor)
+    # The sum is the cheaper look, and enough if it is finite; that of finite numbers may overflow.
+    if readable and math.isfinite(tensor.detach().sum()):
+        return
     lowest, highest = torch.aminmax(tensor.detach())  # one pass; NaN comes through as NaN
-    if reads_values(tensor):
+    if readable:
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise NonFiniteError(message)
     else:

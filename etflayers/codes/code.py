@@ -173,6 +173,38 @@ class SphericalCode(ABC):
             best = torch.maximum(best, values)
         return labels
 
+    def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits, descending, and their classes, without holding all logits.
+
+        Args:
+            features: f, ``(..., d)``.
+            k: from 1 to K.
+
+        Returns:
+            Logits ``(..., k)``, float32 or better, and classes ``(..., k)``, int64.
+
+        Raises:
+            InvalidArgumentError: features of another width or dtype, or a k out of range.
+
+        >>> from etflayers.codes import OrthoplexCode
+        >>> OrthoplexCode(4, 2).topk(torch.tensor([3.0, -5.0]), 2)
+        (tensor([5., 3.]), tensor([3, 0]))
+        """
+        require_size("k", k)
+        require(k <= self.num_classes, f"k must be at most num_classes = {self.num_classes}, got {k}")
+        features = self._rows(features.detach())
+        best = features.new_empty(*features.shape[:-1], 0)
+        labels = torch.empty_like(best, dtype=torch.int64)
+        step = max(1, _AT_A_TIME // self.piece_size)
+        for start in range(0, self.pieces, step):
+            found = self.piece_logits(features, start, min(start + step, self.pieces))
+            first = start * self.piece_size
+            places = torch.arange(first, first + found.shape[-1], device=found.device).expand_as(found)
+            found, places = torch.cat((best, found), -1), torch.cat((labels, places), -1)
+            best, order = found.topk(min(k, found.shape[-1]))
+            labels = places.gather(-1, order)
+        return best, labels
+
     # --- pieces ---
 
     @property

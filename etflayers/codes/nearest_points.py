@@ -31,7 +31,7 @@ __all__ = ["NearestPoints", "nearest_points"]
 
 # Of |x|^2 / 2, for words of length 1 in float64.
 _TOLERANCE, _CERTAIN = 1e-13, 1e-8
-# So often a step may fail to shorten x: what it gains is lost in rounding, and yet the gap closes.
+# So often a step may fail to shorten x: with a gap of 1e-8 its gain is beyond rounding, yet the gap closes.
 _PATIENCE = 20
 _NO_WEIGHT = 1e-12
 

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etflayers.checks import require, require_floating
+from etflayers.codes import SphericalCode
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
+from etflayers.functional.code_softmax import code_logsumexp
 from etflayers.functional.logits import canonical_etf_logits
 from etflayers.functional.reduction import Reduction, reduced, require_reduction
 from etflayers.functional.soft_targets import are_soft, require_soft_targets
@@ -34,9 +36,9 @@ from etflayers.kernels.cross_entropy import (
     linear_softmax_losses,
     softmax_losses,
 )
-from etflayers.precision import linear_dtype, working_dtype
+from etflayers.precision import full_precision, linear_dtype, working_dtype
 
-__all__ = ["code_cross_entropy", "etf_cross_entropy", "require_loss_options"]
+__all__ = ["code_cross_entropy", "etf_cross_entropy", "require_loss_options", "require_targets_of"]
 
 
 def etf_cross_entropy(
@@ -87,7 +89,7 @@ def etf_cross_entropy(
         require_soft_targets(targets, features.shape[:-1], num_classes)
         logits = canonical_etf_logits(features, num_classes, scale=scale)
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
-    _require_target_for_each(features, targets)
+    require_targets_of(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     factor = scale * etf_radius(num_classes)
@@ -107,7 +109,7 @@ def etf_cross_entropy(
 
 def code_cross_entropy(
     features: Tensor,
-    frame: Tensor,
+    frame: Tensor | SphericalCode,
     targets: Tensor,
     *,
     scale: float = 1.0,
@@ -128,16 +130,20 @@ def code_cross_entropy(
     the forward pass, and has neither second derivatives nor ``torch.func``. This one has them, and a scale, a
     Triton kernel for the softmax, and older versions of PyTorch.
 
+    Of a spherical code that has a formula, a few *classes* of all samples exist at a time, and there is no
+    matrix W either; the computation is in float32 or better.
+
     Args:
         features: f, ``(..., d)``. NaN gives a NaN loss; in an ignored sample only a NaN gradient in the
             frame, 0 times NaN, as with ``F.linear``.
-        frame: W, ``(K, d)``: any matrix.
+        frame: W, ``(K, d)``: any matrix; or a code, see :func:`etflayers.codes.find_code`.
         targets: as in :func:`etf_cross_entropy`.
         scale: as in :func:`etf_cross_entropy`.
         label_smoothing: as in :func:`etf_cross_entropy`.
         ignore_index: as in :func:`etf_cross_entropy`.
         reduction: as in :func:`etf_cross_entropy`.
-        chunk_size: samples whose logits exist at a time; ``None``: as many as keep the device busy.
+        chunk_size: samples whose logits exist at a time; ``None``: as many as keep the device busy. Not for a
+            code, which has pieces of its own.
         impl: of the softmax of a chunk: see :func:`etflayers.kernels.describe`, operation
             ``"cross_entropy"``.
 
@@ -152,20 +158,22 @@ def code_cross_entropy(
     tensor(0.3133)
     """
     require_floating("features", features.dtype)
+    require_loss_options(scale, label_smoothing, reduction, chunk_size)
+    if isinstance(frame, SphericalCode):
+        return _of_code(features, frame, targets, scale, label_smoothing, ignore_index, reduction)
     require_floating("frame", frame.dtype)
     if frame.ndim != 2 or frame.shape[0] < 1 or features.shape[-1:] != frame.shape[1:]:
         raise InvalidArgumentError(
             "features and frame must have shapes (..., in_features) and (num_classes, in_features), "
             f"got {tuple(features.shape)} and {tuple(frame.shape)}"
         )
-    require_loss_options(scale, label_smoothing, reduction, chunk_size)
     dtype = torch.promote_types(features.dtype, frame.dtype)
     dtype = linear_dtype(features.to(dtype))
     if are_soft(targets):
         require_soft_targets(targets, features.shape[:-1], frame.shape[0])
         logits = scale * F.linear(features.to(dtype), frame.to(dtype))
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
-    _require_target_for_each(features, targets)
+    require_targets_of(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     ignored = ignored_targets(labels, frame.shape[0], ignore_index)
@@ -182,6 +190,33 @@ def code_cross_entropy(
     return reduced(losses, ignored, reduction).view(targets.shape if reduction == "none" else ())
 
 
+def _of_code(
+    features: Tensor,
+    code: SphericalCode,
+    targets: Tensor,
+    scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: Reduction,
+) -> Tensor:
+    """``L(u) - <u, (1 - e) w_y + e mean w>`` with u = s f: only L needs all words."""
+    if are_soft(targets):
+        require_soft_targets(targets, features.shape[:-1], code.num_classes)
+        return _soft_cross_entropy(scale * code.logits(features), targets, label_smoothing, reduction)
+    require_targets_of(features, targets)
+    rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
+    ignored = ignored_targets(labels, code.num_classes, ignore_index)
+    with full_precision(rows):
+        rows = scale * rows.to(working_dtype(rows.dtype))
+        own = code.words(torch.where(ignored, 0, labels.long()), dtype=rows.dtype)
+        if label_smoothing > 0:
+            shares = rows.new_full((code.num_classes,), 1 / code.num_classes)
+            own = torch.lerp(own, code.piece_adjoint(shares, 0, code.pieces), label_smoothing)
+        losses = code_logsumexp(rows, code) - (rows * own).sum(-1)
+    losses = torch.where(ignored, 0, losses)
+    return reduced(losses, ignored, reduction).view(targets.shape if reduction == "none" else ())
+
+
 def require_loss_options(
     scale: float, label_smoothing: float, reduction: str, chunk_size: int | None = None
 ) -> None:
@@ -190,6 +225,16 @@ def require_loss_options(
     require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}")
     require_reduction(reduction)
     require(chunk_size is None or chunk_size >= 1, f"chunk_size must be at least 1 or None, got {chunk_size}")
+
+
+def require_targets_of(features: Tensor, targets: Tensor) -> None:
+    """Raise unless ``targets`` are class indices ``(...)`` for features ``(..., d)``."""
+    if targets.shape != features.shape[:-1]:
+        raise InvalidArgumentError(
+            f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    require_class_indices(targets)
 
 
 def _soft_cross_entropy(
@@ -204,12 +249,3 @@ def _soft_cross_entropy(
         reduction=reduction,
     )
     return loss.view(targets.shape[:-1] if reduction == "none" else ())
-
-
-def _require_target_for_each(features: Tensor, targets: Tensor) -> None:
-    if targets.shape != features.shape[:-1]:
-        raise InvalidArgumentError(
-            f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
-            f"got {tuple(targets.shape)}"
-        )
-    require_class_indices(targets)

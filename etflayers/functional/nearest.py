@@ -27,6 +27,7 @@ from torch import Tensor
 
 from etflayers.adjoints import Adjoint, FrameProblem, as_adjoint
 from etflayers.checks import require, require_finite, require_floating, require_number, require_values
+from etflayers.errors import InvalidArgumentError
 from etflayers.geometry import centered_basis_apply, etf_radius, require_etf_dims
 from etflayers.precision import full_precision, working_dtype
 from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, rank_cutoff
@@ -255,11 +256,11 @@ def checked_linear_form(
 def require_means(means: Tensor) -> None:
     """Raise unless ``means`` are floating point, ``(..., K, d)`` with d >= K - 1."""
     require_floating("means", means.dtype)
-    require(
-        means.ndim >= 2,
-        f"means must have shape (..., num_classes, in_features), one row for each class, "
-        f"got {tuple(means.shape)}",
-    )
+    if means.ndim < 2:
+        raise InvalidArgumentError(
+            "means must have shape (..., num_classes, in_features), one row for each class, "
+            f"got {tuple(means.shape)}"
+        )
     require_etf_dims(means.shape[-2], means.shape[-1])
 
 
@@ -281,10 +282,9 @@ def check_pull(
     if anchor is not None:
         _check_anchor(anchor, means)
         _check_proximity(proximity)
-    else:
-        require(
-            not isinstance(proximity, Tensor) and proximity == 0,
-            f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0",
+    elif isinstance(proximity, Tensor) or proximity != 0:
+        raise InvalidArgumentError(
+            f"anchor is needed with proximity={proximity}: pass the frame to stay near to, or proximity=0"
         )
 
 

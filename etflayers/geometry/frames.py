@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require, require_floating
+from etflayers.errors import InvalidArgumentError
 from etflayers.geometry.stiefel import is_stiefel, random_stiefel
 from etflayers.geometry.tolerance import Check, default_atol
 from etflayers.precision import working_dtype
@@ -47,15 +48,16 @@ __all__ = [
 
 def require_etf_dims(num_classes: int, in_features: int) -> None:
     """Raise unless a simplex ETF of ``num_classes`` unit vectors exists in ``in_features`` dimensions."""
-    require(
-        num_classes >= 2,
-        f"num_classes must be at least 2, got {num_classes}: a simplex needs two or more vertices",
-    )
-    require(
-        in_features >= num_classes - 1,
-        f"in_features must be at least num_classes - 1 = {num_classes - 1}, got {in_features}: a simplex of "
-        f"{num_classes} classes has {num_classes - 1} dimensions; widen the features with a linear layer",
-    )
+    if num_classes < 2:
+        raise InvalidArgumentError(
+            f"num_classes must be at least 2, got {num_classes}: a simplex needs two or more vertices"
+        )
+    if in_features < num_classes - 1:
+        raise InvalidArgumentError(
+            f"in_features must be at least num_classes - 1 = {num_classes - 1}, got {in_features}: a simplex "
+            f"of {num_classes} classes has {num_classes - 1} dimensions; widen the features with a linear "
+            "layer, or take a code for more classes than dimensions, such as etflayers.FixedCodeHead"
+        )
 
 
 def require_rotation(rotation: Tensor, num_classes: int, in_features: int) -> None:
@@ -93,7 +95,12 @@ def centered(rows: Tensor) -> Tensor:
 
 
 def centered_rows(
-    rows: Tensor, dtype: torch.dtype, *, precision: torch.dtype | None = None, exact_zeros: bool = False
+    rows: Tensor,
+    dtype: torch.dtype,
+    *,
+    precision: torch.dtype | None = None,
+    exact_zeros: bool = False,
+    scaled: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """CX in ``dtype``, divided by a scale so that its Gram matrix is finite and accurate.
 
@@ -102,6 +109,7 @@ def centered_rows(
         dtype: to compute in.
         precision: of the data, where X has been computed from them in a wider dtype; ``None``: that of X.
         exact_zeros: whether rows that coincide have to give zeros instead of rounding.
+        scaled: whether to divide; ``False`` for a caller that looks for overflow himself.
 
     Returns:
         The rows ``(..., K, d)``, and the scale ``(..., 1, 1)``, or ``None`` for 1.
@@ -118,7 +126,7 @@ def centered_rows(
     found = wide if wide.dtype == dtype else wide.to(dtype)
     # The mean as a product: a reduction over rows that lie apart in memory takes several times as long.
     found -= found.new_full((1, found.shape[-2]), 1 / found.shape[-2]) @ found
-    if to_spare:
+    if to_spare or not scaled:
         return found, None
     # No range to spare either: the Gram matrix of 1e20 overflows float32.
     fixed = found.detach()

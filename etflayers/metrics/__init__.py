@@ -11,6 +11,7 @@ from etflayers._imports import names_on_demand
 from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
 from etflayers.metrics.descriptions import DESCRIPTIONS, Description
 from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
+from etflayers.metrics.gnc import OneVsRest, generalized_measures, largest_cosine, one_vs_rest
 from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
@@ -78,6 +79,7 @@ __all__ = [
     "NeuralCollapse",
     "NeuralCollapseCallback",
     "NeuralCollapseProbe",
+    "OneVsRest",
     "Whitening",
     "between_whitening",
     "bias_collapse",
@@ -99,12 +101,15 @@ __all__ = [
     "etf_distance",
     "finish_moments",
     "frame_distance",
+    "generalized_measures",
     "gram_distance",
     "hyperspherical_energy",
+    "largest_cosine",
     "merge_moments",
     "mse_decomposition",
     "nearest_center",
     "numerical_rank",
+    "one_vs_rest",
     "orthogonality_deviation",
     "own_cosines",
     "plot_cosines",

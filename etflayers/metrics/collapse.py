@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import reads_values, require, require_finite, require_module
+from etflayers.checks import reads_values, require, require_finite, require_flag, require_module
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
 from etflayers.functional.class_means import ignored_targets
+from etflayers.functional.logits import directions
 from etflayers.metrics.classifier import Classifier, answers, classifier_inputs, read_classifier
+from etflayers.metrics.gnc import generalized_measures
 from etflayers.metrics.margins import margins_of
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import (
@@ -56,6 +58,8 @@ class NeuralCollapse(ExactMetric):
             two out and costs about a quarter; ``"per_class"`` adds the numerical rank, for K d^2 numbers.
         unseen: whether classes without a sample are an ``"error"`` or ``"exclude"``.
         ignore_index: target of the samples to leave out.
+        normalize: whether to measure the directions of the features, as generalized neural collapse does,
+            and to add its measures; decisions stay those on the features. Centers are of directions, too.
         calibration_bins: of the expected calibration error.
         kwargs: of ``torchmetrics.Metric``.
 
@@ -96,6 +100,7 @@ class NeuralCollapse(ExactMetric):
         scatter: Scatter = "pooled",
         unseen: Unseen = "error",
         ignore_index: int = -100,
+        normalize: bool = False,
         calibration_bins: int = 15,
         **kwargs: Any,
     ) -> None:
@@ -106,6 +111,7 @@ class NeuralCollapse(ExactMetric):
             f"global_mean must be 'classes' or 'samples', got {global_mean!r}",
         )
         require(unseen in ("error", "exclude"), f"unseen must be 'error' or 'exclude', got {unseen!r}")
+        require_flag("normalize", normalize)
         require(calibration_bins >= 1, f"calibration_bins must be at least 1, got {calibration_bins}")
         require(
             centers is None or classifier is not None,
@@ -124,6 +130,7 @@ class NeuralCollapse(ExactMetric):
         self.scatter = scatter
         self.unseen = unseen
         self.ignore_index = ignore_index
+        self.normalize = normalize
         self.calibration_bins = calibration_bins
         self.measure_classifier(classifier)
 
@@ -169,7 +176,8 @@ class NeuralCollapse(ExactMetric):
                 f"got {tuple(logits.shape)}"
             )
         if module is None:
-            update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
+            measured = self._measured(features)
+            update_moments(self.moments, measured, targets, ignore_index=self.ignore_index)
             return
         # What may be refused is computed before anything is changed.
         features = classifier_inputs(module, features)
@@ -183,12 +191,13 @@ class NeuralCollapse(ExactMetric):
         logits = own_logits if logits is None else logits[kept].detach()
         decisions = decisions_of(logits)
         correct = decisions == classes
+        measured = self._measured(features)
         if self.centers is not None and self._whitening is not None:
-            deviations = self._whitening.squared_deviations(rows, classes).sum()
+            deviations = self._whitening.squared_deviations(measured[kept], classes).sum()
             seen, centers = self.centers.classes.to(rows.device), self.centers.means.to(rows.device)
-            disagreements = (decisions != seen[nearest_center(rows, centers)]).sum()
+            disagreements = (decisions != seen[nearest_center(measured[kept], centers)]).sum()
 
-        update_moments(self.moments, features, targets, ignore_index=self.ignore_index)
+        update_moments(self.moments, measured, targets, ignore_index=self.ignore_index)
         self.samples += len(classes)
         self.hits += correct.sum()
         self.margins += margins.double().sum()
@@ -207,6 +216,8 @@ class NeuralCollapse(ExactMetric):
         classifier = self._read()
         statistics = finish_moments(self.moments, unseen=self.unseen)
         result = collapse_measures(statistics, classifier, global_mean=self.global_mean)
+        if self.normalize:
+            result |= generalized_measures(statistics, classifier)
         if classifier is None:
             return result
         samples = self.samples.double()
@@ -246,6 +257,9 @@ class NeuralCollapse(ExactMetric):
     def nearest_frame(self) -> Tensor:
         """The simplex ETF nearest to the class means; see ``frame_distance`` for its drift."""
         return nearest_etf(self.statistics().means)
+
+    def _measured(self, features: Tensor) -> Tensor:
+        return directions(features.detach()) if self.normalize else features
 
     def _calibration_error(self) -> Tensor:
         # Confidence and correctness of the decision are all that the multi-class error is made of.

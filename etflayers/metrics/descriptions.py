@@ -1,7 +1,8 @@
 """What the measures are called, how they are defined and where they end at neural collapse, for people.
 
 Formulas in the notation of ``docs/metrics.md``: K classes, d features, N samples h of class y; M has the
-centered class means as rows, W the rows of the classifier, b its bias, C = I - 11'/K.
+centered class means as rows, W the rows of the classifier, b its bias, C = I - 11'/K. Of generalized collapse
+(GNC) µ are the class means of the directions h/|h|, not centered.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Description(NamedTuple):
 
 
 _PAPYAN, _ZHU, _MARKOU = "arXiv 2008.08186", "arXiv 2105.02375", "arXiv 2411.01248"
-_WU = "arXiv 2405.17767"
+_WU, _JIANG = "arXiv 2405.17767", "arXiv 2310.05351"
 
 
 def _of_rows(what: str, x: str) -> dict[str, Description]:
@@ -49,6 +50,20 @@ def _of_rows(what: str, x: str) -> dict[str, Description]:
     return {
         f"nc2_{name}_{what}": Description(f"NC2 {label}, {what}", formula, 0, source)
         for name, (label, formula, source) in formulas.items()
+    }
+
+
+def _generalized(what: str, x: str) -> dict[str, Description]:
+    """GNC2, likewise; its ideal depends on K and d, and is known for few of them."""
+    hull = f"over k of dist({x}ₖ/|{x}ₖ|, convex hull of the others)"
+    formulas = {
+        "largest_cosine": ("largest cosine", f"max over i ≠ j of cos({x}ᵢ, {x}ⱼ)"),
+        "one_vs_rest_min": ("smallest one-vs-rest distance", f"min {hull}"),
+        "one_vs_rest_mean": ("one-vs-rest distance", f"mean {hull}"),
+    }
+    return {
+        f"gnc2_{name}_{what}": Description(f"GNC2 {label}, {what}", formula, None, _JIANG)
+        for name, (label, formula) in formulas.items()
     }
 
 
@@ -82,6 +97,12 @@ DESCRIPTIONS: Mapping[str, Description] = {
     "nc3_row_distance": Description("NC3 distance of rows", _ROWS, 0, _WU),
     "nc3_etf_distance": Description("NC3 distance of the ETFs", _ETFS, 0, _MARKOU),
     "nc4_disagreement": Description("NC4 disagreement", _NC4, 0, _PAPYAN),
+    **_generalized("means", "µ"),
+    **_generalized("weights", "W"),
+    "gnc3_cosine": Description("GNC3 mean cosine", "mean over k of cos(wₖ, µₖ)", 1, _JIANG),
+    "gnc3_row_distance": Description(
+        "GNC3 distance of rows", "mean over k of |wₖ/|wₖ| − µₖ/|µₖ||", 0, _JIANG
+    ),
     "bias_collapse": Description("Bias collapse", "|Wm + b|", 0, _ZHU),
     "margin_mean": Description("Cosine margin", _MARGIN, None, _MARKOU),
     "calibration_error": Description("Calibration error", _BINS, None),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from etflayers._torch import inside_backward, is_concrete, stamp
 from etflayers.checks import require, require_flag, require_floating, require_size, require_values
+from etflayers.collectives import ClassShard, all_reduce_sum, world_size
 from etflayers.errors import (
     EtfLayersError,
     InvalidArgumentError,
@@ -17,7 +18,12 @@ from etflayers.errors import (
     RanksDisagreeError,
     RecomputationError,
 )
-from etflayers.functional.class_means import class_sums, require_class_indices, require_same_device
+from etflayers.functional.class_means import (
+    class_sums,
+    ignored_targets,
+    require_class_indices,
+    require_same_device,
+)
 from etflayers.functional.soft_targets import are_soft, require_soft_shape
 from etflayers.kernels.class_sums import (
     Momentum,
@@ -26,7 +32,6 @@ from etflayers.kernels.class_sums import (
     momentum_steps,
     require_momentum,
 )
-from etflayers.nn.distributed import all_reduce_sum, world_size
 from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import working_dtype
 
@@ -72,17 +77,22 @@ class FeatureMovingAverage(KeepsPrecision):
         synchronize: whether to add over the ranks when ``torch.distributed`` is initialized.
         process_group: the ranks to add over; default: all. It is not part of copies and pickles, which
             start with the default group: assign the attribute again.
+        class_range: ``(start, stop)``: only the means of the classes ``start <= k < stop``, where the classes
+            are divided among ranks. Targets still count from 0 to K; samples of other classes are left out.
+            The ranks that divide the classes have the same samples and must not add their sums: give
+            ``process_group`` those with other samples, or ``synchronize=False``.
         device: of the buffers.
         dtype: of the means: float32 (also where a half precision is asked for) or float64. ``half()`` and
             ``bfloat16()`` leave it.
 
     Attributes:
-        means: ``(K, d)``, zero rows for classes never seen.
+        means: ``(K, d)``, zero rows for classes never seen; with ``class_range`` K is ``stop - start`` here
+            and below.
         counts: ``(K,)`` int64, number of samples seen, with any share.
         updates: ``(K,)`` int64, number of batches in which the class occurred.
 
     Raises:
-        InvalidArgumentError: in_features or num_classes < 1, or an unknown momentum.
+        InvalidArgumentError: in_features or num_classes < 1, an unknown momentum, or classes outside [0, K).
 
     Reference:
         Markou, Ajanthan, Gould (2024), arXiv 2411.01248.
@@ -109,6 +119,7 @@ class FeatureMovingAverage(KeepsPrecision):
         ignore_index: int = -100,
         synchronize: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        class_range: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,11 +137,18 @@ class FeatureMovingAverage(KeepsPrecision):
         self.ignore_index = ignore_index
         self.synchronize = synchronize
         self.process_group = process_group
-        means = torch.zeros(num_classes, in_features, device=device, dtype=working_dtype(dtype))
+        self._shard = None if class_range is None else ClassShard(num_classes, *class_range)
+        rows = num_classes if self._shard is None else len(self._shard)
+        means = torch.zeros(rows, in_features, device=device, dtype=working_dtype(dtype))
         self.register_buffer("means", means)
-        self.register_buffer("counts", torch.zeros(num_classes, device=device, dtype=torch.int64))
-        self.register_buffer("updates", torch.zeros(num_classes, device=device, dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(rows, device=device, dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros(rows, device=device, dtype=torch.int64))
         self._committed: tuple[int, int] | None = None
+
+    @property
+    def class_range(self) -> tuple[int, int]:
+        """The classes whose means these are, ``start <= k < stop``."""
+        return (0, self.num_classes) if self._shard is None else (self._shard.start, self._shard.stop)
 
     @property
     def seen(self) -> Tensor:
@@ -206,6 +224,7 @@ class FeatureMovingAverage(KeepsPrecision):
                 "soft targets have shares of samples, of which momentum=None would need the sum over all "
                 "batches, and counts holds whole samples: take a number or '2/(t+1)'",
             )
+            require(self._shard is None, "soft targets have shares of all classes: leave class_range out")
         elif targets.shape != features.shape[:-1]:
             raise InvalidArgumentError(
                 f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "
@@ -214,6 +233,11 @@ class FeatureMovingAverage(KeepsPrecision):
             )
         features = features.reshape(-1, self.in_features)
         targets = targets.reshape(-1, self.num_classes) if soft else targets.reshape(-1)
+        ignore_index = self.ignore_index
+        if self._shard is not None:
+            targets, ignore_index = _among(self._shard, targets, ignore_index), -1
+            if len(self._shard) == 0:  # no means, but a graph, so that all ranks have a backward pass
+                return AverageState(self.means + features[:0], self.counts, self.updates)
         if not soft and not self._distributed and averages_use_triton(features, self.means):
             # Sums, counts, all checks and the update in one launch.
             require_class_indices(targets)
@@ -225,11 +249,11 @@ class FeatureMovingAverage(KeepsPrecision):
                     self.means,
                     self.counts,
                     self.updates,
-                    self.ignore_index,
+                    ignore_index,
                     self.momentum,
                 )
             )
-        sums, mass = class_sums(features, targets, self.num_classes, ignore_index=self.ignore_index)
+        sums, mass = class_sums(features, targets, len(self.means), ignore_index=ignore_index)
         samples = (targets > 0).sum(0) if soft else mass
         if self._distributed:
             sums, mass, samples = self._summed_over_ranks(sums, mass, samples)
@@ -257,14 +281,20 @@ class FeatureMovingAverage(KeepsPrecision):
         again = is_concrete(self.means) and inside_backward() and stamp(self.means) == self._committed
         if again:
             raise RecomputationError(
-                "a training pass of NearestETFHead or FeatureMovingAverage runs a second time, inside a "
-                "backward pass, as gradient checkpointing does: its gradient would be that of other class "
+                "a training pass of FeatureMovingAverage, or of a head with one, runs a second time, inside "
+                "a backward pass, as gradient checkpointing does: its gradient would be that of other class "
                 "means. Keep it outside of torch.utils.checkpoint; the body of the model may stay inside"
             )
 
     @property
     def _distributed(self) -> bool:
-        return self.synchronize and world_size(self.process_group) > 1
+        distributed = self.synchronize and world_size(self.process_group) > 1
+        require(
+            not distributed or self._shard is None or self.process_group is not None,
+            "process_group must name the ranks with other samples where class_range is given, or synchronize "
+            "be False: the default, all ranks, would add the sums of different classes",
+        )
+        return distributed
 
     def _summed_over_ranks(
         self, sums: Tensor | None, mass: Tensor | None, samples: Tensor | None
@@ -314,6 +344,14 @@ class FeatureMovingAverage(KeepsPrecision):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"in_features={self.in_features}, num_classes={self.num_classes}, momentum={self.momentum!r}"
+
+
+def _among(shard: ClassShard, targets: Tensor, ignore_index: int) -> Tensor:
+    """Targets counted from the first class of the shard; -1 for what is ignored or in another shard."""
+    ignored = ignored_targets(targets, shard.num_classes, ignore_index)
+    targets = targets.long()
+    own = (targets >= shard.start) & (targets < shard.stop) & ~ignored
+    return torch.where(own, targets - shard.start, -1)
 
 
 def _fault(stored: Tensor | None, *, whole: bool) -> str | None:

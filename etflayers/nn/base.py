@@ -26,6 +26,7 @@ from etflayers.checks import (
     require_size,
     require_values,
 )
+from etflayers.codes import SphericalCode
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
 from etflayers.functional.logits import directions
 from etflayers.precision import linear_dtype
@@ -121,6 +122,11 @@ class CodeHead(nn.Module, ABC):
     @property
     def center(self) -> Tensor | None:
         """m, ``(d,)``, which is subtracted from the inputs; ``None`` for zero."""
+        return None
+
+    @property
+    def code(self) -> SphericalCode | None:
+        """A code whose words are W and whose products need no matrix: losses then never ask for one."""
         return None
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
+from etflayers.codes import SphericalCode
 from etflayers.functional.cross_entropy import (
     code_cross_entropy,
     etf_cross_entropy,
@@ -19,13 +21,23 @@ from etflayers.functional.losses import (
     positive_lengths,
     require_codes,
 )
+from etflayers.functional.parallel_cross_entropy import (
+    class_parallel_cross_entropy,
+    class_parallel_etf_cross_entropy,
+)
 from etflayers.functional.reduction import Reduction, require_reduction
+from etflayers.functional.sampled_cross_entropy import require_rate, sampled_cross_entropy
 from etflayers.kernels import Impl
 from etflayers.nn.base import CodeHead
+from etflayers.nn.distributed import gathered
 from etflayers.nn.fixed import FixedETFHead
+from etflayers.nn.sharded import ShardedCanonical, ShardedHead
 from etflayers.precision import working_dtype
 
-__all__ = ["CodeMSELoss", "DotRegressionLoss", "ETFCrossEntropy"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CodeCrossEntropy", "CodeMSELoss", "DotRegressionLoss", "ETFCrossEntropy", "SampledCrossEntropy"]
 
 
 class CodeMSELoss(nn.Module):
@@ -130,13 +142,61 @@ class DotRegressionLoss(nn.Module):
         return f"lengths={lengths}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
-class ETFCrossEntropy(nn.Module):
+class _HeadLoss(nn.Module):
+    """A loss that takes features and asks a head for what its logits are made of.
+
+    The head belongs to the model; the loss refers to it, without being a second owner.
+    """
+
+    head: CodeHead
+
+    def __init__(
+        self, head: CodeHead, label_smoothing: float, ignore_index: int, reduction: Reduction
+    ) -> None:
+        super().__init__()
+        require(isinstance(head, CodeHead), f"head must be a CodeHead, got {type(head).__name__}")
+        require_loss_options(1.0, label_smoothing, reduction)
+        object.__setattr__(self, "head", head)  # nn.Module would register it
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+
+    def linear_terms(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Inputs, weight and a number whose product is the logits; in training the head learns."""
+        inputs, frame, center = self.head.logit_terms(features, targets)
+        # Before the product, as in the head.
+        inputs, scale = _scaled(inputs if center is None else inputs - center, self.head.scale)
+        return inputs, frame, scale
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the head."""
+        return self.head.named_parameters(prefix, recurse, remove_duplicate)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the loss and of the head."""
+        self.head.train(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+class CodeCrossEntropy(_HeadLoss):
     r"""Cross-entropy of a head, from features: ``F.cross_entropy(head(f, y), y)`` with less memory.
 
     Logits and probabilities ``(B, K)`` never exist as a whole, forward or backward. The canonical frame of
     :class:`~etflayers.nn.FixedETFHead` takes one pass over the features
-    (:func:`~etflayers.functional.etf_cross_entropy`), any other frame a few rows of logits at a time
-    (:func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large.
+    (:func:`~etflayers.functional.etf_cross_entropy`), a spherical code with a formula a few of its classes at
+    a time and no matrix at all, any other frame a few rows of logits at a time (both by
+    :func:`~etflayers.functional.code_cross_entropy`). It pays where B K is large. If
+    :class:`~etflayers.nn.ClassParallel` has divided the classes among ranks, each rank makes the logits of
+    its own, a few classes at a time (:func:`~etflayers.functional.class_parallel_cross_entropy`).
 
     In training the loss takes the place of the head, whose state it updates; where logits are wanted, call
     the head. Hooks of the head do not run.
@@ -152,18 +212,17 @@ class ETFCrossEntropy(nn.Module):
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         ignore_index: target of the samples to leave out of the loss; give the head the same.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
-        chunk_size: samples whose logits exist at a time, where there are logits.
+        chunk_size: samples whose logits exist at a time, where there are logits; where the classes are
+            divided among ranks, classes.
         impl: which path to take: see :func:`etflayers.kernels.describe`.
 
     Raises:
         InvalidArgumentError: a head that is no ``CodeHead``, or an option out of its range.
 
-    >>> loss = ETFCrossEntropy(FixedETFHead(in_features=4, num_classes=3, rotation="canonical"))
+    >>> loss = CodeCrossEntropy(FixedETFHead(in_features=4, num_classes=3, rotation="canonical"))
     >>> loss(torch.tensor([[3.0, 0.0, 0.0, 7.0]]), torch.tensor([0]))
     tensor(0.0495)
     """
-
-    head: CodeHead
 
     def __init__(
         self,
@@ -175,13 +234,8 @@ class ETFCrossEntropy(nn.Module):
         chunk_size: int | None = None,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__()
-        require(isinstance(head, CodeHead), f"head must be a CodeHead, got {type(head).__name__}")
+        super().__init__(head, label_smoothing, ignore_index, reduction)
         require_loss_options(1.0, label_smoothing, reduction, chunk_size)
-        object.__setattr__(self, "head", head)  # nn.Module would register it
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
         self.chunk_size = chunk_size
         self.impl: Impl = impl
 
@@ -191,6 +245,8 @@ class ETFCrossEntropy(nn.Module):
         Targets are class indices ``(...)`` or soft targets ``(..., K)``, which make all logits.
         """
         head = self.head
+        if isinstance(head, ShardedHead):
+            return self._over_ranks(head, gathered(features), targets)
         if isinstance(head, FixedETFHead) and head.canonical:
             inputs, scale = _scaled(head.inputs(features), head.scale)
             return etf_cross_entropy(
@@ -203,9 +259,12 @@ class ETFCrossEntropy(nn.Module):
                 reduction=self.reduction,
                 impl=self.impl,
             )
-        inputs, frame, center = head.logit_terms(features, targets)
-        # Before the product, as in the head.
-        inputs, scale = _scaled(inputs if center is None else inputs - center, head.scale)
+        frame: Tensor | SphericalCode
+        if head.code is not None:
+            frame = head.code
+            inputs, scale = _scaled(head.inputs(features), head.scale)
+        else:
+            inputs, frame, scale = self.linear_terms(features, targets)
         return code_cross_entropy(
             inputs,
             frame,
@@ -218,23 +277,94 @@ class ETFCrossEntropy(nn.Module):
             impl=self.impl,
         )
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the head."""
-        return self.head.named_parameters(prefix, recurse, remove_duplicate)
+    def _over_ranks(self, head: ShardedHead, features: Tensor, targets: Tensor) -> Tensor:
+        require(
+            self.impl != "triton",
+            "impl must not be 'triton' where the classes are divided: that has no kernel",
+        )
+        options: dict[str, Any] = {
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "chunk_size": self.chunk_size,
+        }
+        if isinstance(head, ShardedCanonical):
+            inputs, scale = _scaled(head.inputs(features), head.scale)
+            return class_parallel_etf_cross_entropy(inputs, targets, head.class_shard, scale=scale, **options)
+        inputs, rows, center = head.local_terms(features, targets)
+        inputs, scale = _scaled(inputs if center is None else inputs - center, head.scale)
+        return class_parallel_cross_entropy(inputs, rows, targets, head.class_shard, scale=scale, **options)
 
-    def train(self, mode: bool = True) -> ETFCrossEntropy:
-        """Set the mode of the loss and of the head."""
-        self.head.train(mode)
-        return super().train(mode)
+
+ETFCrossEntropy = CodeCrossEntropy
+"""The name from the time when every code here was a simplex ETF."""
+
+
+class SampledCrossEntropy(_HeadLoss):
+    r"""Cross-entropy from features over the classes of a batch and a random share of the others.
+
+    For a head of many classes. In training it is :func:`~etflayers.functional.sampled_cross_entropy`, which
+    is too small on average, the more so the smaller the rate. In eval mode it is the loss
+    of all classes, a few samples at a time, that of :class:`CodeCrossEntropy`.
+
+    In training it takes the place of the head, whose state it updates, and refers to it without owning it, as
+    :class:`CodeCrossEntropy` does. Under ``DistributedDataParallel`` each rank draws by itself.
+
+    Args:
+        head: any :class:`~etflayers.nn.CodeHead`. Its whole frame is made in each step: a head whose
+            frame takes long for many classes is not faster for this loss.
+        rate: in (0, 1], share of the classes to draw beside those of the batch.
+        label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
+        ignore_index: target of the samples to leave out of the loss; give the head the same.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+
+    Raises:
+        InvalidArgumentError: a head that is no ``CodeHead``, or an option out of its range.
+
+    Reference:
+        An, Deng, Guo, Feng, Zhu, Yang, Liu (2022), arXiv 2203.15565.
+
+    >>> head = FixedETFHead(in_features=1000, num_classes=1000, scale=5.0)
+    >>> loss = SampledCrossEntropy(head, rate=0.1)
+    >>> features, targets = 2 * torch.eye(1000)[:1], torch.tensor([0])
+    >>> loss(features, targets), loss.eval()(features, targets)  # all wrong classes are equally far
+    (tensor(0.0441), tensor(0.0441))
+    """
+
+    def __init__(
+        self,
+        head: CodeHead,
+        rate: float,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__(head, label_smoothing, ignore_index, reduction)
+        require_rate(rate)
+        self.rate = rate
+
+    def forward(
+        self, features: Tensor, targets: Tensor, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The loss of features ``(..., d)`` for class indices ``(...)``; in training the head learns.
+
+        ``generator`` has the random numbers of the draw, on the device of ``features``; default: PyTorch's.
+        """
+        inputs, frame, scale = self.linear_terms(features, targets)
+        options: Any = {
+            "scale": scale,
+            "label_smoothing": self.label_smoothing,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+        }
+        if not self.training:
+            return code_cross_entropy(inputs, frame, targets, **options)
+        return sampled_cross_entropy(inputs, frame, targets, rate=self.rate, generator=generator, **options)
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return (
-            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
-            f"reduction={self.reduction!r}"
-        )
+        return f"rate={self.rate}, {super().extra_repr()}"
 
 
 def _scaled(inputs: Tensor, scale: float | Tensor) -> tuple[Tensor, float]:

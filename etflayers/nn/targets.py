@@ -25,10 +25,10 @@ _LOCK = threading.Lock()
 def provide_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
     """Give targets to every head that needs them, in a model whose forward pass hands on features only.
 
-    These are the heads whose ``accepts_targets`` is true: :class:`NearestETFHead`, and any
-    :class:`~etflayers.nn.CodeHead` of your own that says so. The targets hold for the forward passes inside
-    the ``with`` block, also if it is left by an exception. Targets given to a head directly win. They are no
-    part of state_dict, copies or pickles.
+    These are the heads whose ``accepts_targets`` is true: :class:`NearestETFHead`, :class:`ClassMeanHead`,
+    and any :class:`~etflayers.nn.CodeHead` of your own that says so. The targets hold for the forward passes
+    inside the ``with`` block, also if it is left by an exception. Targets given to a head directly win. They
+    are no part of state_dict, copies or pickles.
 
     ``torch.optim.swa_utils.update_bn`` calls a model without labels: give it a generator that yields inputs
     from inside of such a block (``docs/heads.md``). ``nn.DataParallel`` trains on copies of a head that are

@@ -20,6 +20,9 @@ __all__ = ["ByRegime"]
 _SMALL = 32
 # Condition numbers from which on a Gram matrix in float64 does not serve float32 and float64 data.
 _KAPPA, _KAPPA_FLOAT64 = 1e5, 8.0
+# Eigenvalues dispersed more than this have kappa > 5 as a rule (Gaussian or log-uniform singular values do),
+# and an eigenproblem in float32 would be solved in vain. A wrong guess costs time and no digit.
+_DISPERSION = 1.5
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,17 @@ class ByRegime(FrameSolver):
         """The frames for ``linear`` (``(..., K, d)``), in the dtype of the regime."""
         precision = precision or linear.dtype
         num_classes, in_features = linear.shape[-2:]
+        small = small_polar(linear, precision)
+        if small is not None and small.solved.kappa < _largest_kappa(precision):
+            return small
         if reads_values(linear) and linear.numel() > 0:
-            small = small_polar(linear, precision)
-            if small is not None and small[1] < (_KAPPA if precision != torch.float64 else _KAPPA_FLOAT64):
-                return small[0]
             # Where NumPy has found kappa too large, the same eigenproblem would find it again.
             for dtype in _dtypes(num_classes, precision) if small is None else ():
-                spectrum = GramEigh(dtype).spectrum(linear, precision)
+                guessed = dtype == torch.float32
+                gram = GramEigh(dtype).gram(linear, precision, scaled=not guessed)
+                if guessed and not bool((gram.dispersion() < _DISPERSION).all()):
+                    continue
+                spectrum = gram.spectrum()
                 margin = float(spectrum.margin(precision).detach().amin())
                 for products, largest_kappa in _limits(dtype, num_classes, in_features, precision):
                     if margin * largest_kappa > 1:  # not so for NaN
@@ -63,6 +70,11 @@ class ByRegime(FrameSolver):
         if linear.device.type == "cuda" and precision == torch.float32 and linear.numel() > 0:
             return GramRoot().solve(linear, precision)
         return (QRSVD() if in_features >= 4 * num_classes else SVD()).solve(linear, precision)
+
+
+def _largest_kappa(precision: torch.dtype) -> float:
+    """The condition number from which on a Gram matrix in float64 does not serve data of this precision."""
+    return _KAPPA_FLOAT64 if precision == torch.float64 else _KAPPA
 
 
 def _dtypes(num_classes: int, precision: torch.dtype) -> tuple[torch.dtype, ...]:

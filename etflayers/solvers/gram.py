@@ -40,10 +40,38 @@ from etflayers.precision import smallest_divisor
 from etflayers.solvers.frame_solver import FrameSolver
 from etflayers.solvers.state import SpectralState
 
-__all__ = ["GramEigh", "GramSpectrum"]
+__all__ = ["CenteredGram", "GramEigh", "GramSpectrum"]
 
 # From this many classes on, the eigenvectors are mended and the inverse root is not.
 _MANY = 512
+
+
+class CenteredGram(NamedTuple):
+    """A Gram matrix before its eigenproblem.
+
+    Attributes:
+        rows: M_c / scale, ``(..., K, d)``.
+        scale: ``(..., 1, 1)``, ``None`` for 1.
+        gram: of the rows, with its null direction filled, ``(..., K, K)``.
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+    gram: Tensor
+
+    def dispersion(self) -> Tensor:
+        """Mean square of the eigenvalues over their squared mean, ``(...)``: 1 where all agree.
+
+        By Kantorovich's inequality it is at most (kappa + 1 / kappa)^2 / 4; for Gaussian means it is 1 + K/d.
+        """
+        mean = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        found: Tensor = torch.linalg.matrix_norm(self.gram).square() / (self.gram.shape[-1] * mean.square())
+        return found
+
+    def spectrum(self) -> GramSpectrum:
+        """The eigenproblem."""
+        eigenvalues, basis = torch.linalg.eigh(self.gram)
+        return GramSpectrum(*self, basis, eigenvalues.sqrt())
 
 
 class GramSpectrum(NamedTuple):
@@ -108,7 +136,7 @@ class GramEigh(FrameSolver):
     def solve(self, linear: Tensor, precision: torch.dtype | None = None) -> SpectralState:
         """The frames for ``linear`` (``(..., K, d)``), in ``self.dtype``."""
         precision = precision or linear.dtype
-        spectrum = self.spectrum(linear, precision)
+        spectrum = self.gram(linear, precision).spectrum()
         require_values(
             (spectrum.margin(precision) > (8 * torch.finfo(spectrum.rows.dtype).eps) ** 0.5).all(),
             "solver=GramEigh() needs class means of full rank (some coincide, or a class is unseen): use "
@@ -117,12 +145,18 @@ class GramEigh(FrameSolver):
         )
         return spectrum.state(spectrum.rows.dtype)
 
-    def spectrum(self, linear: Tensor, precision: torch.dtype) -> GramSpectrum:
-        """The eigenproblem alone, for a caller that looks at its values first."""
+    def gram(self, linear: Tensor, precision: torch.dtype, *, scaled: bool = True) -> CenteredGram:
+        """The Gram matrix alone, for a caller that looks before it has the eigenproblem solved.
+
+        Args:
+            linear: M, ``(..., K, d)``.
+            precision: of the data.
+            scaled: as in :func:`~etflayers.geometry.centered_rows`; ``False`` for a caller that looks at the
+                dispersion, which is not finite where the Gram matrix overflows or vanishes.
+        """
         num_classes = linear.shape[-2]
-        rows, scale = centered_rows(linear, self.dtype or torch.float64, precision=precision)
+        rows, scale = centered_rows(linear, self.dtype or torch.float64, precision=precision, scaled=scaled)
         gram = rows @ rows.mT
         # The filling of the null direction: the same number added to every entry has the eigenvector 1.
         filled = torch.add(gram, gram[..., :1, :1], alpha=0.5 / (num_classes - 1))
-        eigenvalues, basis = torch.linalg.eigh(filled)
-        return GramSpectrum(rows, scale, filled, basis, eigenvalues.sqrt())
+        return CenteredGram(rows, scale, filled)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from etflayers.checks import require
-from etflayers.nn.distributed import all_reduce_sum
+from etflayers.collectives import all_reduce_sum
 from lab.data import Split
 
 Item = TypeVar("Item")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from etflayers.distill.memory import PeakMemory
 from etflayers.errors import EtfLayersError, InvalidArgumentError, NonFiniteError
 from etflayers.functional.class_means import class_means, class_sums
 
@@ -118,15 +119,34 @@ def test_vmap_over_batches_equals_a_loop(generator: torch.Generator) -> None:
     torch.testing.assert_close(mapped, looped)
 
 
-def test_compiles_as_one_graph(generator: torch.Generator) -> None:
+def test_more_classes_than_samples_are_scattered(generator: torch.Generator) -> None:
+    """The same sums, derivatives and transforms, without a matrix of samples and classes."""
+    features = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([[0, 2, 2, IGNORE, 0, 8], [8, 8, 8, 1, IGNORE, IGNORE]])
+    sums, counts = torch.vmap(lambda f, t: class_sums(f, t, 9))(features, targets)
+    for i in range(2):
+        expected_sums, expected_counts = loop_sums(features[i], targets[i], 9)
+        np.testing.assert_allclose(sums[i], expected_sums, atol=1e-14)
+        np.testing.assert_array_equal(counts[i], expected_counts)
+    assert torch.autograd.gradcheck(
+        lambda f: class_sums(f, targets[0], 9)[0], features[0].requires_grad_(), check_forward_ad=True
+    )
+    many, samples = 50_000, torch.randn(200, 2, generator=generator)
+    with PeakMemory() as memory:
+        class_sums(samples, torch.arange(200), many)
+    assert memory.peak < 32 * many  # bytes; the matrix alone would take 200 * many
+
+
+@pytest.mark.parametrize("k", [3, 20])
+def test_compiles_as_one_graph(generator: torch.Generator, k: int) -> None:
     features = torch.randn(10, 4, generator=generator)
     targets = torch.randint(3, (10,), generator=generator)
     compiled = torch.compile(class_means, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(features, targets, 3), class_means(features, targets, 3))
+    torch.testing.assert_close(compiled(features, targets, k), class_means(features, targets, k))
     with pytest.raises(RuntimeError, match="targets must be class indices"):
-        compiled(features, targets + 2, 3)
+        compiled(features, targets + k - 1, k)
     with pytest.raises(RuntimeError, match="features must be finite"):
-        compiled(features / 0, targets, 3)
+        compiled(features / 0, targets, k)
 
 
 LABELS = torch.tensor([0, 1, 1, 0])

@@ -43,17 +43,16 @@ def test_frame_and_adjoint_are_those_of_pytorch(num_classes: int, in_features: i
     linear = means_with_condition(num_classes, in_features, kappa, dtype=torch.float64)
     found = small_polar(linear, torch.float32)
     assert found is not None
-    state, condition = found
     exact = SVD().solve(linear)
     bound = 1e-15 * max(kappa, 10) ** 2
-    assert relative_error(state.frame, exact.frame) < bound
-    assert relative_error(state.inverse, exact.inverse) < bound * kappa
-    # The value that fills the null direction is half of a true one.
-    assert condition == pytest.approx(max(kappa, 2**0.5), rel=1e-6)
+    assert relative_error(found.frame, exact.frame) < bound
+    identity = torch.eye(num_classes, dtype=torch.float64)
+    assert relative_error(found.pseudo_inverse(identity), exact.inverse) < bound * kappa
+    assert found.solved.kappa == pytest.approx(kappa, rel=1e-6)
     direction = torch.randn(num_classes, in_features, dtype=torch.float64)
     with torch.no_grad():
         expected = reference.polar_adjoint(direction, exact)
-        gap = torch.linalg.matrix_norm(polar_adjoint(direction, state) - expected)
+        gap = torch.linalg.matrix_norm(polar_adjoint(direction, found) - expected)
         assert float(gap) <= bound * kappa * float(torch.linalg.matrix_norm(expected))
 
 
@@ -119,7 +118,7 @@ def test_what_has_no_full_rank_takes_another_way() -> None:
     means[3:] = means[3]
     for linear in (means, torch.zeros(6, 8), 1e-30 * torch.randn(6, 8)):
         found = small_polar(linear, torch.float32)
-        assert found is None or found[1] > 1e5
+        assert found is None or found.solved.kappa > 1e5
         state = ByRegime().solve(linear)
         assert isinstance(state, SpectralState)
         assert is_simplex_etf(state.frame).ok

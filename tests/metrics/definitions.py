@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import mpmath
@@ -164,6 +165,45 @@ def direct_measures(data: Data, of: str = "classes") -> dict[str, float]:
     result["nc4_disagreement"] = float((decisions != nearest).mean())
     result["margin_mean"] = float(direct_margins(features, targets, w).mean())
     result["calibration_error"] = direct_calibration(logits, targets, bins=15)
+    return result
+
+
+def units_of(rows: Array) -> Array:
+    return rows / np.sqrt((rows**2).sum(1, keepdims=True))
+
+
+def hull_distance(units: Array, k: int) -> float:
+    """Distance of a unit vector from the hull of others: the nearest is in a face of d corners.
+
+    Every set of so many corners is tried: the nearest point of its affine hull counts if it is in the hull.
+    """
+    others = np.delete(units, k, axis=0)
+    best = np.inf
+    for size in range(1, min(units.shape[1], len(others)) + 1):
+        for corners in combinations(others, size):
+            first, edges = corners[0], np.stack(corners)[1:] - corners[0]
+            weights = np.linalg.lstsq(edges.T, units[k] - first, rcond=None)[0] if size > 1 else np.zeros(0)
+            if (weights >= 0).all() and weights.sum() <= 1:
+                best = min(best, norm(units[k] - first - weights @ edges))
+    return float(best)
+
+
+def direct_generalized(data: Data) -> dict[str, float]:
+    """Generalized collapse: class means of unit features, as they are, and rows of the classifier."""
+    features, targets = data.arrays
+    units = np.stack([row / norm(row) for row in features])
+    means = np.stack([units[targets == j].mean(0) for j in range(data.num_classes)])
+    weight = data.weight.double().numpy()
+    k, result = len(means), {}
+    for name, rows in (("means", means), ("weights", weight)):
+        cosines = [rows[i] @ rows[j] / norm(rows[i]) / norm(rows[j]) for i in range(k) for j in range(i)]
+        result[f"gnc2_largest_cosine_{name}"] = float(max(cosines))
+        distances = [hull_distance(units_of(rows), i) for i in range(k)]
+        result[f"gnc2_one_vs_rest_min_{name}"] = min(distances)
+        result[f"gnc2_one_vs_rest_mean_{name}"] = float(np.mean(distances))
+    pairs = [(w / norm(w), m / norm(m)) for w, m in zip(weight, means, strict=True)]
+    result["gnc3_cosine"] = float(np.mean([w @ m for w, m in pairs]))
+    result["gnc3_row_distance"] = float(np.mean([norm(w - m) for w, m in pairs]))
     return result
 
 

@@ -18,16 +18,22 @@ def test_every_measure_has_a_description_and_reaches_its_ideal() -> None:
     head = nn.Linear(6, 4, bias=False, dtype=torch.float64)
     head.weight.data = 30 * frame  # sure of itself, so that confidence is accuracy
     data = 5 * frame[targets], targets
-    first = NeuralCollapse(4, 6, classifier=head)
+    first = NeuralCollapse(4, 6, classifier=head, normalize=True)
     first.update(*data)
-    second = NeuralCollapse(4, 6, classifier=head, centers=first.statistics(), scatter="per_class")
+    second = NeuralCollapse(
+        4, 6, classifier=head, centers=first.statistics(), scatter="per_class", normalize=True
+    )
     second.update(*data)
     values = second.compute()
     assert set(values) == set(DESCRIPTIONS) - {"nc2_etf_drift_means"}  # which takes two epochs
+    simplex = {"margin_mean": 4 / 3}  # what depends on the number of classes
+    for of in ("means", "weights"):
+        simplex[f"gnc2_largest_cosine_{of}"] = -1 / 3
+        simplex |= dict.fromkeys((f"gnc2_one_vs_rest_{which}_{of}" for which in ("min", "mean")), 4 / 3)
     for name, value in values.items():
         ideal = DESCRIPTIONS[name].ideal
-        if name == "margin_mean":
-            assert value == pytest.approx(4 / 3)
+        if name in simplex:
+            assert value == pytest.approx(simplex[name])
         else:
             assert value == pytest.approx(0 if ideal is None else ideal, abs=1e-6), name
 

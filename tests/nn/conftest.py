@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from etflayers.nn import CodeHead, FixedETFHead, LearnedETFHead, NearestETFHead, UnitRowHead
+from etflayers.nn import ClassMeanHead, CodeHead, FixedETFHead, LearnedETFHead, NearestETFHead, UnitRowHead
 
 
 class MakeHead(Protocol):
@@ -61,6 +61,10 @@ def _make(kind: str) -> MakeHead:
             return NearestETFHead(
                 in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
             )
+        if kind == "class_means":
+            return ClassMeanHead(
+                in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
+            )
         if kind == "unit_rows":
             return UnitRowHead(
                 in_features, num_classes, scale=scale, normalize=normalize, generator=generator, dtype=dtype
@@ -80,7 +84,7 @@ def _make(kind: str) -> MakeHead:
     return make
 
 
-@pytest.fixture(params=["canonical", "haar", "nearest", "learned", "geoopt", "unit_rows"])
+@pytest.fixture(params=["canonical", "haar", "nearest", "learned", "geoopt", "unit_rows", "class_means"])
 def make_head(request: pytest.FixtureRequest) -> MakeHead:
     kind: str = request.param
     return _make(kind)

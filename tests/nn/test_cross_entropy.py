@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from etflayers import (
+    ClassMeanHead,
     CodeHead,
     ETFCrossEntropy,
     FixedETFHead,
@@ -32,6 +33,7 @@ HEADS = {
     "haar": lambda **o: FixedETFHead(6, 4, rotation="haar", scale=2.0, **o),
     "learned": lambda **o: LearnedETFHead(6, 4, scale=2.0, **o),
     "nearest": lambda **o: NearestETFHead(6, 4, scale=2.0, momentum=0.3, **o),
+    "class means": lambda **o: ClassMeanHead(6, 9, scale=2.0, momentum=0.3, detach=False, **o),
     "unit rows": lambda **o: UnitRowHead(6, 4, scale=2.0, **o),
 }
 

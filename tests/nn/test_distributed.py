@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import EtfLayersError
-from etflayers.nn import FeatureMovingAverage, FixedETFHead, NearestETFHead, etf, provide_targets
-from etflayers.nn.distributed import all_reduce_sum, world_size
+from etflayers.nn import (
+    ClassMeanHead,
+    FeatureMovingAverage,
+    FixedETFHead,
+    NearestETFHead,
+    etf,
+    provide_targets,
+)
 
 WORLD = 2
 STEPS = 3
@@ -45,10 +53,16 @@ CASES = {
 }
 
 
-def make_model(dtype: torch.dtype, seed: int) -> nn.Sequential:
+HEADS: dict[str, Any] = {
+    "nearest": lambda **o: NearestETFHead(6, 4, momentum=0.3, scale=2.0, proximity=0.1, **o),
+    "class means": lambda **o: ClassMeanHead(6, 4, momentum=0.3, scale=2.0, **o),
+    "class means, differentiated": lambda **o: ClassMeanHead(6, 4, momentum=0.3, detach=False, **o),
+}
+
+
+def make_model(dtype: torch.dtype, seed: int, head: str = "nearest") -> nn.Sequential:
     torch.manual_seed(seed)
-    head = NearestETFHead(6, 4, momentum=0.3, scale=2.0, proximity=0.1, dtype=dtype)
-    return nn.Sequential(nn.Linear(5, 6, dtype=dtype), nn.Tanh(), head)
+    return nn.Sequential(nn.Linear(5, 6, dtype=dtype), nn.Tanh(), HEADS[head](dtype=dtype))
 
 
 def train(model: nn.Module, case: Case, rank: int | None) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def looks() -> int:
     return len(counted)
 
 
-def refusals(rank: int) -> list[str]:
+def refusals(rank: int, head: NearestETFHead | ClassMeanHead) -> list[str]:
     """What rank 0 and the others raise for batches that only rank 0 cannot take."""
     bad: dict[str, tuple[Tensor, Tensor | None]] = {
         "width": (torch.ones(4, 5), torch.arange(4)),
@@ -130,7 +144,6 @@ def refusals(rank: int) -> list[str]:
         "range": (torch.ones(4, 6), torch.arange(4) + 1),
         "NaN": (torch.full((4, 6), torch.nan), torch.arange(4)),
     }
-    head = NearestETFHead(6, 4)
     head(torch.randn(8, 6), torch.arange(8) % 4)
     raised = []
     for features, targets in bad.values():
@@ -149,10 +162,10 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {}
-    for name, case in CASES.items():
+    for (name, case), head in product(CASES.items(), HEADS):
         # A seed of its own for each rank: DDP makes the start the same.
-        model = nn.parallel.DistributedDataParallel(make_model(case.dtype, seed=rank))
-        results[name] = train(model, case, rank)
+        model = nn.parallel.DistributedDataParallel(make_model(case.dtype, seed=rank, head=head))
+        results[f"{head} {name}"] = train(model, case, rank)
     group = dist.new_group([0, 1])
     results["averages"] = averages(rank, process_group=group)
     results["soft"] = soft_averages(rank)
@@ -161,7 +174,8 @@ def worker(rank: int, folder: str) -> None:
     results["looks"] = looks()
     fixed = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), FixedETFHead(6, 4)))
     results["fixed"] = fixed(torch.ones(1, 5)).detach()
-    results["refusals"] = refusals(rank)
+    results["refusals"] = refusals(rank, NearestETFHead(6, 4))
+    results["refusals of class means"] = refusals(rank, ClassMeanHead(6, 4))
     x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(all_reduce_sum(x).pow(3), x, create_graph=True)
     results["reduce"] = (world_size(), first.detach(), torch.autograd.grad(first, x)[0])
@@ -178,12 +192,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str, head: str) -> None:
     case = CASES[name]
-    expected = train(make_model(case.dtype, seed=0), case, rank=None)
+    expected = train(make_model(case.dtype, seed=0, head=head), case, rank=None)
     for rank, results in enumerate(ranks):
-        got = results[name]
+        got = results[f"{head} {name}"]
         for step in range(STEPS):
             share = case.share(rank)
             torch.testing.assert_close(
@@ -191,9 +206,8 @@ def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) 
             )
             torch.testing.assert_close(got["grads"][step], expected["grads"][step], rtol=0, atol=1e-6)
             torch.testing.assert_close(got["states"][step], expected["states"][step], rtol=0, atol=1e-6)
-    assert {"2.vertices", "2.global_mean", "2.averages.means", "2.averages.counts"} <= expected["states"][
-        0
-    ].keys()
+    own = {"2.vertices", "2.global_mean"} if head == "nearest" else {"2.initial_rows"}
+    assert own | {"2.averages.means", "2.averages.counts"} <= expected["states"][0].keys()
 
 
 def test_averages_and_their_gradients_are_those_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
@@ -225,16 +239,17 @@ def test_a_process_group_does_not_stop_a_copy(ranks: list[dict[str, Any]]) -> No
     assert [results["copy"] for results in ranks] == [None, None]
 
 
-def test_every_rank_raises_where_one_refuses_its_batch(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("of", ["refusals", "refusals of class means"])
+def test_every_rank_raises_where_one_refuses_its_batch(ranks: list[dict[str, Any]], of: str) -> None:
     """The others would wait in the sum over ranks, until the whole run is aborted."""
-    assert ranks[0]["refusals"] == [
+    assert ranks[0][of] == [
         "InvalidArgumentError",
         "InvalidArgumentError",
         "MissingTargetsError",
         "InvalidArgumentError",
         "NonFiniteError",
     ]
-    assert ranks[1]["refusals"] == ["RanksDisagreeError"] * 5
+    assert ranks[1][of] == ["RanksDisagreeError"] * 5
 
 
 def test_training_does_not_look_at_buffers_that_ddp_writes(ranks: list[dict[str, Any]]) -> None:

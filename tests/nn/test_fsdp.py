@@ -16,7 +16,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 from etflayers.geometry import is_simplex_etf
-from etflayers.nn import CodeHead, FixedETFHead, LearnedETFHead, NearestETFHead, UnitRowHead, provide_targets
+from etflayers.nn import (
+    ClassMeanHead,
+    CodeHead,
+    FixedETFHead,
+    LearnedETFHead,
+    NearestETFHead,
+    UnitRowHead,
+    provide_targets,
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this PyTorch does not run on a CPU"
@@ -28,6 +36,7 @@ HEADS = {
     "haar": lambda: FixedETFHead(6, 4),
     "nearest": lambda: NearestETFHead(6, 4, momentum=0.3),
     "learned": lambda: LearnedETFHead(6, 4, scale=2.0),
+    "class_means": lambda: ClassMeanHead(6, 4, scale=2.0, momentum=0.3),
     "unit_rows": lambda: UnitRowHead(6, 4, scale=2.0),
 }
 
@@ -105,7 +114,7 @@ def test_ranks_from_meta_hold_one_frame_and_train_as_one_process(
     assert torch.equal(mine["first"], theirs["first"])
     for frame in (mine["first"], mine["frame"]):
         torch.testing.assert_close(frame.norm(dim=1), torch.ones(len(frame)))
-        assert is_simplex_etf(frame) or name == "unit_rows"
+        assert is_simplex_etf(frame) or name in ("unit_rows", "class_means")
     torch.testing.assert_close(mine["frame"], theirs["frame"], rtol=0, atol=1e-6)
 
     model = model_with(name)

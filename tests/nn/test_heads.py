@@ -452,7 +452,7 @@ def test_a_simplex_needs_room(make_head: MakeHead, size: tuple[int, int], messag
         with pytest.raises(InvalidArgumentError, match=message):
             make_head(*size)
     else:  # a code need not be one
-        assert make_head(*size)(torch.ones(3, size[0])).shape == (3, size[1])
+        assert make_head(*size)(torch.ones(3, size[0]), torch.zeros(3).long()).shape == (3, size[1])
 
 
 # --- the fixed head ---------------------------------------------------------------------------------------

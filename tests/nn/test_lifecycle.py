@@ -18,6 +18,7 @@ from etflayers.errors import ManifoldError
 from etflayers.functional import nearest_etf
 from etflayers.geometry import is_simplex_etf, random_stiefel, simplex_etf
 from etflayers.nn import (
+    ClassMeanHead,
     CodeHead,
     ETFHead,
     FixedETFHead,
@@ -193,6 +194,11 @@ def test_a_head_from_meta_without_reset_is_refused(make_head: MakeHead, value: f
         return
     if isinstance(head, UnitRowHead):
         return  # a weight like any other: nothing tells a learned row from garbage
+    if isinstance(head, ClassMeanHead) and abs(value) < 1:
+        with pytest.raises(ManifoldError, match="reset_parameters"):
+            head.eval()(batch()[0])
+        assert_valid(trained(head.train()))  # in a batch of all classes each gets a mean
+        return
     if isinstance(head, LearnedETFHead) and head.manifold is None and abs(value) < 1e38:
         assert_valid(head)  # any finite matrix has a nearest ETF
         return

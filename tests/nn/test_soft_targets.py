@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers import ETFCrossEntropy, FixedETFHead, LearnedETFHead, NearestETFHead, provide_targets
+from etflayers import (
+    ClassMeanHead,
+    ETFCrossEntropy,
+    FixedETFHead,
+    LearnedETFHead,
+    NearestETFHead,
+    provide_targets,
+)
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import class_means, class_sums, code_cross_entropy, etf_cross_entropy
 from etflayers.nn import FeatureMovingAverage
@@ -121,12 +128,14 @@ def make_head(kind: str) -> Any:
         return FixedETFHead(5, 4, rotation="canonical", **options)
     if kind == "learned":
         return LearnedETFHead(5, 4, generator=generator, **options)
+    if kind == "class means":
+        return ClassMeanHead(5, 4, momentum=0.3, detach=False, generator=generator, **options)
     return NearestETFHead(5, 4, momentum=0.3, generator=generator, **options)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", ["canonical", "learned", "nearest"])
+@pytest.mark.parametrize("kind", ["canonical", "learned", "nearest", "class means"])
 def test_the_loss_from_features_is_that_of_the_logits(kind: str, reduction: Any, training: bool) -> None:
     head = make_head(kind)
     head(features_of(9), INDICES)

@@ -72,6 +72,31 @@ def test_regime_chooses_precision_by_condition():
     assert precisions(3.0, 5)[0] == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("kappa", "num_classes", "expected"),
+    [(3.0, 40, [torch.float32]), (10.0, 40, [torch.float64]), (100.0, 40, [torch.float64])],
+)
+def test_no_eigenproblem_is_solved_in_vain(kappa, num_classes, expected, monkeypatch):
+    solved = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: solved.append(gram.dtype) or eigh(gram))
+    ByRegime().solve(means_with_condition(num_classes, 512, kappa, dtype=torch.float32))
+    assert solved == expected
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-12, 1.0, 1e12, 1e18, 1e30])
+@pytest.mark.parametrize("spikes", [1, 30])
+def test_a_wrong_guess_of_the_condition_costs_no_digit(spikes, factor):
+    # Two singular values only, 1 and kappa: dispersed beyond the bound at kappa 4 where few are large, and
+    # within it at kappa 100 where nearly all are.
+    kappa = 4.0 if spikes == 1 else 100.0
+    left, right = torch.linalg.qr(torch.randn(40, 40))[0], torch.linalg.qr(torch.randn(64, 40))[0]
+    linear = (
+        factor * (left[:, :39] * torch.tensor([kappa] * spikes + [1.0] * (39 - spikes))) @ right[:, :39].mT
+    )
+    assert relative_error(ByRegime().solve(linear).frame, scipy_frame(linear.double())) < 2e-6
+
+
 @pytest.mark.parametrize("solver", ANY_RANK, ids=repr)
 @pytest.mark.parametrize("num_classes", [5, 40, 520])
 @pytest.mark.parametrize("factor", [1e-38, 1e-30, 1e38])

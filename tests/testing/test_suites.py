@@ -9,6 +9,7 @@ import torch
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.nn import (
+    ClassMeanHead,
     CodeMSELoss,
     DotRegressionLoss,
     FixedETFHead,
@@ -66,6 +67,21 @@ class TestUnitRowHead(HeadSuite):
 class TestNormalizedUnitRowHead(HeadSuite):
     def make(self) -> UnitRowHead:
         return UnitRowHead(6, 4, scale=5.0, normalize=True)
+
+
+class TestClassMeanHead(HeadSuite):
+    unsupported: ClassVar = dict.fromkeys(
+        ("test_gradcheck", "test_gradgradcheck", "test_forward_mode"),
+        "the frame is a constant of the derivative, and follows the features all the same",
+    )
+
+    def make(self) -> ClassMeanHead:
+        return ClassMeanHead(3, 6, scale=2.0)
+
+
+class TestDifferentiatedClassMeanHead(HeadSuite):
+    def make(self) -> ClassMeanHead:
+        return ClassMeanHead(3, 6, scale=5.0, normalize=True, detach=False)
 
 
 class TestByRegime(FrameSolverSuite):

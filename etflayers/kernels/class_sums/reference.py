@@ -23,6 +23,9 @@ def class_sums_reference(
     is deterministic where a scatter adds with float atomics in any order, and it reads no value on the host.
     A row that is ignored is a zero row of T and drops out by itself.
 
+    With more classes than samples T would be the largest tensor of a training step, as large as all logits.
+    On a CPU, where a scatter adds in the order of the samples, the rows are then scattered.
+
     Args:
         features: F, ``(B, d)``, finite.
         targets: ``(B,)``, integers.
@@ -33,6 +36,11 @@ def class_sums_reference(
         The sums ``(K, d)``, float32 or better, and the counts ``(K,)``, int64.
     """
     dtype = working_dtype(features.dtype)
+    if num_classes > len(features) and features.device.type == "cpu":
+        index = torch.where(ignored, 0, targets.long())
+        rows = torch.where(ignored.unsqueeze(-1), 0, features.to(dtype))
+        counts = torch.zeros(num_classes, dtype=torch.int64).index_add(0, index, (~ignored).long())
+        return rows.new_zeros(num_classes, rows.shape[-1]).index_add(0, index, rows), counts
     classes = torch.arange(num_classes, device=features.device)
     members = torch.where(ignored, -1, targets.long()).unsqueeze(-1) == classes
     with full_precision(features):

@@ -14,8 +14,7 @@ from etflayers._torch import forward_mode, is_batched
 from etflayers.checks import reads_values
 from etflayers.kernels.dispatch import Call, Impl, register, use_triton
 from etflayers.kernels.polar import numpy, reference
-from etflayers.kernels.polar.state import FrameState, RootState, SpectralState
-from etflayers.linalg import Eigenbasis
+from etflayers.kernels.polar.state import FrameState, RootState, SmallState
 from etflayers.precision import smallest_divisor
 
 __all__ = ["LARGEST_FUSED", "polar", "polar_adjoint", "small_polar"]
@@ -46,38 +45,30 @@ def _supports_numpy(call: Call) -> str | None:
 register("polar", _supports, numpy=_supports_numpy)
 
 
-def small_polar(linear: Tensor, precision: torch.dtype) -> tuple[SpectralState, float] | None:
-    """The frame and kappa from NumPy, or ``None``: not for this call, or M_c has no full rank in float64.
+def small_polar(linear: Tensor, precision: torch.dtype) -> SmallState | None:
+    """The frame from NumPy, or ``None``: not for this call, or M_c has no full rank in float64.
 
     Args:
         linear: M, ``(..., K, d)``.
         precision: of the data from which it was made.
 
-    >>> state, kappa = small_polar(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32)
-    >>> state.frame
+    >>> small_polar(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32).frame
     tensor([[ 0.6000,  0.8000],
             [-0.6000, -0.8000]], dtype=torch.float64)
     """
-    recorded = linear.requires_grad and torch.is_grad_enabled()
-    if recorded or forward_mode() or not _small(linear):
+    num_classes, in_features = linear.shape[-2:]
+    if num_classes > LARGEST_SMALL or num_classes * num_classes * in_features > numpy.MOST_WORK:
         return None
-    found = numpy.small_polar(linear.detach().double().numpy(), smallest_divisor(precision))
-    if found is None:
+    if linear.ndim != 2 or not _taken_by_numpy(linear):
         return None
-    frame, inverse, *spectrum = map(torch.from_numpy, found[:-1])
-    return SpectralState(frame, inverse, Eigenbasis(*spectrum)), found.kappa
+    solved = numpy.small_polar(linear.detach().double().numpy(), smallest_divisor(precision))
+    return None if solved is None else SmallState(torch.from_numpy(solved.frame), solved)
 
 
-def _small(matrix: Tensor) -> bool:
-    """Whether NumPy can take it: what ``_supports_numpy`` asks, without words, and values to be read."""
-    num_classes, in_features = matrix.shape[-2:]
-    return (
-        num_classes <= LARGEST_SMALL
-        and num_classes * num_classes * in_features <= numpy.MOST_WORK
-        and matrix.ndim == 2
-        and type(matrix) in _PLAIN
-        and reads_values(matrix)
-    )
+def _taken_by_numpy(matrix: Tensor) -> bool:
+    """Whether the values can be read, and nobody records what is made of them."""
+    recorded = matrix.requires_grad and torch.is_grad_enabled()
+    return not recorded and not forward_mode() and type(matrix) in _PLAIN and reads_values(matrix)
 
 
 def polar(linear: Tensor, *, precision: torch.dtype | None = None, impl: Impl = "auto") -> RootState:
@@ -134,9 +125,8 @@ def polar_adjoint(direction: Tensor, state: FrameState) -> Tensor:
     tensor([[ 0.8000, -0.6000],
             [-0.8000,  0.6000]], dtype=torch.float64)
     """
-    if isinstance(state, SpectralState) and state.dtype == torch.float64 and _small_adjoint(direction, state):
-        arrays = (tensor.double().numpy() for tensor in (direction, *state.tensors()))
-        return torch.from_numpy(numpy.small_polar_adjoint(*arrays))
+    if isinstance(state, SmallState) and not is_batched(direction) and _taken_by_numpy(direction):
+        return torch.from_numpy(numpy.small_polar_adjoint(direction.detach().double().numpy(), state.solved))
     if not (isinstance(state, RootState) and _fused(direction, state.precision, state.impl)):
         return reference.polar_adjoint(direction, state)
     from etflayers.kernels.polar.triton import fused_polar_adjoint
@@ -145,11 +135,6 @@ def polar_adjoint(direction: Tensor, state: FrameState) -> Tensor:
     parts = (tensor.reshape(batch, num_classes, -1) for tensor in (direction, *state.tensors()))
     result: Tensor = fused_polar_adjoint(*parts).reshape(direction.shape)
     return result
-
-
-def _small_adjoint(direction: Tensor, state: SpectralState) -> bool:
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (direction, *state.tensors()))
-    return not (recorded or forward_mode() or is_batched(direction)) and _small(direction)
 
 
 def _fused(matrix: Tensor, precision: torch.dtype, impl: Impl) -> bool:

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from etflayers.geometry import centered
 from etflayers.kernels.dispatch import Impl
-from etflayers.linalg import Eigenbasis, Root, Spectrum
+from etflayers.linalg import Eigenbasis, Root, Spectrum, pair_sums
 
-__all__ = ["CUTOFF", "FrameState", "RootState", "SpectralState", "absent_directions"]
+if TYPE_CHECKING:
+    from etflayers.kernels.polar.numpy import SmallPolar
+
+__all__ = ["CUTOFF", "FrameState", "RootState", "SmallState", "SpectralState", "absent_directions"]
 
 # Singular values below this, relative to the fourth root of the sum of their fourth powers, count as absent.
 CUTOFF = 1e-6
@@ -149,6 +152,47 @@ class SpectralState(NamedTuple):
     def form(self) -> Callable[..., SpectralState]:
         """What makes a state of this kind from its ``tensors()``."""
         return _from_tensors
+
+
+class SmallState(NamedTuple):
+    """A state in NumPy's arrays: to make tensors of them, and to save these, takes as long as to find them.
+
+    Attributes:
+        frame: W, ``(K, d)``.
+        solved: W, c^2 T^+ and the eigenbasis of T.
+    """
+
+    frame: Tensor
+    solved: SmallPolar
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64."""
+        return torch.float64
+
+    @property
+    def spectrum(self) -> Eigenbasis:
+        """The eigenbasis, in tensors."""
+        return Eigenbasis(
+            torch.from_numpy(self.solved.basis), pair_sums(torch.from_numpy(self.solved.values)).reciprocal()
+        )
+
+    def solve_sylvester(self, rhs: Tensor, *, skew: bool = False) -> Tensor:
+        """X with T X + X T = S."""
+        return self.spectrum.solve(rhs)
+
+    def pseudo_inverse(self, rows: Tensor) -> Tensor:
+        """c^2 T^+ times rows ``(..., K, m)``."""
+        return torch.from_numpy(self.solved.inverse) @ rows
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """W alone; the arrays are constants, which go with the form."""
+        return (self.frame,)
+
+    @property
+    def form(self) -> Callable[..., SmallState]:
+        """What makes a state of W and these arrays again."""
+        return partial(SmallState, solved=self.solved)
 
 
 def _from_tensors(frame: Tensor, inverse: Tensor, basis: Tensor, reciprocals: Tensor) -> SpectralState:
