@@ -87,7 +87,7 @@ def test_float32_is_as_good_as_all_logits_in_float32() -> None:
     (gradient,) = torch.autograd.grad(exact, features)
     single = features.detach().float().requires_grad_()
     loss = code_cross_entropy(single, code, targets)
-    assert abs(float(loss) - float(exact)) < 1e-6 * max(1.0, float(exact))
+    assert abs(loss.item() - exact.item()) < 1e-6 * max(1.0, exact.item())
     found = torch.autograd.grad(loss, single)[0].double()
     assert float((found - gradient).norm() / gradient.norm()) < 2e-6
 
@@ -141,7 +141,7 @@ def test_nan_shows_and_an_empty_batch_is_none() -> None:
     broken[1, 1] = math.nan
     losses = code_cross_entropy(broken, code, targets, reduction="none")
     assert losses.isnan().tolist() == [False, True] + 5 * [False]
-    assert float(code_cross_entropy(features[:0], code, targets[:0])) == 0
+    assert code_cross_entropy(features[:0], code, targets[:0]).item() == 0
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_a_code_can_be_given() -> None:
         (torch.eye(16), r"code must have shape \(num_classes, in_features\) = \(40, 16\)"),
         (torch.ones(40, 16), "rows must be unit vectors"),
         (None, "code must be the name of a kind, a SphericalCode or a matrix, got None"),
-        ("simplex", "at most"),
+        ("simplex", "in_features must be at least num_classes - 1 = 39"),
     ],
 )
 def test_bad_codes_are_named(code: Any, match: str) -> None:
