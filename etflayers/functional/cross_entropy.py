@@ -24,6 +24,7 @@ from torch import Tensor
 from etflayers.checks import require, require_floating
 from etflayers.codes import SphericalCode
 from etflayers.errors import InvalidArgumentError
+from etflayers.functional.active import among_active
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
 from etflayers.functional.code_softmax import code_logsumexp
 from etflayers.functional.logits import canonical_etf_logits
@@ -50,6 +51,7 @@ def etf_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    classes: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     r"""Cross-entropy of the logits of the canonical simplex ETF, ``s c (f_{1:K} - mean(f_{1:K}))``.
@@ -67,6 +69,8 @@ def etf_cross_entropy(
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         ignore_index: target of the samples to leave out.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        classes: ``(A,)``, ascending: the classes to choose among, of which alone there are logits, and over
+            which label smoothing spreads its share; default all K. Targets still count from 0 to K.
         impl: which path to take: see :func:`etflayers.kernels.describe`.
 
     Returns:
@@ -85,26 +89,38 @@ def etf_cross_entropy(
         raise InvalidArgumentError("features must have shape (..., in_features), got a scalar")
     require_etf_dims(num_classes, features.shape[-1])
     require_loss_options(scale, label_smoothing, reduction)
+    if classes is not None:
+        targets, ignore_index = among_active(targets, classes, num_classes, ignore_index)
+    count = num_classes if classes is None else len(classes)
     if are_soft(targets):
-        require_soft_targets(targets, features.shape[:-1], num_classes)
+        require_soft_targets(targets, features.shape[:-1], count)
         logits = canonical_etf_logits(features, num_classes, scale=scale)
+        logits = logits if classes is None else logits.index_select(-1, classes)
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
     require_targets_of(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     factor = scale * etf_radius(num_classes)
-    triton = cross_entropy_uses_triton(rows, num_classes, impl)
+    if classes is not None:
+        rows = _columns(rows, num_classes).index_select(-1, classes)
+    triton = cross_entropy_uses_triton(rows, count, impl)
     if triton:
         require_same_device(features, targets)
         # In int64, because uint8 would take ignore_index = -100 for class 156.
         ignored = labels.long() == ignore_index
     else:
-        ignored = ignored_targets(labels, num_classes, ignore_index)
-    if rows.shape[-1] == num_classes - 1:
-        reflected = rows.to(working_dtype(rows.dtype)).unsqueeze(-1)
-        rows = centered_basis_adjoint(reflected).squeeze(-1)
-    losses = softmax_losses(rows, labels, num_classes, factor, label_smoothing, ignore_index, triton)
+        ignored = ignored_targets(labels, count, ignore_index)
+    if classes is None:
+        rows = _columns(rows, num_classes)
+    losses = softmax_losses(rows, labels, count, factor, label_smoothing, ignore_index, triton)
     return reduced(losses, ignored, reduction).view(targets.shape if reduction == "none" else ())
+
+
+def _columns(rows: Tensor, num_classes: int) -> Tensor:
+    """Rows whose first K columns, times c, are the logits up to a number common to all of them."""
+    if rows.shape[-1] >= num_classes:
+        return rows
+    return centered_basis_adjoint(rows.to(working_dtype(rows.dtype)).unsqueeze(-1)).squeeze(-1)
 
 
 def code_cross_entropy(
@@ -116,6 +132,7 @@ def code_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    classes: Tensor | None = None,
     chunk_size: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -142,6 +159,8 @@ def code_cross_entropy(
         label_smoothing: as in :func:`etf_cross_entropy`.
         ignore_index: as in :func:`etf_cross_entropy`.
         reduction: as in :func:`etf_cross_entropy`.
+        classes: as in :func:`etf_cross_entropy`; the rows of the other classes get no gradient, and of a code
+            the words of these classes are made as a matrix ``(A, d)``.
         chunk_size: samples whose logits exist at a time; ``None``: as many as keep the device busy. Not for a
             code, which has pieces of its own.
         impl: of the softmax of a chunk: see :func:`etflayers.kernels.describe`, operation
@@ -159,6 +178,13 @@ def code_cross_entropy(
     """
     require_floating("features", features.dtype)
     require_loss_options(scale, label_smoothing, reduction, chunk_size)
+    if classes is not None:
+        count = frame.num_classes if isinstance(frame, SphericalCode) else len(frame)
+        targets, ignore_index = among_active(targets, classes, count, ignore_index)
+        if isinstance(frame, SphericalCode):
+            frame = frame.words(classes, dtype=working_dtype(features.dtype))
+        else:
+            frame = frame.index_select(0, classes)
     if isinstance(frame, SphericalCode):
         return _of_code(features, frame, targets, scale, label_smoothing, ignore_index, reduction)
     require_floating("frame", frame.dtype)

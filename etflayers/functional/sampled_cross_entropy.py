@@ -32,6 +32,7 @@ from torch import Tensor
 
 from etflayers.checks import require, require_floating, require_number
 from etflayers.errors import InvalidArgumentError
+from etflayers.functional.active import among_active
 from etflayers.functional.class_means import ignored_targets
 from etflayers.functional.cross_entropy import require_loss_options, require_targets_of
 from etflayers.functional.reduction import Reduction, reduced
@@ -53,6 +54,7 @@ def sampled_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    classes: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the logits ``s W f`` over the classes of the batch and a random share of the others.
@@ -76,6 +78,8 @@ def sampled_cross_entropy(
         label_smoothing: e in [0, 1], the share of the target that is spread over all K classes.
         ignore_index: target of the samples to leave out; their classes are not kept.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        classes: ``(A,)``, ascending: the classes to choose among, of which the rate is a share; default all
+            K. Targets still count from 0 to K.
         generator: random numbers, on the device of ``features``; default: PyTorch's global one.
 
     Returns:
@@ -118,6 +122,9 @@ def sampled_cross_entropy(
         "is left to draw; take code_cross_entropy for them",
     )
     require_targets_of(features, targets)
+    if classes is not None:
+        targets, ignore_index = among_active(targets, classes, len(weight), ignore_index)
+        weight = weight.index_select(0, classes)
     rows, labels = features.reshape(-1, features.shape[-1]), targets.reshape(-1)
     ignored = ignored_targets(labels, len(weight), ignore_index)
     dtype = torch.promote_types(features.dtype, weight.dtype)

@@ -98,9 +98,16 @@ def answers(module: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = read_classifier(module)
         products = Classifier(weight).logits(features)
         cosines = cosines_of(products, features, weight)
-        return products if bias is None else products + bias.to(products), cosines
+        products = products if bias is None else products + bias.to(products)
+        return products, _of_active(module, cosines)
     head: Any = module
     with full_precision(features):
         logits = head.forward(features)
     lengths = head.scale * torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return logits, logits / torch.where(lengths > 0, lengths, 1)
+    return logits, _of_active(module, logits / torch.where(lengths > 0, lengths, 1))
+
+
+def _of_active(module: nn.Module, cosines: Tensor) -> Tensor:
+    """Cosines that are -1 for the classes that are not here yet: no other is nearer to a feature for it."""
+    active = getattr(module, "active", None)
+    return cosines if active is None else torch.where(active.to(cosines.device), cosines, -1)

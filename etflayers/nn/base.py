@@ -10,14 +10,14 @@ need from the public surface below, so that one written elsewhere needs nothing 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etflayers._torch import is_replica, is_symbolic
+from etflayers._torch import is_concrete, is_replica, is_symbolic, stamp
 from etflayers.checks import (
     require,
     require_flag,
@@ -28,8 +28,12 @@ from etflayers.checks import (
 )
 from etflayers.codes import SphericalCode
 from etflayers.errors import InvalidArgumentError, MissingTargetsError
+from etflayers.functional.active import DROP, masked_logits, require_active
 from etflayers.functional.logits import directions
 from etflayers.precision import linear_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CodeHead", "LogitTerms"]
 
@@ -59,6 +63,12 @@ class CodeHead(nn.Module, ABC):
     A scale that learns is a parameter: ``scale=nn.Parameter(torch.tensor(10.0))``, or assign one later. Keep
     it positive, for instance by clamping it after each step of the optimizer.
 
+    **Classes that come later.** ``num_classes`` may be all that will ever come. :meth:`deactivate` says which
+    are not here yet, and :meth:`activate` that they have come. A class that is not here has a row in W and no
+    part in a softmax, an argmax or a loss; its row gets no gradient, and it is refused as a target. The first
+    call adds the buffer ``active``: make it before the model is wrapped (``DistributedDataParallel``,
+    ``AveragedModel``), and on all ranks. Later ones write into the buffer.
+
     **A head of your own** defines :attr:`frame`. If W or m depends on the batch it overrides
     :meth:`logit_terms`, too; if it needs targets for that, it sets ``accepts_targets`` and asks
     :meth:`require_targets` for them. :meth:`reset_parameters` gives its tensors their first values again.
@@ -72,6 +82,8 @@ class CodeHead(nn.Module, ABC):
     Attributes:
         accepts_targets: whether a training pass needs targets:
             :func:`~etflayers.nn.provide_targets` gives them to these heads.
+        active: which classes are here, ``(K,)`` bool, a buffer; ``None``, until :meth:`deactivate` is
+            called, for all.
         provided_targets: what it gave; no part of copies and pickles.
 
     Raises:
@@ -95,6 +107,8 @@ class CodeHead(nn.Module, ABC):
     # Names that entries of a state dict had in earlier versions, with those of today.
     renamed_state: ClassVar[Mapping[str, str]] = {}
 
+    active: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -113,6 +127,9 @@ class CodeHead(nn.Module, ABC):
         self.scale = scale
         self.normalize = normalize
         self.provided_targets: Tensor | None = None
+        self.register_buffer("active", None)
+        # The numbers of the active classes, with the stamp of the buffer that they were read from.
+        self._noted: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     @abstractmethod
@@ -131,20 +148,25 @@ class CodeHead(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the ``nn.Linear`` with the same logits, ``s W``, ``(K, d)``."""
-        return self.scale * self.frame
+        """The weight of the ``nn.Linear`` with the same logits, ``s W``, ``(K, d)``.
+
+        A class that is not here has the mean of the active rows, as its logit is the mean of theirs, less D.
+        """
+        weight = self.scale * self.frame
+        return weight if self.active is None else masked_logits(weight.mT, self.active, drop=0.0).mT
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the ``nn.Linear`` with the same logits, ``-s W m``, ``(K,)``; ``None`` for no center.
+        """The bias of the ``nn.Linear`` with the same logits, ``-s W m``, ``(K,)``; ``None`` for zero.
 
         With ``normalize=True`` weight and bias are those of a linear layer on normalized features.
         """
         if self.center is None:
-            return None
+            return None if self.active is None else -DROP * (~self.active).to(self.frame.dtype)
         frame = self.frame
         # In float64: a large common mean would cancel between the product and the bias.
-        return (-self.scale * (frame.double() @ self.center.double())).to(frame.dtype)
+        bias = -self.scale * (frame.double() @ self.center.double())
+        return (bias if self.active is None else masked_logits(bias, self.active)).to(frame.dtype)
 
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of a batch.
@@ -155,10 +177,13 @@ class CodeHead(nn.Module, ABC):
                 exchanged.
 
         Returns:
-            ``(..., K)``.
+            ``(..., K)``. Classes that are not here have a logit of 1000 less than the mean of the others, and
+            no part in anything: label smoothing of ``F.cross_entropy`` has the right gradient, too, and a
+            value that is too large by a constant.
 
         Raises:
-            InvalidArgumentError: features of another width or dtype.
+            InvalidArgumentError: features of another width or dtype, or in training a target that is not
+                here.
         """
         inputs, frame, center = self.logit_terms(features, targets)
         if center is not None:
@@ -166,7 +191,7 @@ class CodeHead(nn.Module, ABC):
             inputs = inputs - center
         dtype = torch.promote_types(inputs.dtype, frame.dtype)
         logits = self.scale * F.linear(inputs.to(dtype), frame.to(dtype))
-        return logits.to(linear_dtype(features))
+        return self.of_active(logits, targets).to(linear_dtype(features))
 
     def logit_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
         """z, W and m of the logits ``s (z - m) W'``; what a training pass changes has been changed then.
@@ -202,12 +227,12 @@ class CodeHead(nn.Module, ABC):
             )
         return directions(features) if self.normalize else features
 
-    def require_targets(self, targets: Tensor | None) -> Tensor:
+    def require_targets(self, targets: Tensor | None, ignore_index: int = -100) -> Tensor:
         """``targets``, or those from :func:`~etflayers.nn.provide_targets`.
 
         Raises:
             MissingTargetsError: there are none.
-            InvalidArgumentError: the head is a copy made by ``nn.DataParallel``.
+            InvalidArgumentError: the head is a copy made by ``nn.DataParallel``, or a target is not here yet.
         """
         require(
             not is_replica(self),
@@ -222,14 +247,126 @@ class CodeHead(nn.Module, ABC):
                 "etflayers.capture_targets(model) once if it is the model that gets labels=..., or call "
                 ".eval(); for update_bn and loops of other libraries see docs/heads.md"
             )
+        if self.active is not None:
+            require_active(targets, self.active, ignore_index)
         return targets
 
-    def reset_parameters(self) -> None:
-        """Give parameters and buffers their first values, as after construction.
+    # --- classes that come later ---
 
-        Needed after construction on the ``meta`` device and ``to_empty``. Nothing to do for a head without
-        tensors of its own.
+    @property
+    def active_classes(self) -> Tensor:
+        """Numbers of the classes that are here, ``(A,)`` int64, ascending.
+
+        Read from the buffer once after each change, which on an accelerator waits for the device. As with a
+        stored frame, a training pass trusts what ``DistributedDataParallel`` writes.
         """
+        if self.active is None:
+            return torch.arange(self.num_classes, device=self._device)
+        if self._noted is None or (is_concrete(self.active) and not self._is_noted(self._noted[0])):
+            self._note()
+        assert self._noted is not None
+        return self._noted[1]
+
+    def activate(self, classes: Iterable[int] | Tensor) -> Self:
+        """Classes have come: from now on they take part. Under ``torch.distributed`` all ranks call it.
+
+        Args:
+            classes: their numbers in [0, K).
+
+        Returns:
+            The head.
+
+        Raises:
+            InvalidArgumentError: no numbers of classes.
+
+        >>> from etflayers.nn import FixedETFHead
+        >>> head = FixedETFHead(in_features=8, num_classes=5).deactivate(range(2, 5))
+        >>> head.activate([3]).active_classes
+        tensor([0, 1, 3])
+        """
+        return self._set_active(classes, True)
+
+    def deactivate(self, classes: Iterable[int] | Tensor) -> Self:
+        """Classes are not here, or no more. Under ``torch.distributed`` all ranks call it.
+
+        Args:
+            classes: their numbers in [0, K); at least one class has to stay.
+
+        Returns:
+            The head.
+
+        Raises:
+            InvalidArgumentError: no numbers of classes, or all that are active.
+        """
+        return self._set_active(classes, False)
+
+    @torch.no_grad()
+    def _set_active(self, classes: Iterable[int] | Tensor, value: bool) -> Self:
+        index = _class_numbers(classes, self.num_classes)
+        if self.active is None and value:
+            return self
+        before = self.active
+        if before is None:
+            before = torch.ones(self.num_classes, dtype=torch.bool, device=self._device)
+        now = before.index_fill(0, index.to(before.device), value)
+        require(
+            before.is_meta or bool(now.any()),
+            f"classes must leave at least one of the {self.num_classes} classes active",
+        )
+        if self.active is None:
+            self.active = now
+        else:
+            self.active.copy_(now)
+        self._note()
+        return self
+
+    def of_active(self, logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits ``(..., K)`` as they leave the head, masked where a class is not here; for a ``forward``.
+
+        Args:
+            logits: of all classes.
+            targets: what a training pass was given; a head that accepts targets has checked them already.
+
+        Raises:
+            InvalidArgumentError: in training, a target that is not here.
+        """
+        if self.active is None:
+            return logits
+        if self.training and targets is not None and not self.accepts_targets:
+            require_active(targets, self.active)
+        return masked_logits(logits, self.active)
+
+    def _note(self) -> None:
+        """Read the numbers of the active classes from the buffer."""
+        self._noted = None
+        if self.active is not None and is_concrete(self.active):
+            self._noted = stamp(self.active), self.active.nonzero().flatten()
+
+    def _is_noted(self, known: tuple[int, int]) -> bool:
+        assert self.active is not None
+        now = stamp(self.active)
+        return now[0] == known[0] if self.training else now == known
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._note()
+        return self
+
+    # --- state ---
+
+    def reset_parameters(self) -> None:
+        """Give parameters and buffers their first values, as after construction; all classes are active.
+
+        Needed after construction on the ``meta`` device and ``to_empty``. Nothing else to do for a head
+        without tensors of its own.
+        """
+        if self.active is not None:
+            self.active.fill_(True)
+            self._note()
 
     @torch.no_grad()
     def to_linear(self, *, normalized_inputs: bool = False) -> nn.Linear:
@@ -272,17 +409,29 @@ class CodeHead(nn.Module, ABC):
         for old, new in self.renamed_state.items():
             if prefix + old in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
+        stored = state_dict.get(prefix + "active")
+        if stored is not None:
+            fault = _mask_fault(stored)
+            if fault is not None:
+                args[-1].append(f"{prefix}active {fault}")
+                return
+            if self.active is None:
+                self.active = torch.ones(self.num_classes, dtype=torch.bool, device=self._device)
+        elif self.active is not None:  # of a head for which all classes have always been here
+            state_dict[prefix + "active"] = torch.ones_like(self.active)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._note()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "provided_targets": None}
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return (
+        shown = (
             f"in_features={self.in_features}, num_classes={self.num_classes}, scale={_shown(self.scale)}, "
             f"normalize={self.normalize}"
         )
+        return shown if self._noted is None else f"{shown}, active={len(self._noted[1])}"
 
 
 def require_scale(scale: float | Tensor) -> None:
@@ -298,6 +447,39 @@ def require_scale(scale: float | Tensor) -> None:
         )
         return
     require_number("scale", scale, positive=True)
+
+
+def _class_numbers(classes: Iterable[int] | Tensor, num_classes: int) -> Tensor:
+    """Numbers of classes as a tensor ``(n,)``, which may come from another device."""
+    if isinstance(classes, Tensor):
+        index = classes.detach().reshape(-1)
+        integers = not (index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool)
+        require(integers, f"classes must be numbers of classes, integers, got {index.dtype}")
+    else:
+        require(
+            isinstance(classes, Iterable) and not isinstance(classes, str),
+            f"classes must be numbers of classes, such as [3, 4] or range(3, 5), got {classes!r}",
+        )
+        numbers = list(classes)
+        for number in numbers:
+            require_size("classes", number, at_least=None)
+        index = torch.tensor([int(number) for number in numbers], dtype=torch.int64, device="cpu")
+    unknown = [] if index.is_meta else index[(index < 0) | (index >= num_classes)].tolist()
+    require(
+        not unknown,
+        f"classes must be in [0, {num_classes}), the classes of the head, got {unknown[:8]}: "
+        "etflayers.nn.expand_classes makes a head for more",
+    )
+    return index.long()
+
+
+def _mask_fault(stored: Tensor) -> str | None:
+    """Why an entry of a state dict cannot say which classes are active."""
+    if stored.dtype != torch.bool:
+        return f"must be boolean, got {stored.dtype}"
+    if is_concrete(stored) and not bool(stored.any()):
+        return "must hold at least one class that is here"
+    return None
 
 
 def _shown(scale: float | Tensor) -> str:

@@ -150,7 +150,7 @@ class ClassMeanHead(KeepsPrecision, CodeHead):
         if not self.training:
             return LogitTerms(self.inputs(features), self.frame)
         try:
-            inputs, targets = self.inputs(features), self.require_targets(targets)
+            inputs, targets = self.inputs(features), self.require_targets(targets, self.averages.ignore_index)
         except EtfLayersError as error:
             self.averages.refuse(error)
         # Not torch.no_grad, which leaves the derivative of forward mode.
@@ -181,6 +181,7 @@ class ClassMeanHead(KeepsPrecision, CodeHead):
 
         Under ``torch.distributed`` all ranks call it, and get the rows that the first one draws.
         """
+        super().reset_parameters()
         self.averages.reset_parameters()
         overwrite(self.initial_rows, _random_directions(torch.empty_like(self.initial_rows)))
 

@@ -44,8 +44,8 @@ class ClassParallel(ColwiseParallel):
 
     Raises:
         InvalidArgumentError: a module that is neither ``nn.Linear`` nor a ``CodeHead``, a head with a
-            ``forward`` of its own, a mesh with several dimensions, or a ``NearestETFHead`` whose class means
-            would count each sample once a rank.
+            ``forward`` of its own or with classes that come later, a mesh with several dimensions, or a
+            ``NearestETFHead`` whose class means would count each sample once a rank.
 
     Reference:
         Shoeybi, Patwary, Puri, LeGresley, Casper, Catanzaro (2019), arXiv 1909.08053, section 3.
@@ -69,6 +69,11 @@ class ClassParallel(ColwiseParallel):
         if not isinstance(module, CodeHead):
             raise InvalidArgumentError(f"module must be a CodeHead or nn.Linear, got {type(module).__name__}")
         require(not isinstance(module, ShardedHead), "the classes of this head have already been divided")
+        require(
+            module.active is None,
+            "module has classes that come later: a head whose classes are divided among ranks needs all of "
+            "them here",
+        )
         kind = sharded_kind(module)
         if isinstance(module, NearestETFHead):
             _count_samples_once(module, device_mesh)

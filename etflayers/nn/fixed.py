@@ -111,7 +111,7 @@ class FixedETFHead(ETFHead):
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of a batch: see :meth:`CodeHead.forward`."""
         if not self.canonical:
-            return super().forward(features)
+            return super().forward(features, targets)
         inputs = self.inputs(features)
         with full_precision(inputs):
             inputs = inputs.to(working_dtype(inputs.dtype))
@@ -119,7 +119,7 @@ class FixedETFHead(ETFHead):
                 logits = self.scale * canonical_etf_logits(inputs, self.num_classes)
             else:
                 logits = canonical_etf_logits(inputs, self.num_classes, scale=self.scale)
-        return logits.to(linear_dtype(features))
+        return self.of_active(logits, targets).to(linear_dtype(features))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -130,6 +130,7 @@ class FixedETFHead(ETFHead):
         Raises:
             ManifoldError: the frame of a rotation that was given has been lost (by ``to_empty``).
         """
+        super().reset_parameters()
         if self.vertices is None:
             return
         if self.rotation == "given":

@@ -112,10 +112,10 @@ class FixedCodeHead(CodeHead):
     def forward(self, features: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of a batch: see :meth:`CodeHead.forward`."""
         if self.code is None:
-            return super().forward(features)
+            return super().forward(features, targets)
         inputs = self.inputs(features)
         products = self.code.piece_logits(inputs, 0, self.code.pieces)
-        return (self.scale * products).to(linear_dtype(features))
+        return self.of_active(self.scale * products, targets).to(linear_dtype(features))
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
@@ -127,7 +127,9 @@ class FixedCodeHead(CodeHead):
         Raises:
             InvalidArgumentError: features of another width or dtype.
         """
-        return self._answering.predict(self.inputs(features))
+        code, classes = self._choices
+        found = code.predict(self.inputs(features))
+        return found if classes is None else classes[found]
 
     @torch.no_grad()
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -135,18 +137,30 @@ class FixedCodeHead(CodeHead):
 
         Args:
             features: ``(..., d)``.
-            k: from 1 to K.
+            k: from 1 to K, or to the number of classes that are here.
 
         Raises:
             InvalidArgumentError: features of another width or dtype, or a k out of range.
         """
-        products, classes = self._answering.topk(self.inputs(features), k)
-        return self.scale * products, classes
+        code, classes = self._choices
+        require(
+            classes is None or k <= len(self.active_classes),
+            f"k must be at most the number of active classes, {len(self.active_classes)}, got {k}",
+        )
+        products, found = code.topk(self.inputs(features), k)
+        return self.scale * products, found if classes is None else classes[found]
 
     @property
-    def _answering(self) -> SphericalCode:
-        """The code with the present words, which a state dict may have brought."""
-        return self._given if self.words is None else DenseCode(self.words)
+    def _choices(self) -> tuple[SphericalCode, Tensor | None]:
+        """The present words, which a state dict may have brought, of the classes that are here; and these."""
+        if self.active is None:
+            return self._given if self.words is None else DenseCode(self.words), None
+        classes = self.active_classes
+        if len(classes) == 1:  # no code has one word, but it may have the same one twice
+            classes = classes.repeat(2)
+        if self.words is not None:
+            return DenseCode(self.words.index_select(0, classes)), classes
+        return DenseCode(self._given.words(classes)), classes
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -154,6 +168,7 @@ class FixedCodeHead(CodeHead):
 
         Under ``torch.distributed`` all ranks call it, and get those of the first one.
         """
+        super().reset_parameters()
         if self.words is not None:
             words = self._given.dense(dtype=working_dtype(self.words.dtype))
             overwrite(self.words, words.to(self.words))

@@ -166,6 +166,7 @@ class LearnedETFHead(KeepsPrecision, ETFHead):
 
         Under ``torch.distributed`` all ranks call it, and get the frame that the first one draws.
         """
+        super().reset_parameters()
         parameter = self.prototypes if self.manifold is None else self.rotation
         rotation = random_stiefel(
             self.in_features, self.num_classes - 1, device=parameter.device, dtype=parameter.dtype

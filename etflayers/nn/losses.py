@@ -168,6 +168,11 @@ class _HeadLoss(nn.Module):
         inputs, scale = _scaled(inputs if center is None else inputs - center, self.head.scale)
         return inputs, frame, scale
 
+    @property
+    def classes(self) -> Tensor | None:
+        """Numbers of the classes that are here, ``(A,)``; ``None`` for all of the head."""
+        return None if self.head.active is None else self.head.active_classes
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -200,6 +205,9 @@ class CodeCrossEntropy(_HeadLoss):
 
     In training the loss takes the place of the head, whose state it updates; where logits are wanted, call
     the head. Hooks of the head do not run.
+
+    Of a head that knows classes to come (:meth:`~etflayers.nn.CodeHead.deactivate`) only the classes that are
+    here have logits, and label smoothing is over these.
 
     The head belongs to the model, and the loss refers to it without being a second owner: it is no submodule
     of the loss, so that a model with both saves it once, under one name (safetensors asks for that). Moving
@@ -257,6 +265,7 @@ class CodeCrossEntropy(_HeadLoss):
                 label_smoothing=self.label_smoothing,
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
+                classes=self.classes,
                 impl=self.impl,
             )
         frame: Tensor | SphericalCode
@@ -273,6 +282,7 @@ class CodeCrossEntropy(_HeadLoss):
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            classes=self.classes,
             chunk_size=self.chunk_size,
             impl=self.impl,
         )
@@ -357,6 +367,7 @@ class SampledCrossEntropy(_HeadLoss):
             "label_smoothing": self.label_smoothing,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
+            "classes": self.classes,
         }
         if not self.training:
             return code_cross_entropy(inputs, frame, targets, **options)

@@ -265,7 +265,7 @@ class NearestETFHead(KeepsPrecision, ETFHead):
             inputs = self.inputs(features)
             return LogitTerms(inputs, self._frame_beside(inputs), self.global_mean)
         try:
-            inputs, targets = self.inputs(features), self.require_targets(targets)
+            inputs, targets = self.inputs(features), self.require_targets(targets, self.averages.ignore_index)
         except EtfLayersError as error:
             self.averages.refuse(error)
         frame = self._frame_beside(inputs)
@@ -331,6 +331,7 @@ class NearestETFHead(KeepsPrecision, ETFHead):
                 device=self.vertices.device,
                 dtype=self.vertices.dtype,
             )
+        super().reset_parameters()
         self.averages.reset_parameters()
         overwrite(self.vertices, frame.to(self.vertices.device))
         self.trust(self.vertices)

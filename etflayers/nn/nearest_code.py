@@ -153,7 +153,7 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
         if not self.training:
             return LogitTerms(self.inputs(features), self.words)
         try:
-            inputs, targets = self.inputs(features), self.require_targets(targets)
+            inputs, targets = self.inputs(features), self.require_targets(targets, self.averages.ignore_index)
         except EtfLayersError as error:
             self.averages.refuse(error)
         with full_precision(inputs):
@@ -203,6 +203,7 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
 
         Under ``torch.distributed`` all ranks call it, and get those of the first one.
         """
+        super().reset_parameters()
         self.averages.reset_parameters()
         overwrite(self.words, self._given.dense(dtype=self.words.dtype).to(self.words.device))
 

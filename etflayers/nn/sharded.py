@@ -98,6 +98,13 @@ class ShardedHead(CodeHead):
         rows = summed_backward(frame, self.class_shard.process_group)[self.class_shard.rows]
         return LogitTerms(inputs, rows, center)
 
+    def deactivate(self, classes: object) -> NoReturn:
+        """Refused: see :class:`~etflayers.nn.ClassParallel`."""
+        raise InvalidArgumentError(
+            "the classes of this head are divided among ranks, and all of them have to be here: a head with "
+            "classes that come later is not divided"
+        )
+
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise _refusal(self)
 

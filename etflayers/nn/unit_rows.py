@@ -85,6 +85,7 @@ class UnitRowHead(CodeHead):
 
         Under ``torch.distributed`` all ranks call it, and get the rows that the first one draws.
         """
+        super().reset_parameters()
         start = torch.empty(self.prototypes.shape, device=self.prototypes.device, dtype=self.prototypes.dtype)
         overwrite(self.prototypes, _as_linear(start))
 

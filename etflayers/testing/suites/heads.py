@@ -149,6 +149,24 @@ class HeadSuite(Suite):
             assert torch.isfinite(logits).all(), "logits are not finite after reset_parameters"
         assert torch.equal(*frames), "reset_parameters gives another frame from the same seed"
 
+    def test_classes_that_come_later(self) -> None:
+        """Without its last class a head decides among the others and refuses it as a target."""
+        head, features, targets = self.trained(), self.point(seed=2), self.targets()
+        last = head.num_classes - 1
+        before = head.eval()(features).detach()
+        head.deactivate([last])
+        logits = head(features)
+        assert torch.equal(logits[:, :-1], before[:, :-1]), "deactivate changes other logits"
+        shares = torch.softmax(before[:, :-1], -1)
+        assert_close(torch.softmax(logits, -1), F.pad(shares, (0, 1)), self.rtol)
+        state = state_of_module(head)
+        assert_refused(lambda: head.train()(features, targets), InvalidArgumentError, "targets")
+        torch.testing.assert_close(state_of_module(head), state, rtol=0, atol=0)
+        twin = self.made(seed=1)
+        twin.load_state_dict(state)
+        assert torch.equal(twin.eval()(features), logits), "a state dict does not carry the active classes"
+        assert torch.equal(head.activate([last]).eval()(features), before), "activate changes other logits"
+
     def test_degenerate_input(self) -> None:
         """Coinciding features, zeros and a single class give finite logits and gradients."""
         targets = self.targets()
