@@ -11,6 +11,7 @@ from etflayers.nn.etf import ETFHead
 from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.fixed_code import FixedCodeHead
+from etflayers.nn.growth import Movement, expand_classes
 from etflayers.nn.learned import LearnedETFHead
 from etflayers.nn.losses import (
     CodeCrossEntropy,
@@ -51,6 +52,7 @@ __all__ = [
     "LogitTerms",
     "MahalanobisNearestETF",
     "Momentum",
+    "Movement",
     "NearestCodeHead",
     "NearestETF",
     "NearestETFHead",
@@ -60,6 +62,7 @@ __all__ = [
     "UnitRowHead",
     "capture_features",
     "capture_targets",
+    "expand_classes",
     "find_classifiers",
     "provide_targets",
     "replace_classifier",

@@ -82,8 +82,6 @@ class CodeHead(nn.Module, ABC):
     Attributes:
         accepts_targets: whether a training pass needs targets:
             :func:`~etflayers.nn.provide_targets` gives them to these heads.
-        active: which classes are here, ``(K,)`` bool, a buffer; ``None``, until :meth:`deactivate` is
-            called, for all.
         provided_targets: what it gave; no part of copies and pickles.
 
     Raises:
@@ -107,8 +105,6 @@ class CodeHead(nn.Module, ABC):
     # Names that entries of a state dict had in earlier versions, with those of today.
     renamed_state: ClassVar[Mapping[str, str]] = {}
 
-    active: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -127,7 +123,6 @@ class CodeHead(nn.Module, ABC):
         self.scale = scale
         self.normalize = normalize
         self.provided_targets: Tensor | None = None
-        self.register_buffer("active", None)
         # The numbers of the active classes, with the stamp of the buffer that they were read from.
         self._noted: tuple[tuple[int, int], Tensor] | None = None
 
@@ -254,6 +249,12 @@ class CodeHead(nn.Module, ABC):
     # --- classes that come later ---
 
     @property
+    def active(self) -> Tensor | None:
+        """Which classes are here, ``(K,)`` bool, a buffer; ``None`` for all, until :meth:`deactivate`."""
+        # Not registered as None at the start: torch.export counts such a buffer, and misnames the others.
+        return self._buffers.get("active")
+
+    @property
     def active_classes(self) -> Tensor:
         """Numbers of the classes that are here, ``(A,)`` int64, ascending.
 
@@ -314,7 +315,7 @@ class CodeHead(nn.Module, ABC):
             f"classes must leave at least one of the {self.num_classes} classes active",
         )
         if self.active is None:
-            self.active = now
+            self._buffers["active"] = now
         else:
             self.active.copy_(now)
         self._note()
@@ -416,7 +417,8 @@ class CodeHead(nn.Module, ABC):
                 args[-1].append(f"{prefix}active {fault}")
                 return
             if self.active is None:
-                self.active = torch.ones(self.num_classes, dtype=torch.bool, device=self._device)
+                everything = torch.ones(self.num_classes, dtype=torch.bool, device=self._device)
+                self._buffers["active"] = everything
         elif self.active is not None:  # of a head for which all classes have always been here
             state_dict[prefix + "active"] = torch.ones_like(self.active)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -39,7 +39,7 @@ from etflayers.nn.etf import ETFHead
 from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import full_precision, working_dtype
 
-__all__ = ["LearnedETFHead"]
+__all__ = ["LearnedETFHead", "on_manifold"]
 
 
 class LearnedETFHead(KeepsPrecision, ETFHead):
@@ -119,7 +119,7 @@ class LearnedETFHead(KeepsPrecision, ETFHead):
         if manifold is None:
             self.prototypes = nn.Parameter(etf_from_coordinates(start.mT))
         else:
-            self.rotation = _on_manifold(start)
+            self.rotation = on_manifold(start)
 
     @property
     def frame(self) -> Tensor:
@@ -182,14 +182,14 @@ class LearnedETFHead(KeepsPrecision, ETFHead):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.manifold is not None and not hasattr(self.rotation, "manifold"):
             # assign=True has put an ordinary parameter here, which an optimizer would not keep orthonormal.
-            self.rotation = _on_manifold(self.rotation.detach(), requires_grad=self.rotation.requires_grad)
+            self.rotation = on_manifold(self.rotation.detach(), requires_grad=self.rotation.requires_grad)
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"{super().extra_repr()}, manifold={self.manifold!r}"
 
 
-def _on_manifold(rotation: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
+def on_manifold(rotation: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
     """A parameter that the optimizers of geoopt keep on the Stiefel manifold."""
     geoopt = require_module("geoopt", extra="solvers")
     # The QR retraction of the Euclidean metric returns to the manifold at every step; the Cayley transform of
