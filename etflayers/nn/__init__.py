@@ -26,6 +26,7 @@ from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF
 from etflayers.nn.stiefel import StiefelNode
 from etflayers.nn.surgery import replace_classifier, restore_linear
 from etflayers.nn.targets import TargetCapture, capture_targets, provide_targets
+from etflayers.nn.transit import TransitHead
 from etflayers.nn.unit_rows import UnitRowHead
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "SampledCrossEntropy",
     "StiefelNode",
     "TargetCapture",
+    "TransitHead",
     "UnitRowHead",
     "capture_features",
     "capture_targets",

@@ -35,7 +35,7 @@ from etflayers.precision import linear_dtype
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CodeHead", "LogitTerms"]
+__all__ = ["CodeHead", "LogitTerms", "class_numbers"]
 
 
 class LogitTerms(NamedTuple):
@@ -303,7 +303,7 @@ class CodeHead(nn.Module, ABC):
 
     @torch.no_grad()
     def _set_active(self, classes: Iterable[int] | Tensor, value: bool) -> Self:
-        index = _class_numbers(classes, self.num_classes)
+        index = class_numbers(classes, self.num_classes)
         if self.active is None and value:
             return self
         before = self.active
@@ -451,8 +451,12 @@ def require_scale(scale: float | Tensor) -> None:
     require_number("scale", scale, positive=True)
 
 
-def _class_numbers(classes: Iterable[int] | Tensor, num_classes: int) -> Tensor:
-    """Numbers of classes as a tensor ``(n,)``, which may come from another device."""
+def class_numbers(classes: Iterable[int] | Tensor, num_classes: int) -> Tensor:
+    """Numbers of classes as a tensor ``(n,)``, int64, wherever they come from.
+
+    Raises:
+        InvalidArgumentError: anything else, or numbers outside [0, K).
+    """
     if isinstance(classes, Tensor):
         index = classes.detach().reshape(-1)
         integers = not (index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
+from etflayers.geometry import simplex_etf
 from etflayers.nn import (
     ClassMeanHead,
     CodeMSELoss,
@@ -18,6 +19,7 @@ from etflayers.nn import (
     MahalanobisNearestETF,
     NearestETF,
     NearestETFHead,
+    TransitHead,
     UnitRowHead,
 )
 from etflayers.solvers import SVD, ByRegime, GramEigh, GramRoot, RiemannianNewton
@@ -82,6 +84,12 @@ class TestClassMeanHead(HeadSuite):
 class TestDifferentiatedClassMeanHead(HeadSuite):
     def make(self) -> ClassMeanHead:
         return ClassMeanHead(3, 6, scale=5.0, normalize=True, detach=False)
+
+
+class TestTransitHead(HeadSuite):
+    def make(self) -> TransitHead:
+        head = TransitHead(simplex_etf(4, 6, rotation="haar", device="cpu"), scale=2.0)
+        return head.depart([1, 3], torch.ones(2, 6, device="cpu")).transit(0.3)
 
 
 class TestByRegime(FrameSolverSuite):
