@@ -20,6 +20,7 @@ from etflayers.nn.losses import (
     ETFCrossEntropy,
     SampledCrossEntropy,
 )
+from etflayers.nn.memory import FeatureMemory
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.nearest_code import NearestCodeHead
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
@@ -44,6 +45,7 @@ __all__ = [
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
+    "FeatureMemory",
     "FeatureMovingAverage",
     "FixedCodeHead",
     "FixedETFHead",

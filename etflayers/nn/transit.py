@@ -41,8 +41,8 @@ class TransitHead(KeepsPrecision, CodeHead):
     r"""Classifier with rows on the way from class means to vertices: ``w_k(t) ~ (1 - t) p_k + t w_k``.
 
     The rows are divided by their lengths. All classes are at their vertices at first. :meth:`depart` puts new
-    ones where their features are, and :meth:`transit`, called once an epoch or a step, moves them on; at t = 1
-    they have arrived, and stay. Between two calls W is a constant: the head has no parameters.
+    ones where their features are, and :meth:`transit`, called once an epoch or a step, moves them on. At
+    t = 1 they have arrived, and stay. Between two calls W is a constant: the head has no parameters.
 
     .. code-block:: python
 

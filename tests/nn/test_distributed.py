@@ -19,10 +19,12 @@ from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import EtfLayersError
 from etflayers.nn import (
     ClassMeanHead,
+    FeatureMemory,
     FeatureMovingAverage,
     FixedETFHead,
     NearestETFHead,
     etf,
+    expand_classes,
     provide_targets,
 )
 
@@ -158,6 +160,41 @@ def refusals(rank: int, head: NearestETFHead | ClassMeanHead) -> list[str]:
     return raised
 
 
+def sessions(rank: int | None) -> dict[str, Any]:
+    """Two sessions of a head that knows classes to come, with its memory, as one process or a rank."""
+    case, results = CASES["float32"], {}
+    model: nn.Module = make_model(torch.float64, seed=rank or 0)
+    head: Any = model[2]  # type: ignore[index]
+    head.deactivate([2, 3])  # before the model is wrapped
+    if rank is not None:
+        model = nn.parallel.DistributedDataParallel(model)
+    memory = FeatureMemory(5, 4, capacity=3)
+    for session, known in enumerate((2, 4)):
+        head.activate(range(known))
+        for step in range(STEPS):
+            features, targets = case.batch(step)
+            targets = targets % known
+            if rank is not None:
+                features, targets = features[case.share(rank)], targets[case.share(rank)]
+            with provide_targets(model, targets):
+                logits = model(features.double())
+            memory.update(features, targets)
+        results[f"logits {session}"] = logits.detach()
+        results[f"head {session}"] = copy.deepcopy(head.state_dict())
+    results["memory"] = memory.merged_over_ranks().state_dict()
+    head.deactivate([3])
+    bad = torch.tensor([3 if rank in (None, 0) else 0])
+    before = copy.deepcopy(head.state_dict())
+    try:
+        head.train()(torch.ones(1, 6, dtype=torch.float64), bad)
+    except EtfLayersError as error:
+        results["refusal"] = type(error).__name__
+    torch.testing.assert_close(head.state_dict(), before, rtol=0, atol=0)
+    torch.manual_seed(rank or 0)
+    results["grown"] = expand_classes(ClassMeanHead(6, 4), 7)[0].initial_rows[4:]
+    return results
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
@@ -172,6 +209,7 @@ def worker(rank: int, folder: str) -> None:
     results["local"] = averages(rank, synchronize=False)
     results["copy"] = copy.deepcopy(NearestETFHead(6, 4, process_group=group)).averages.process_group
     results["looks"] = looks()
+    results["sessions"] = sessions(rank)
     fixed = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), FixedETFHead(6, 4)))
     results["fixed"] = fixed(torch.ones(1, 5)).detach()
     results["refusals"] = refusals(rank, NearestETFHead(6, 4))
@@ -227,6 +265,27 @@ def test_averages_of_soft_targets_are_those_of_the_whole_batch(ranks: list[dict[
     for results in ranks:
         for got, whole in zip(results["soft"], expected, strict=True):
             torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
+
+
+def test_sessions_on_two_ranks_are_those_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    """Logits, the head with its active classes, means and counts of the merged memory, and refusals."""
+    expected, case = sessions(rank=None), CASES["float32"]
+    for rank, results in enumerate(ranks):
+        got = results["sessions"]
+        for session in range(2):
+            share = expected[f"logits {session}"][case.share(rank)]
+            torch.testing.assert_close(got[f"logits {session}"], share, rtol=0, atol=1e-9)
+            state = expected[f"head {session}"]
+            torch.testing.assert_close(dict(got[f"head {session}"]), dict(state), rtol=0, atol=1e-9)
+        for name in ("means", "counts"):
+            torch.testing.assert_close(got["memory"][name], expected["memory"][name])
+        assert torch.equal(got["memory"]["keys"], ranks[0]["sessions"]["memory"]["keys"])
+        assert torch.equal(got["memory"]["features"], ranks[0]["sessions"]["memory"]["features"])
+        assert torch.equal(got["grown"], ranks[0]["sessions"]["grown"])
+    assert expected["head 0"]["active"].tolist() == [True, True, False, False]
+    assert expected["head 1"]["active"].all()
+    refused = [results["sessions"]["refusal"] for results in ranks]
+    assert refused == ["InvalidArgumentError", "RanksDisagreeError"]
 
 
 def test_without_synchronize_each_rank_keeps_to_itself(ranks: list[dict[str, Any]]) -> None:
