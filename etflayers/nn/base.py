@@ -71,7 +71,8 @@ class CodeHead(nn.Module, ABC):
 
     **A head of your own** defines :attr:`frame`. If W or m depends on the batch it overrides
     :meth:`logit_terms`, too; if it needs targets for that, it sets ``accepts_targets`` and asks
-    :meth:`require_targets` for them. :meth:`reset_parameters` gives its tensors their first values again.
+    :meth:`require_targets` for them. :meth:`reset_parameters` gives its tensors their first values again, and
+    calls that of this class. A ``forward`` of its own ends with :meth:`of_active`.
 
     Args:
         in_features: d >= 1.
@@ -425,7 +426,11 @@ class CodeHead(nn.Module, ABC):
         self._note()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "provided_targets": None}
+        return {**self.__dict__, "provided_targets": None, "_noted": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._note()  # at once: a compiled pass cannot
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from etflayers import CodeCrossEntropy, SampledCrossEntropy
 from etflayers.codes import OrthoplexCode
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.active import DROP
+from etflayers.metrics import NeuralCollapse
 from etflayers.metrics.classifier import answers
 from etflayers.nn import (
     ClassMeanHead,
+    ClassParallel,
     CodeHead,
     FixedCodeHead,
     FixedETFHead,
@@ -31,6 +34,7 @@ from etflayers.nn import (
     NearestETFHead,
     UnitRowHead,
 )
+from etflayers.nn.sharded import ShardedHead
 
 HERE, COMING = [0, 2, 3, 5], [1, 4, 6]
 HEADS: dict[str, Callable[..., CodeHead]] = {
@@ -363,6 +367,14 @@ def test_meta_and_moves() -> None:
     assert made.active_classes.tolist() == list(range(7))
 
 
+def test_heads_that_are_divided_among_ranks_need_all_classes() -> None:
+    mesh: Any = SimpleNamespace(ndim=1)
+    with pytest.raises(InvalidArgumentError, match="module has classes that come later"):
+        ClassParallel()._apply(make("haar").deactivate([1]), mesh)
+    with pytest.raises(InvalidArgumentError, match="all of them have to be here"):
+        ShardedHead.deactivate(make("haar"), [1])  # type: ignore[arg-type]
+
+
 # --- torch.compile, torch.func ----------------------------------------------------------------------------
 
 
@@ -434,3 +446,18 @@ def test_metrics_choose_among_the_classes_that_are_here(head: CodeHead) -> None:
     torch.testing.assert_close(logits, head(features), rtol=1e-6, atol=1e-6)
     assert (cosines[:, COMING] == -1).all()
     assert torch.isin(cosines.argmax(-1), torch.tensor(HERE)).all()
+
+
+@pytest.mark.parametrize("rotation", ["haar", "canonical"])
+def test_neural_collapse_is_that_of_a_classifier_without_the_others(rotation: Any) -> None:
+    head = FixedETFHead(8, 7, rotation=rotation, scale=2.0).deactivate(COMING)
+    cut = nn.Linear(8, 4, bias=False)
+    targets = torch.arange(80) % 4
+    with torch.no_grad():
+        cut.weight.copy_(2 * head.frame[HERE])
+    features = 0.5 * torch.randn(80, 8) + 2 * head.frame[HERE][targets]
+    metric = NeuralCollapse(7, 8, classifier=head, unseen="exclude")
+    expected = NeuralCollapse(4, 8, classifier=cut)
+    metric.update(features, torch.tensor(HERE)[targets])
+    expected.update(features, targets)
+    torch.testing.assert_close(metric.compute(), expected.compute(), rtol=1e-4, atol=1e-5, equal_nan=True)
