@@ -398,6 +398,19 @@ def test_compiles_as_one_graph_and_follows(head: CodeHead, loss: bool) -> None:
         )
 
 
+def test_the_eval_path_exports_and_takes_other_state(head: CodeHead) -> None:
+    features, targets = batch(head)
+    head.train()(features, targets)
+    head.eval()
+    shapes = {"features": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(head, (features,), dynamic_shapes=shapes)
+    for size in (1, 12):
+        torch.testing.assert_close(program.module()(features[:size]), head(features[:size]))
+    state = {**head.state_dict(), "active": torch.ones(7, dtype=torch.bool)}
+    assert torch.equal(torch.func.functional_call(head, state, (features,)), whole(head)(features))
+    assert head.active_classes.tolist() == HERE
+
+
 def test_func_grad_and_vmap_of_the_eval_path(head: CodeHead) -> None:
     features, targets = batch(head.eval())
     keep = targets >= 0
