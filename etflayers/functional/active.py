@@ -77,7 +77,7 @@ def require_active(targets: Tensor, active: Tensor, ignore_index: int = -100) ->
         return
     if are_soft(targets):
         if targets.shape[-1:] == active.shape:
-            _refuse_where((targets.detach() > 0).flatten(0, -2).any(0) & ~active)
+            _refuse_where((targets.detach() > 0).reshape(-1, len(active)).any(0) & ~active)
         return
     labels = targets.long().reshape(-1)
     a_class = (labels >= 0) & (labels < len(active)) & (labels != ignore_index)

@@ -201,6 +201,8 @@ def test_soft_targets(head: CodeHead) -> None:
     expected = F.cross_entropy(whole(head)(features)[:, HERE], shares[:, HERE], label_smoothing=0.1)
     loss = CodeCrossEntropy(head, label_smoothing=0.1)
     torch.testing.assert_close(loss(features, shares), expected, rtol=1e-12, atol=1e-12)
+    alone = F.cross_entropy(whole(head)(features[0])[HERE], shares[0, HERE], label_smoothing=0.1)
+    torch.testing.assert_close(loss(features[0], shares[0]), alone, rtol=1e-12, atol=1e-12)
     bad = shares.roll(1, -1)
     with pytest.raises(InvalidArgumentError, match=r"must be active classes.*got classes \[1, 4, 6\]"):
         loss(features, bad)
