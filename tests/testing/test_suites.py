@@ -12,10 +12,12 @@ from etflayers.nn import (
     ClassMeanHead,
     CodeMSELoss,
     DotRegressionLoss,
+    FixedCodeHead,
     FixedETFHead,
     HuberNearestETF,
     LearnedETFHead,
     MahalanobisNearestETF,
+    NearestCodeHead,
     NearestETF,
     NearestETFHead,
     UnitRowHead,
@@ -82,6 +84,31 @@ class TestClassMeanHead(HeadSuite):
 class TestDifferentiatedClassMeanHead(HeadSuite):
     def make(self) -> ClassMeanHead:
         return ClassMeanHead(3, 6, scale=5.0, normalize=True, detach=False)
+
+
+class TestKerdockHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(4, 21, scale=4.0)
+
+
+class TestNormalizedOrthoplexHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(4, 7, scale=4.0, normalize=True)
+
+
+class TestRootHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(5, 17, code="roots", scale=4.0)
+
+
+class TestStoredCodeHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(3, 6, code="optimized", scale=4.0)
+
+
+class TestNearestCodeHead(HeadSuite):
+    def make(self) -> NearestCodeHead:
+        return NearestCodeHead(3, 6, code="optimized", scale=4.0)
 
 
 class TestByRegime(FrameSolverSuite):
