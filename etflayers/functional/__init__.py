@@ -15,6 +15,7 @@ from etflayers.functional.parallel_cross_entropy import (
     class_parallel_cross_entropy,
     class_parallel_etf_cross_entropy,
 )
+from etflayers.functional.priors import logit_adjustment
 from etflayers.functional.reduction import Reduction
 from etflayers.functional.sampled_cross_entropy import sampled_cross_entropy
 from etflayers.functional.spread import unit_spread
@@ -37,6 +38,7 @@ __all__ = [
     "dot_regression_loss",
     "etf_cross_entropy",
     "huber_nearest_etf",
+    "logit_adjustment",
     "mahalanobis_nearest_etf",
     "nearest_etf",
     "sampled_cross_entropy",
