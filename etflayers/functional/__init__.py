@@ -9,7 +9,7 @@ from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
 from etflayers.functional.logits import canonical_etf_logits, directions
-from etflayers.functional.losses import code_mse_loss, dot_regression_loss
+from etflayers.functional.losses import code_mse_loss, dot_regression_loss, lengths_from_counts
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
 from etflayers.functional.parallel_cross_entropy import (
     class_parallel_cross_entropy,
@@ -38,6 +38,7 @@ __all__ = [
     "dot_regression_loss",
     "etf_cross_entropy",
     "huber_nearest_etf",
+    "lengths_from_counts",
     "logit_adjustment",
     "mahalanobis_nearest_etf",
     "nearest_etf",

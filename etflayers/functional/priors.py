@@ -31,7 +31,14 @@ from etflayers.checks import require, require_floating, require_values
 from etflayers.geometry import centered_basis_adjoint, etf_radius
 from etflayers.precision import working_dtype
 
-__all__ = ["features_with_prior", "linear_with_prior", "log_prior", "logit_adjustment", "require_prior"]
+__all__ = [
+    "features_with_prior",
+    "linear_with_prior",
+    "log_prior",
+    "logit_adjustment",
+    "require_frequencies",
+    "require_prior",
+]
 
 
 def logit_adjustment(logits: Tensor, prior: Tensor, *, tau: float = 1.0) -> Tensor:
@@ -77,23 +84,34 @@ def log_prior(prior: Tensor, num_classes: int, tau: float = 1.0, *, like: Tensor
 
 def require_prior(prior: Tensor, num_classes: int, tau: float = 1.0) -> None:
     """Raise unless ``prior`` has a positive, finite number for each class, and ``tau`` is a finite number."""
-    require(
-        isinstance(prior, Tensor) and not (prior.dtype.is_complex or prior.dtype == torch.bool),
-        "prior must be a tensor of counts or probabilities, got "
-        f"{prior.dtype if isinstance(prior, Tensor) else type(prior).__name__}: pass torch.as_tensor(counts)",
-    )
+    require_frequencies("prior", prior)
     require(
         prior.shape == (num_classes,),
         f"prior must have one number for each class, shape ({num_classes},), got {tuple(prior.shape)}",
     )
-    values = prior.detach()
-    require_values(
-        ((values > 0) & torch.isfinite(values)).all(),
-        "prior must be positive and finite, because log 0 is not: a class without samples needs a guess of "
-        "how often it occurs, for instance counts.clamp(min=1)",
-    )
     is_number = isinstance(tau, numbers.Real) and not isinstance(tau, bool)
     require(is_number and math.isfinite(tau), f"tau must be a finite number, got {tau!r}")
+
+
+def require_frequencies(name: str, frequencies: Tensor) -> None:
+    """Raise unless ``frequencies`` is a vector of positive, finite numbers: counts or probabilities."""
+    require(
+        isinstance(frequencies, Tensor)
+        and not (frequencies.dtype.is_complex or frequencies.dtype == torch.bool),
+        f"{name} must be a tensor of counts or probabilities, got "
+        f"{frequencies.dtype if isinstance(frequencies, Tensor) else type(frequencies).__name__}: pass "
+        "torch.as_tensor(counts)",
+    )
+    require(
+        frequencies.ndim == 1 and len(frequencies) > 0,
+        f"{name} must have one number for each class, shape (K,), got {tuple(frequencies.shape)}",
+    )
+    values = frequencies.detach()
+    require_values(
+        ((values > 0) & torch.isfinite(values)).all(),
+        f"{name} must be positive and finite, because 0 has no logarithm and no reciprocal: a class without "
+        "samples needs a guess of how often it occurs, for instance counts.clamp(min=1)",
+    )
 
 
 def linear_with_prior(rows: Tensor, frame: Tensor, added: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require
+from etflayers.checks import require, require_flag
 from etflayers.codes import SphericalCode
 from etflayers.functional.cross_entropy import (
     code_cross_entropy,
@@ -100,7 +100,9 @@ class DotRegressionLoss(nn.Module):
     with ``normalize=True``, ``scale=1`` and ``lengths=1``; with another scale s multiply the lengths by s.
 
     Args:
-        lengths: l > 0, a number or one for each class, ``(K,)``, which becomes a buffer.
+        lengths: l > 0, a number or one for each class, ``(K,)``, which becomes a buffer;
+            :func:`~etflayers.functional.lengths_from_counts` has some for imbalanced classes.
+        divide_by_length: the form of the paper; ``False``: that of its code, without 1 / l_y.
         ignore_index: target of the samples to leave out.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
 
@@ -116,10 +118,16 @@ class DotRegressionLoss(nn.Module):
     """
 
     def __init__(
-        self, lengths: float | Tensor = 1.0, *, ignore_index: int = -100, reduction: Reduction = "mean"
+        self,
+        lengths: float | Tensor = 1.0,
+        *,
+        divide_by_length: bool = True,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         require_reduction(reduction)
+        require_flag("divide_by_length", divide_by_length)
         self.lengths: float | Tensor
         if isinstance(lengths, Tensor):
             require(
@@ -129,19 +137,26 @@ class DotRegressionLoss(nn.Module):
         else:
             self.lengths = lengths
         positive_lengths(lengths)
+        self.divide_by_length = divide_by_length
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of ``logits`` ``(..., K)`` for class indices ``targets`` ``(...)``."""
+        """The loss of ``logits`` ``(..., K)`` for class indices ``(...)`` or soft targets ``(..., K)``."""
         return dot_regression_loss(
-            logits, targets, lengths=self.lengths, ignore_index=self.ignore_index, reduction=self.reduction
+            logits,
+            targets,
+            lengths=self.lengths,
+            divide_by_length=self.divide_by_length,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )
 
     def extra_repr(self) -> str:
         """The arguments."""
         lengths = "per class" if isinstance(self.lengths, torch.Tensor) else self.lengths
-        return f"lengths={lengths}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        form = "" if self.divide_by_length else ", divide_by_length=False"
+        return f"lengths={lengths}{form}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
 class _HeadLoss(nn.Module):

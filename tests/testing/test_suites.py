@@ -169,6 +169,11 @@ class TestDotRegressionLoss(LossSuite):
         return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]))
 
 
+class TestDotRegressionLossAsInItsCode(LossSuite):
+    def make(self) -> DotRegressionLoss:
+        return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]), divide_by_length=False)
+
+
 class TestCodeMSELoss(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss()
