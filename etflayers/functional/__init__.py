@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from etflayers._imports import names_on_demand
 from etflayers.collectives import ClassShard
 from etflayers.functional.assignment import assign_labels
+from etflayers.functional.batch_contrast import nonl_loss, ntce_loss
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
@@ -42,6 +43,8 @@ __all__ = [
     "logit_adjustment",
     "mahalanobis_nearest_etf",
     "nearest_etf",
+    "nonl_loss",
+    "ntce_loss",
     "sampled_cross_entropy",
     "solve_nearest_etf",
     "solve_stiefel",

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.nn import (
@@ -18,6 +19,8 @@ from etflayers.nn import (
     MahalanobisNearestETF,
     NearestETF,
     NearestETFHead,
+    NONLLoss,
+    NTCELoss,
     UnitRowHead,
 )
 from etflayers.solvers import SVD, ByRegime, GramEigh, GramRoot, RiemannianNewton
@@ -182,3 +185,26 @@ class TestCodeMSELoss(LossSuite):
 class TestMSELossOfOtherCodes(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss(torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+
+class OfFixedRows(nn.Module):
+    """A loss of features and rows, with the rows in it."""
+
+    def __init__(self, loss: NTCELoss | NONLLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("rows", torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = self.loss(features, targets, self.rows)
+        return found
+
+
+class TestNTCELoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NTCELoss(0.5))
+
+
+class TestNONLLoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NONLLoss(0.5))
