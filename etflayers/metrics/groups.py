@@ -192,7 +192,7 @@ def minority_collapse(rows: Tensor) -> Tensor:
     units = unit_rows("rows", float64_rows("rows", rows))
     count = len(units)
     # The square of a sum of unit vectors is their number and twice the sum of the cosines.
-    return (units.sum(0).square().sum() - count) / (count * (count - 1))
+    return ((units.sum(0).square().sum() - count) / (count * (count - 1))).clamp(-1, 1)
 
 
 def require_groups(groups: Mapping[str, Tensor], num_classes: int | None = None) -> None:

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from etflayers.codes import OrthoplexCode
 from etflayers.errors import InvalidArgumentError
@@ -21,6 +19,7 @@ from etflayers.functional import (
     etf_cross_entropy,
     logit_adjustment,
 )
+from tests.nn.test_cross_entropy import LargestTensor
 
 IGNORE = -100
 TARGETS = torch.tensor([0, 1, 2, 3, IGNORE, 1, 1, IGNORE, 0])
@@ -159,19 +158,6 @@ def test_an_ignored_sample_may_be_nan() -> None:
         assert bool(torch.isfinite(gradient).all())
 
 
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest result of any operation."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("kind", ["matrix", "code"])
 def test_no_more_logits_exist_than_those_of_a_chunk(kind: str) -> None:
     samples, width, classes = 1000, 3, 6
@@ -181,6 +167,13 @@ def test_no_more_logits_exist_than_those_of_a_chunk(kind: str) -> None:
     with LargestTensor() as largest:
         torch.autograd.backward(code_cross_entropy(features, frame, targets, prior=prior, chunk_size=10))
     assert largest.entries == samples * (width + 1)  # the features and the 1; logits would be 6000
+
+
+def test_the_canonical_frame_needs_features_of_other_values_and_nothing_larger() -> None:
+    features = torch.randn(1000, 5, requires_grad=True)
+    with LargestTensor() as largest:
+        torch.autograd.backward(etf_cross_entropy(features, torch.arange(1000) % 5, 5, prior=COUNTS))
+    assert largest.entries == features.numel()
 
 
 def test_compiles_as_one_graph() -> None:
