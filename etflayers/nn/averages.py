@@ -343,7 +343,8 @@ class FeatureMovingAverage(KeepsPrecision):
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, momentum={self.momentum!r}"
+        shown = f"in_features={self.in_features}, num_classes={self.num_classes}, momentum={self.momentum!r}"
+        return shown if self._shard is None else f"{shown}, class_range={self.class_range}"
 
 
 def _among(shard: ClassShard, targets: Tensor, ignore_index: int) -> Tensor:

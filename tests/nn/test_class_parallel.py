@@ -23,13 +23,15 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
 from torch.multiprocessing.spawn import spawn
 
+from etflayers._torch import TorchDispatchMode, tree_iter
 from etflayers.errors import EtfLayersError, InvalidArgumentError
 from etflayers.functional import (
     ClassShard,
     class_parallel_cross_entropy,
     class_parallel_etf_cross_entropy,
+    code_cross_entropy,
 )
-from etflayers.geometry import simplex_etf
+from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn import (
     ClassParallel,
     CodeHead,
@@ -291,6 +293,23 @@ def passes(head: nn.Module, world: int) -> dict[str, Any]:
     return found
 
 
+def from_meta(mesh: Any, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Frames of heads that were divided before they had values, and the logits with these."""
+    torch.manual_seed(rank)
+    found = {}
+    for name in ("unit_rows", "haar", "canonical", "learned"):
+        with torch.device("meta"):
+            model = nn.ModuleDict({"head": HEADS[name]()})
+        parallelize_module(model, mesh, {"head": ClassParallel()})
+        model.to_empty(device="cpu")
+        head: Any = model["head"]
+        if isinstance(head.scale, Tensor):
+            torch.nn.init.constant_(head.scale, 2.0)
+        head.reset_parameters()
+        found[name] = (head.frame.detach(), whole(head(batch(6)[0])).detach())
+    return found
+
+
 def whole(tensor: Any) -> Tensor:
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
@@ -309,6 +328,8 @@ def heads(name: str, mesh: Any, rank: int) -> Pairs:
     start = {key: whole(tensor).clone() for key, tensor in model["head"].state_dict().items()}
     alone = made(name, seed=0)
     alone.load_state_dict(start)
+    if name == "haar":
+        model["head"].load_state_dict(start)  # of all classes, of which a rank takes its own
     got = passes(model["head"], mesh.size())
     for averages in (m for m in alone.modules() if isinstance(m, FeatureMovingAverage)):
         averages.synchronize = False
@@ -487,6 +508,7 @@ def worker(rank: int, folder: str) -> None:
         if FSDP_ON_CPU:
             results["trained", name, "fsdp"] = two_dimensions(name, both, fsdp=True)
     results["averages, samples divided"] = averages(meshes[2].get_group(), 0.3, both["data"].get_group())
+    results["from meta"] = from_meta(four, rank)
     results["dtensors"] = of_dtensors(four)
     results["refusals"] = refusals(four.get_group(), rank)
     results["refused heads"] = refused_heads(four, both)
@@ -536,6 +558,16 @@ def test_a_divided_head_is_the_head_of_one_process(
 ) -> None:
     for results in ranks:
         require_close(results["head", name, world], 2e-6)
+
+
+def test_heads_that_were_divided_without_values_get_them(ranks: list[dict[Any, Any]]) -> None:
+    for name, (frame, logits) in ranks[0]["from meta"].items():
+        torch.testing.assert_close(frame.norm(dim=1), torch.ones(5))
+        assert is_simplex_etf(frame) or name == "unit_rows"
+        inputs = F.normalize(batch(6)[0]) if name == "unit_rows" else batch(6)[0]
+        torch.testing.assert_close(logits, 2 * inputs @ frame.mT)
+        for results in ranks:
+            assert torch.equal(results["from meta"][name][0], frame)
 
 
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=needs_fsdp)])
@@ -629,6 +661,33 @@ def test_first_derivatives_and_no_second() -> None:
         torch.autograd.grad(loss(*leaves).sum(), leaves[0], create_graph=True)
 
 
+class Sizes(TorchDispatchMode):
+    """Notes the largest number of entries of a tensor that any operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(t.numel() for t in tree_iter(result) if isinstance(t, Tensor))])
+        return result
+
+
+def test_logits_of_all_classes_never_exist() -> None:
+    features, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
+    targets = torch.arange(64)
+    with Sizes() as sizes:
+        loss = class_parallel_cross_entropy(
+            features, weight, targets, ClassShard.chunk(1000), label_smoothing=0.1, chunk_size=50
+        )
+        loss.backward()
+    assert sizes.largest == weight.numel()  # and not 64 * 1000
+    with Sizes() as sizes:
+        F.cross_entropy(F.linear(features, weight), targets).backward()
+    assert sizes.largest == 64 * 1000  # so it sees them
+
+
 def test_a_nan_comes_through_and_an_ignored_one_does_not() -> None:
     features, weight, _, targets = problem(CASES["plain"])
     features[1, 3] = torch.nan  # ignored
@@ -642,6 +701,21 @@ def test_a_nan_comes_through_and_an_ignored_one_does_not() -> None:
     with torch.no_grad():
         features[0, 0] = torch.nan
     assert class_parallel_cross_entropy(features, weight, targets, shard).isnan()
+
+
+def test_autocast_rounds_the_products_as_it_does_elsewhere() -> None:
+    features, weight, _, targets = problem(CASES["plain"])
+    features.requires_grad_()
+    shard = ClassShard.chunk(11)
+    found = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for loss in (
+            class_parallel_cross_entropy(features, weight, targets, shard, label_smoothing=0.1),
+            code_cross_entropy(features, weight, targets, label_smoothing=0.1),
+        ):
+            assert loss.dtype == torch.float32
+            found.append((loss.detach(), torch.autograd.grad(loss, features)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
 
 
 def test_a_class_that_a_bias_excludes_has_no_share() -> None:
@@ -702,6 +776,7 @@ def test_bad_shards() -> None:
         average(torch.ones(1, 2), torch.tensor([5]))
     with pytest.raises(InvalidArgumentError, match="leave class_range out"):
         average(torch.ones(1, 2), torch.eye(5)[:1])
+    assert repr(average).endswith("class_range=(2, 4))")
 
 
 @pytest.mark.slow
