@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.nn import (
@@ -20,6 +21,8 @@ from etflayers.nn import (
     NearestCodeHead,
     NearestETF,
     NearestETFHead,
+    NONLLoss,
+    NTCELoss,
     UnitRowHead,
 )
 from etflayers.solvers import SVD, ByRegime, GramEigh, GramRoot, RiemannianNewton
@@ -196,6 +199,11 @@ class TestDotRegressionLoss(LossSuite):
         return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]))
 
 
+class TestDotRegressionLossAsInItsCode(LossSuite):
+    def make(self) -> DotRegressionLoss:
+        return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]), divide_by_length=False)
+
+
 class TestCodeMSELoss(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss()
@@ -204,3 +212,26 @@ class TestCodeMSELoss(LossSuite):
 class TestMSELossOfOtherCodes(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss(torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+
+class OfFixedRows(nn.Module):
+    """A loss of features and rows, with the rows in it."""
+
+    def __init__(self, loss: NTCELoss | NONLLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("rows", torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = self.loss(features, targets, self.rows)
+        return found
+
+
+class TestNTCELoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NTCELoss(0.5))
+
+
+class TestNONLLoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NONLLoss(0.5))
