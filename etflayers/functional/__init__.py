@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
 from etflayers.collectives import ClassShard
-from etflayers.functional.assignment import assign_labels
+from etflayers.functional.assignment import Arrangement, arrange_code, assign_labels
 from etflayers.functional.batch_contrast import nonl_loss, ntce_loss
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
@@ -23,10 +23,12 @@ from etflayers.functional.spread import unit_spread
 from etflayers.functional.stiefel import CriticalPoint, solve_stiefel, stiefel_argmin
 
 __all__ = [
+    "Arrangement",
     "ClassShard",
     "CriticalPoint",
     "NearestETFSolution",
     "Reduction",
+    "arrange_code",
     "assign_labels",
     "canonical_etf_logits",
     "class_means",

@@ -54,9 +54,9 @@ class ManyClassesSettings(DataSettings):
     """Which images: glyphs are the data of this study; for the others see examples/train_heads.py."""
     methods: Free[Distinct[Method]] = ("linear", "cosine", "class-means", "code", "code-arranged", "roots")
     """Heads. linear: nn.Linear; cosine: learned rows of length 1; class-means: the directions of the running
-    class means; code: a fixed spherical code, its words dealt out as they come; code-arranged: the same,
-    turned and dealt out by the class means after the first epochs; roots: the code e_i - e_j, where there are
-    enough of them."""
+    class means; code: a fixed spherical code, its words dealt out as they come; code-arranged: class means
+    for the first epochs, then the nearest arrangement of the same code; roots: the code e_i - e_j, where
+    there are enough of them."""
     features: Free[Distinct[Count]] = (16, 64, 256)
     """Numbers of features d: one training for each."""
     scale: Positive = 24.0
@@ -71,8 +71,8 @@ class ManyClassesSettings(DataSettings):
     """Decay of all parameters."""
     affine: NotNegative = 0.05
     """Turn, stretch, shear and move each training image by up to about this."""
-    refits: Natural = 3
-    """After how many of the first epochs the arranged code is arranged."""
+    settle: Natural = 4
+    """After which epoch the arranged code is arranged."""
     threads: Count = 1
     """CPU threads."""
 
@@ -204,7 +204,7 @@ class CodeRun(Run):
             raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
         validation = self.data.held_out()[1]
         row["validation_accuracy"] = self.accuracy(validation)
-        if self.key.method == "code-arranged" and epoch <= self.settings.refits:
+        if self.key.method == "code-arranged" and epoch == self.settings.settle:
             row["cosine_of_refit"] = self.model.head.refit()
         row["ms_per_step"] = 1e3 * self.seconds / self.steps_per_epoch
         self.seconds = 0.0

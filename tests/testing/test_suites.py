@@ -74,11 +74,14 @@ class TestNormalizedUnitRowHead(HeadSuite):
         return UnitRowHead(6, 4, scale=5.0, normalize=True)
 
 
+FRAME_FOLLOWS = dict.fromkeys(
+    ("test_gradcheck", "test_gradgradcheck", "test_forward_mode"),
+    "the frame is a constant of the derivative, and follows the features all the same",
+)
+
+
 class TestClassMeanHead(HeadSuite):
-    unsupported: ClassVar = dict.fromkeys(
-        ("test_gradcheck", "test_gradgradcheck", "test_forward_mode"),
-        "the frame is a constant of the derivative, and follows the features all the same",
-    )
+    unsupported: ClassVar = FRAME_FOLLOWS
 
     def make(self) -> ClassMeanHead:
         return ClassMeanHead(3, 6, scale=2.0)
@@ -110,6 +113,8 @@ class TestStoredCodeHead(HeadSuite):
 
 
 class TestNearestCodeHead(HeadSuite):
+    unsupported: ClassVar = FRAME_FOLLOWS
+
     def make(self) -> NearestCodeHead:
         return NearestCodeHead(3, 6, code="optimized", scale=4.0)
 
