@@ -14,6 +14,7 @@ from etflayers.nn import (
     DotRegressionLoss,
     FixedETFHead,
     HuberNearestETF,
+    LabelRelaxationLoss,
     LearnedETFHead,
     MahalanobisNearestETF,
     NearestETF,
@@ -177,3 +178,8 @@ class TestCodeMSELoss(LossSuite):
 class TestMSELossOfOtherCodes(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss(torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+
+class TestLabelRelaxationLoss(LossSuite):
+    def make(self) -> LabelRelaxationLoss:
+        return LabelRelaxationLoss(0.2)

@@ -1,0 +1,126 @@
+"""The entropy of neighbors: by brute force, by finite differences, and over ranks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from etflayers.errors import InvalidArgumentError
+from etflayers.functional import neighbor_entropy_loss
+from etflayers.nn import EntropyRegularizer
+
+SIZES = (5, 1, 0, 7)  # of four ranks, whose neighbors are elsewhere
+
+
+def rows(size: int = 13, width: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def brute_force(features: Tensor) -> float:
+    units = features.double().numpy()
+    units = units / np.sqrt((units**2).sum(1, keepdims=True))
+    logs = []
+    for i, row in enumerate(units):
+        others = [math.dist(row, other) for j, other in enumerate(units) if j != i]
+        logs.append(math.log(min(others)))
+    return -float(np.mean(logs))
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 13, 1024])
+@pytest.mark.parametrize("width", [2, 3, 40])
+def test_agrees_with_brute_force(block_size: int, width: int) -> None:
+    features = rows(13, width)
+    found = neighbor_entropy_loss(features, block_size=block_size)
+    assert found.item() == pytest.approx(brute_force(features), rel=1e-12)
+    assert torch.autograd.gradcheck(neighbor_entropy_loss, features.requires_grad_())
+
+
+def test_neighbors_are_exact_where_products_have_lost_them() -> None:
+    """In float32 at distances of 1e-4 and 2e-4: their squares are below the rounding of 2 - 2<z, z'>."""
+    angles = torch.tensor([0.0, 2e-4, 3e-4, 1.0, 1.0001], dtype=torch.float64)
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    found = neighbor_entropy_loss(features.float())
+    assert found.item() == pytest.approx(brute_force(features.float()), abs=2e-3)
+    assert found.item() == pytest.approx(-np.log([2e-4, 1e-4, 1e-4, 1e-4, 1e-4]).mean(), abs=2e-3)
+
+
+def test_duplicates_and_dead_features_are_finite() -> None:
+    features = torch.ones(4, 3, dtype=torch.float64)
+    features[3] = 0
+    features.requires_grad_()
+    loss = EntropyRegularizer(epsilon=1e-5)(features)
+    (gradient,) = torch.autograd.grad(loss, features)
+    # Three pairs of distance 0 count as epsilon; the dead feature is the origin, at distance 1.
+    assert loss.item() == pytest.approx(-3 / 4 * math.log(1e-5))
+    assert torch.isfinite(gradient).all()
+
+
+def test_a_step_against_the_gradient_spreads_the_features() -> None:
+    features = (rows(20, 4) * 0.1 + 1).requires_grad_()
+    first = neighbor_entropy_loss(features)
+    for _ in range(30):
+        (gradient,) = torch.autograd.grad(neighbor_entropy_loss(features), features)
+        features = (features - 0.05 * gradient).detach().requires_grad_()
+    assert neighbor_entropy_loss(features) < first - 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_and_autocast_compute_in_float32(dtype: torch.dtype) -> None:
+    features = rows(dtype=dtype)
+    expected = neighbor_entropy_loss(features.float())
+    assert neighbor_entropy_loss(features).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(EntropyRegularizer()(features), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: neighbor_entropy_loss(torch.ones(1, 3)),
+            "two samples or more to have neighbors, got 1: leave",
+        ),
+        (lambda: neighbor_entropy_loss(torch.ones(0, 3)), "two samples or more to have neighbors, got 0"),
+        (lambda: neighbor_entropy_loss(torch.ones(3)), r"shape \(B, d\), got \(3,\)"),
+        (lambda: neighbor_entropy_loss(torch.ones(2, 3).long()), "features must have a real floating"),
+        (lambda: EntropyRegularizer(epsilon=0), "epsilon must be a finite number > 0, got 0"),
+        (lambda: EntropyRegularizer(block_size=0), "block_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(call: Any, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        call()
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(SIZES))
+    share = rows().split(SIZES)[rank].clone().requires_grad_()
+    loss = EntropyRegularizer(block_size=2)(share)
+    (gradient,) = torch.autograd.grad(loss, share)
+    torch.save((loss.detach(), gradient), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_have_the_loss_and_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs torch.distributed with gloo")
+    features = rows().requires_grad_()
+    expected = neighbor_entropy_loss(features)
+    (whole,) = torch.autograd.grad(expected, features)
+    spawn(worker, args=(str(tmp_path),), nprocs=len(SIZES))  # type: ignore[no-untyped-call]
+    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(len(SIZES))]
+    for loss, _ in found:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
+    # What DistributedDataParallel divides by the number of ranks.
+    gradient = torch.cat([part for _, part in found]) / len(SIZES)
+    torch.testing.assert_close(gradient, whole, rtol=1e-11, atol=1e-14)
