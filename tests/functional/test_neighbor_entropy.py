@@ -1,23 +1,18 @@
-"""The entropy of neighbors: by brute force, by finite differences, and over ranks."""
+"""The entropy of neighbors: by brute force and by finite differences; ranks are in tests/nn."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import neighbor_entropy_loss
 from etflayers.nn import EntropyRegularizer
-
-SIZES = (5, 1, 0, 7)  # of four ranks, whose neighbors are elsewhere
 
 
 def rows(size: int = 13, width: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -99,28 +94,3 @@ def test_half_precision_and_autocast_compute_in_float32(dtype: torch.dtype) -> N
 def test_bad_arguments_are_named(call: Any, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         call()
-
-
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(SIZES))
-    share = rows().split(SIZES)[rank].clone().requires_grad_()
-    loss = EntropyRegularizer(block_size=2)(share)
-    (gradient,) = torch.autograd.grad(loss, share)
-    torch.save((loss.detach(), gradient), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_ranks_have_the_loss_and_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("needs torch.distributed with gloo")
-    features = rows().requires_grad_()
-    expected = neighbor_entropy_loss(features)
-    (whole,) = torch.autograd.grad(expected, features)
-    spawn(worker, args=(str(tmp_path),), nprocs=len(SIZES))  # type: ignore[no-untyped-call]
-    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(len(SIZES))]
-    for loss, _ in found:
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
-    # What DistributedDataParallel divides by the number of ranks.
-    gradient = torch.cat([part for _, part in found]) / len(SIZES)
-    torch.testing.assert_close(gradient, whole, rtol=1e-11, atol=1e-14)

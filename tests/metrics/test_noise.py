@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from etflayers.data import latent_classes, symmetric_noise
 from etflayers.errors import InvalidArgumentError, NonFiniteError
@@ -292,34 +289,6 @@ def test_bad_arguments_are_named() -> None:
         origin_means(noisy.features, noisy.targets, noisy.originals.double(), K)
     with pytest.raises(InvalidArgumentError, match="at least one sample that is not ignored"):
         label_accuracies(noisy.logits, torch.full((20,), -100), noisy.originals)
-
-
-# --- Ranks ---
-
-
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    noisy = Noisy("offset")
-    order = noisy.originals.argsort()  # no rank sees every class
-    share = slice(0, 37) if rank == 0 else slice(37, None)
-    metric = LabelNoise(K, D, centers=noisy.centers)
-    metric.update(*(tensor[order][share] for tensor in noisy.batch))
-    result = (metric.compute(), metric.origin_means(), metric.memorization_by_class())
-    torch.save(result, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("needs torch.distributed with gloo")
-    spawn(worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    whole = measured(Noisy("offset"))
-    for rank in range(2):
-        measures, centroids, sums = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
-        assert_measures(measures, {n: v.item() for n, v in whole.compute().items()})
-        torch.testing.assert_close(tuple(centroids), tuple(whole.origin_means()), rtol=1e-13, atol=1e-11)
-        torch.testing.assert_close(sums, whole.memorization_by_class(), rtol=1e-12, atol=0)
 
 
 def test_forward_gives_the_batch_and_adds_it() -> None:
