@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ from etflayers.codes.optimized import optimized_rows, softmax_rows
 from etflayers.codes.orthoplex import OrthoplexCode
 from etflayers.codes.roots import RootCode
 from etflayers.codes.simplex import SimplexCode
+from etflayers.storage import read_tensors, write_tensors
 
 __all__ = ["Kind", "find_code", "spherical_code"]
 
@@ -25,6 +28,8 @@ _STRUCTURED: dict[str, type[SphericalCode]] = {
 }
 # Classes for which "auto" optimizes: a minute or a few on one CPU thread.
 _MOST_OPTIMIZED = 4096
+# What a file of words holds.
+_ROWS, _RECORD = "rows", "spherical_code"
 
 
 def find_code(
@@ -33,6 +38,7 @@ def find_code(
     *,
     kind: Kind = "auto",
     generator: torch.Generator | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> SphericalCode:
     r"""A spherical code of K unit vectors in R^d, as an object that has logits without a matrix where it can.
 
@@ -50,13 +56,17 @@ def find_code(
             :func:`etflayers.codes.optimized_rows`, or ``"softmax"``: words far from the convex hull of the
             others by :func:`etflayers.codes.softmax_rows`.
         generator: random numbers of an optimization.
+        cache: safetensors file of an optimized matrix: read if it exists, written if not. Codes by
+            formula leave it alone.
 
     Returns:
         The code, which says why it was taken in ``describe()``.
 
     Raises:
-        InvalidArgumentError: a kind that does not exist or not for these sizes, or sizes for which ``"auto"``
-            has none.
+        InvalidArgumentError: a kind that does not exist or not for these sizes, sizes for which ``"auto"``
+            has none, or a cache with another code.
+        MissingDependencyError: a cache without safetensors.
+        OSError: the cache cannot be read or written.
 
     Reference:
         Jiang, Zhou, Wang, Qu, Mixon, You, Zhu (2023), arXiv 2310.05351.
@@ -69,6 +79,7 @@ def find_code(
     """
     require_size("num_classes", num_classes, at_least=2)
     require_size("in_features", in_features)
+    num_classes, in_features = int(num_classes), int(in_features)
     kinds = ("auto", *_STRUCTURED, "optimized", "softmax")
     require(kind in kinds, f"kind must be one of {', '.join(kinds)}, got {describe_argument(kind)}")
     if kind == "auto":
@@ -79,7 +90,14 @@ def find_code(
         "optimized": (optimized_rows, "its largest cosine was made small by a search"),
         "softmax": (softmax_rows, "its words were moved far from the convex hull of the others"),
     }[kind]
-    return DenseCode(find(num_classes, in_features, generator=generator), kind=kind, reason=reason)
+    asked: dict[str, object] = {"num_classes": num_classes, "in_features": in_features, "kind": kind}
+    if cache is not None and Path(cache).exists():
+        rows = _read(cache, asked)
+    else:
+        rows = find(num_classes, in_features, generator=generator)
+        if cache is not None:
+            write_tensors(cache, {_ROWS: rows}, {_RECORD: asked})
+    return DenseCode(rows, kind=kind, reason=reason)
 
 
 def spherical_code(
@@ -88,6 +106,7 @@ def spherical_code(
     *,
     kind: Kind = "auto",
     generator: torch.Generator | None = None,
+    cache: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -98,6 +117,7 @@ def spherical_code(
         in_features: d >= 1.
         kind: as in :func:`find_code`.
         generator: random numbers of an optimization.
+        cache: as in :func:`find_code`.
         device: of the result.
         dtype: of the result, floating point; default ``torch.get_default_dtype()``.
 
@@ -106,6 +126,8 @@ def spherical_code(
 
     Raises:
         InvalidArgumentError: as in :func:`find_code`.
+        MissingDependencyError: a cache without safetensors.
+        OSError: the cache cannot be read or written.
 
     >>> spherical_code(4, 2)
     tensor([[ 1.,  0.],
@@ -113,9 +135,19 @@ def spherical_code(
             [-1.,  0.],
             [ 0., -1.]])
     """
-    return find_code(num_classes, in_features, kind=kind, generator=generator).dense(
-        device=device, dtype=dtype
+    code = find_code(num_classes, in_features, kind=kind, generator=generator, cache=cache)
+    return code.dense(device=device, dtype=dtype)
+
+
+def _read(cache: str | os.PathLike[str], asked: dict[str, object]) -> Tensor:
+    """The rows in a file, if it is the file of the code that was asked for."""
+    tensors, record = read_tensors(cache)
+    held = record.get(_RECORD)
+    require(
+        held == asked and _ROWS in tensors,
+        f"cache={str(cache)!r} holds {held or 'no code'}, not {asked}: take another file",
     )
+    return tensors[_ROWS]
 
 
 def _automatic(num_classes: int, in_features: int) -> Kind:

@@ -100,7 +100,7 @@ class DenseCode(SphericalCode):
         """The rows on a device in a dtype, copied there once."""
         kept: dict[tuple[torch.device, torch.dtype], Tensor] = self.__dict__["_kept"]
         key = like.device, dtype
-        if key in kept and is_concrete(like):
+        if key in kept and (torch.compiler.is_dynamo_compiling() or is_concrete(like)):
             return kept[key]
         with torch.inference_mode(False):
             rows = self.rows.to(like.device, dtype)

@@ -116,8 +116,9 @@ class RootCode(SphericalCode):
         return (first - last) * math.sqrt(0.5)
 
     def _products(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        d = self.in_features
-        rotated = torch.cat((rows, rows), -1).unfold(-1, d, 1)[..., start + 1 : stop + 1, :]
+        d, device = self.in_features, rows.device
+        distances = torch.arange(start + 1, stop + 1, device=device).unsqueeze(-1)
+        rotated = rows[..., (torch.arange(d, device=device) + distances) % d]
         return ((rows.unsqueeze(-2) - rotated) * math.sqrt(0.5)).flatten(-2)
 
     def _adjoint(self, cotangent: Tensor, start: int, stop: int) -> Tensor:

@@ -22,8 +22,8 @@ from etflayers.distill.kernel_ridge import centered_one_hot
 from etflayers.distill.labels import class_indices
 from etflayers.distill.representatives import Representatives, random_samples
 from etflayers.distill.representatives import per_class as images_per_class
-from etflayers.distill.storage import read_tensors, write_tensors
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.storage import read_tensors, write_tensors
 
 __all__ = ["DistilledSet", "LabelKind"]
 

@@ -33,7 +33,7 @@ from etflayers.codes import SphericalCode
 __all__ = ["code_logsumexp"]
 
 # Logits that exist at a time, on a CPU (where they should stay in a cache) and elsewhere.
-_CPU_ENTRIES, _ENTRIES = 2**18, 2**25
+_CPU_ENTRIES, _ENTRIES = 2**17, 2**25
 # exp(40) = 2e17: sums of 10^12 of it are within float32, and so are their reciprocals.
 _MODERATE = 40.0
 

@@ -33,7 +33,8 @@ class Description(NamedTuple):
 
 
 _PAPYAN, _ZHU, _MARKOU = "arXiv 2008.08186", "arXiv 2105.02375", "arXiv 2411.01248"
-_WU, _JIANG = "arXiv 2405.17767", "arXiv 2310.05351"
+_WU, _JIANG, _FANG = "arXiv 2405.17767", "arXiv 2310.05351", "arXiv 2101.12699"
+_OH, _ZHANG = "arXiv 2206.10596", "arXiv 2104.03047"
 
 
 def _of_rows(what: str, x: str) -> dict[str, Description]:
@@ -103,10 +104,21 @@ DESCRIPTIONS: Mapping[str, Description] = {
     "gnc3_row_distance": Description(
         "GNC3 distance of rows", "mean over k of |wₖ/|wₖ| − µₖ/|µₖ||", 0, _JIANG
     ),
+    "minority_collapse_means": Description(
+        "Minority collapse, means", "mean over i < j in the group of cos(mᵢ − m, mⱼ − m)", None, _FANG
+    ),
+    "minority_collapse_weights": Description(
+        "Minority collapse, weights", "mean over i < j in the group of cos(wᵢ, wⱼ)", None, _FANG
+    ),
     "bias_collapse": Description("Bias collapse", "|Wm + b|", 0, _ZHU),
     "margin_mean": Description("Cosine margin", _MARGIN, None, _MARKOU),
     "calibration_error": Description("Calibration error", _BINS, None),
     "accuracy": Description("Accuracy", "share of samples with argmax(logits) = y", 1),
+    "accuracy_base": Description("Accuracy, base classes", "of session 0, after the last session", 1, _OH),
+    "accuracy_novel": Description("Accuracy, novel classes", "of later sessions, after the last", 1, _OH),
+    "accuracy_harmonic": Description("Harmonic accuracy", "2bn / (b + n) of base b and novel n", 1),
+    "accuracy_average": Description("Average accuracy", "mean of the accuracies a₀ … a_T of sessions", 1),
+    "accuracy_drop": Description("Performance drop", "a₀ − a_T, first and last session", 0, _ZHANG),
 }
 
 _NGUYEN = "arXiv 2206.05530"

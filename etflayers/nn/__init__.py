@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from etflayers._imports import names_on_demand
 from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.batch_contrast import NONLLoss, NTCELoss
 from etflayers.nn.class_means import ClassMeanHead
 from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
@@ -57,6 +58,8 @@ __all__ = [
     "LogitTerms",
     "MahalanobisNearestETF",
     "Momentum",
+    "NONLLoss",
+    "NTCELoss",
     "NearestCodeHead",
     "NearestETF",
     "NearestETFHead",

@@ -19,7 +19,7 @@ except ImportError:  # on Windows, where two runs in one folder are not kept apa
     fcntl = None  # type: ignore[assignment]
 
 RECORD, LOCK = "run.json", ".lock"
-PARTIAL = f".{'[0-9a-f]' * 16}.partial"  # what a killed run was writing, see etflayers.distill.storage
+PARTIAL = f".{'[0-9a-f]' * 16}.partial"  # what a killed run was writing, see etflayers.storage
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from etflayers.checks import require
-from etflayers.distill.storage import write_whole
+from etflayers.storage import write_whole
 
 Row = dict[str, Any]  # numbers by name; what does not exist is not there
 

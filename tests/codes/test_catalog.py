@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -52,6 +54,23 @@ def test_every_kind_can_be_asked_for(kind: str) -> None:
 def test_the_matrix_is_on_the_device_and_in_the_dtype_asked_for() -> None:
     rows = spherical_code(20, 16, device="meta", dtype=torch.bfloat16)
     assert (rows.device.type, rows.dtype, rows.shape) == ("meta", torch.bfloat16, (20, 16))
+
+
+def test_an_optimized_matrix_is_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    cache = tmp_path / "code.safetensors"
+    first = find_code(5, 3, kind="optimized", cache=cache)
+    monkeypatch.setattr("etflayers.codes.catalog.optimized_rows", None)  # not called again
+    again = find_code(5, 3, kind="optimized", cache=cache)
+    assert torch.equal(first.dense(dtype=torch.float64), again.dense(dtype=torch.float64))
+    assert again.kind == "optimized"
+    for other in ({"num_classes": 6}, {"kind": "softmax"}):
+        with pytest.raises(
+            InvalidArgumentError, match=r"code.safetensors' holds .*, not .*take another file"
+        ):
+            find_code(**{"num_classes": 5, "in_features": 3, "kind": "optimized", "cache": cache, **other})
+    find_code(4, 3, cache=tmp_path / "simplex")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["code.safetensors"]
 
 
 def test_bad_input_is_named() -> None:

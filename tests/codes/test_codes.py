@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etflayers import simplex_etf
+from etflayers._torch import allow_in_graph
 from etflayers.codes import (
     DenseCode,
     KerdockCode,
@@ -22,6 +24,7 @@ from etflayers.codes import (
     SimplexCode,
     SphericalCode,
     coherence,
+    kerdock,
 )
 from etflayers.codes.kerdock import _forms
 from etflayers.errors import InvalidArgumentError
@@ -36,6 +39,11 @@ def random_rows(num_classes: int, in_features: int) -> Tensor:
 
 def make_dense(num_classes: int, in_features: int) -> DenseCode:
     return DenseCode(random_rows(num_classes, in_features))
+
+
+def make_transformed(num_classes: int, in_features: int) -> KerdockCode:
+    """A Kerdock code so small that it would take a product, but has to take transforms: see ``code``."""
+    return KerdockCode(num_classes, in_features)
 
 
 # Full and cut, of one piece and of several.
@@ -54,6 +62,9 @@ MAKERS: list[tuple[Callable[[int, int], SphericalCode], int, int]] = [
     (KerdockCode, 32, 16),
     (KerdockCode, 7, 16),
     (KerdockCode, 600, 64),
+    (KerdockCode, 700, 256),
+    (make_transformed, 288, 16),
+    (make_transformed, 265, 16),
     (RootCode, 2, 2),
     (RootCode, 6, 3),
     (RootCode, 20, 5),
@@ -67,9 +78,12 @@ MAKERS: list[tuple[Callable[[int, int], SphericalCode], int, int]] = [
 @pytest.fixture(
     params=MAKERS, ids=lambda case: f"{getattr(case[0], '__name__', '')}-{case[1]}-{case[2]}", scope="module"
 )
-def code(request: pytest.FixtureRequest) -> SphericalCode:
+def code(request: pytest.FixtureRequest) -> Iterator[SphericalCode]:
     make, num_classes, in_features = request.param
-    return make(num_classes, in_features)
+    with pytest.MonkeyPatch.context() as patch:
+        if make is make_transformed:
+            patch.setattr(kerdock, "_LARGEST_STORED", 0)
+        yield make(num_classes, in_features)
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -163,6 +177,8 @@ def test_halves_are_the_first_words_of_full_pieces(code: SphericalCode) -> None:
         cotangent = sample(stop - start, 3, half)
         expected = torch.einsum("pbm,pmd->bd", cotangent, pieces[:, 0])
         adjoint = code.half_adjoint(cotangent, start, stop)
+        single = code.half_adjoint(cotangent[:, 0], start, stop)
+        torch.testing.assert_close(single, expected[0], rtol=0, atol=1e-11)
         torch.testing.assert_close(adjoint, expected, rtol=0, atol=1e-11)
 
 
@@ -210,7 +226,9 @@ def test_copies_are_equal_and_work(code: SphericalCode) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", [KerdockCode(265, 16), SimplexCode(5, 5), RootCode(17, 5), make_dense(7, 3)], ids=lambda c: c.kind
+    "code",
+    [KerdockCode(265, 16), KerdockCode(1030, 256), SimplexCode(5, 5), RootCode(17, 5), make_dense(7, 3)],
+    ids=lambda c: c.kind,
 )
 def test_compiles_into_one_graph_with_its_gradient(code: SphericalCode) -> None:
     torch.compiler.reset()
@@ -220,6 +238,44 @@ def test_compiles_into_one_graph_with_its_gradient(code: SphericalCode) -> None:
     torch.testing.assert_close(found, 2 * code.logits(features))
     (grad,) = torch.autograd.grad(found[0, 1], features)
     torch.testing.assert_close(grad[0], 2 * code.dense(dtype=torch.float64)[1])
+
+
+class SquaredHalves(torch.autograd.Function):
+    """A loss as one node of a graph, which is traced with tensors that have no values."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, code: KerdockCode) -> Tensor:
+        halves = code.half_logits(features, 0, code.full_pieces)
+        ctx.code = code
+        ctx.save_for_backward(halves)
+        return halves.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (halves,) = ctx.saved_tensors
+        return 2 * grad * ctx.code.half_adjoint(halves, 0, ctx.code.full_pieces), None
+
+
+@allow_in_graph
+def squared_halves(features: Tensor, num_classes: int, in_features: int) -> Tensor:
+    found: Tensor = SquaredHalves.apply(features, KerdockCode(num_classes, in_features))
+    return found
+
+
+@pytest.mark.parametrize(("num_classes", "in_features"), [(70, 16), (1030, 256)])
+def test_halves_in_a_node_that_others_trace(num_classes: int, in_features: int) -> None:
+    torch.compiler.reset()
+    features = sample(3, in_features).requires_grad_()
+    compiled = torch.compile(
+        lambda x: squared_halves(2 * x, num_classes, in_features), backend="aot_eager", fullgraph=True
+    )
+    found = compiled(features)
+    words = KerdockCode(num_classes, in_features).dense(dtype=torch.float64)
+    words = words[: num_classes // (2 * in_features) * 2 * in_features]
+    expected = (2 * features @ words.mT).square().sum() / 2  # both halves have the same squares
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(value, features)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 # --- The words of each kind ---

@@ -28,8 +28,8 @@ from etflayers.distill import (
     unrolled_inner_loop,
     write_png,
 )
-from etflayers.distill.storage import write_tensors
 from etflayers.errors import InvalidArgumentError, MissingDependencyError, NonFiniteError
+from etflayers.storage import write_tensors
 
 STARTS = [random_samples, partial_means, kmeans_centers]
 

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 import distill
-import etflayers.distill.storage as storage
+import etflayers.storage as storage
 from etflayers.distill import DistilledSet
 from etflayers.errors import InvalidArgumentError
 from lab import files, progress, results

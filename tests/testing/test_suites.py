@@ -6,19 +6,24 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.nn import (
     ClassMeanHead,
     CodeMSELoss,
     DotRegressionLoss,
+    FixedCodeHead,
     FixedETFHead,
     HuberNearestETF,
     LabelRelaxationLoss,
     LearnedETFHead,
     MahalanobisNearestETF,
+    NearestCodeHead,
     NearestETF,
     NearestETFHead,
+    NONLLoss,
+    NTCELoss,
     UnitRowHead,
 )
 from etflayers.solvers import SVD, ByRegime, GramEigh, GramRoot, RiemannianNewton
@@ -83,6 +88,31 @@ class TestClassMeanHead(HeadSuite):
 class TestDifferentiatedClassMeanHead(HeadSuite):
     def make(self) -> ClassMeanHead:
         return ClassMeanHead(3, 6, scale=5.0, normalize=True, detach=False)
+
+
+class TestKerdockHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(4, 21, scale=4.0)
+
+
+class TestNormalizedOrthoplexHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(4, 7, scale=4.0, normalize=True)
+
+
+class TestRootHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(5, 17, code="roots", scale=4.0)
+
+
+class TestStoredCodeHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(3, 6, code="optimized", scale=4.0)
+
+
+class TestNearestCodeHead(HeadSuite):
+    def make(self) -> NearestCodeHead:
+        return NearestCodeHead(3, 6, code="optimized", scale=4.0)
 
 
 class TestByRegime(FrameSolverSuite):
@@ -170,6 +200,11 @@ class TestDotRegressionLoss(LossSuite):
         return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]))
 
 
+class TestDotRegressionLossAsInItsCode(LossSuite):
+    def make(self) -> DotRegressionLoss:
+        return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]), divide_by_length=False)
+
+
 class TestCodeMSELoss(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss()
@@ -183,3 +218,26 @@ class TestMSELossOfOtherCodes(LossSuite):
 class TestLabelRelaxationLoss(LossSuite):
     def make(self) -> LabelRelaxationLoss:
         return LabelRelaxationLoss(0.2)
+
+
+class OfFixedRows(nn.Module):
+    """A loss of features and rows, with the rows in it."""
+
+    def __init__(self, loss: NTCELoss | NONLLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("rows", torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = self.loss(features, targets, self.rows)
+        return found
+
+
+class TestNTCELoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NTCELoss(0.5))
+
+
+class TestNONLLoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NONLLoss(0.5))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require_module
-from etflayers.distill.storage import read_tensors, write_tensors
 from etflayers.errors import InvalidArgumentError
+from etflayers.storage import read_tensors, write_tensors
 from lab.data.images import ImageData, Split
 
 KINDS = ("L", "N", "S")  # Unicode's general categories: letters, numbers, symbols
