@@ -86,7 +86,6 @@ def label_relaxation_loss(
     log_rest, log_alpha = math.log1p(-alpha), math.log(alpha)
     enough = log_rest - log_alpha
     free = ignored | (log_odds >= enough)
-    log_odds = log_odds.clamp(max=enough)
     losses = (1 - alpha) * (log_rest - F.logsigmoid(log_odds)) + alpha * (log_alpha - F.logsigmoid(-log_odds))
     return reduced(torch.where(free, 0, losses), ignored, reduction)
 
