@@ -9,14 +9,17 @@ from etflayers.functional.batch_contrast import nonl_loss, ntce_loss
 from etflayers.functional.class_means import class_means, class_sums
 from etflayers.functional.cross_entropy import code_cross_entropy, etf_cross_entropy
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
+from etflayers.functional.label_relaxation import label_relaxation_loss
 from etflayers.functional.logits import canonical_etf_logits, directions
 from etflayers.functional.losses import code_mse_loss, dot_regression_loss, lengths_from_counts
 from etflayers.functional.nearest import NearestETFSolution, nearest_etf, solve_nearest_etf
+from etflayers.functional.neighbor_entropy import neighbor_entropy_loss
 from etflayers.functional.parallel_cross_entropy import (
     class_parallel_cross_entropy,
     class_parallel_etf_cross_entropy,
 )
 from etflayers.functional.priors import logit_adjustment
+from etflayers.functional.projector import etf_projection
 from etflayers.functional.reduction import Reduction
 from etflayers.functional.sampled_cross_entropy import sampled_cross_entropy
 from etflayers.functional.spread import unit_spread
@@ -40,11 +43,14 @@ __all__ = [
     "directions",
     "dot_regression_loss",
     "etf_cross_entropy",
+    "etf_projection",
     "huber_nearest_etf",
+    "label_relaxation_loss",
     "lengths_from_counts",
     "logit_adjustment",
     "mahalanobis_nearest_etf",
     "nearest_etf",
+    "neighbor_entropy_loss",
     "nonl_loss",
     "ntce_loss",
     "sampled_cross_entropy",

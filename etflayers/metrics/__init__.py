@@ -1,6 +1,6 @@
 """Neural-collapse metrics: pure functions of streaming class statistics, and torchmetrics shells around them.
 
-The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``GroupAccuracy``,
+The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``GroupAccuracy``, ``LabelNoise``,
 ``SessionAccuracy``, ``NeuralCollapseProbe`` and ``NeuralCollapseCallback`` need torchmetrics
 (``pip install 'etflayers[metrics]'``) when they are made. They load it, and the callback Lightning, when they
 are first named: that takes as long as to import PyTorch.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from etflayers._imports import names_on_demand
 from etflayers.metrics.accuracies import group_accuracy, session_measures
 from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
-from etflayers.metrics.descriptions import DESCRIPTIONS, Description
+from etflayers.metrics.descriptions import DESCRIPTIONS, NOISE_DESCRIPTIONS, Description
 from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
 from etflayers.metrics.gnc import OneVsRest, generalized_measures, largest_cosine, one_vs_rest
 from etflayers.metrics.groups import by_group, groups_from_counts, minority_collapse, select_classes
@@ -44,6 +44,16 @@ from etflayers.metrics.nc3 import (
 )
 from etflayers.metrics.nc4 import bias_collapse, center_agreement, center_disagreement, nearest_center
 from etflayers.metrics.nc5 import orthogonality_deviation
+from etflayers.metrics.noise import (
+    Dilation,
+    LabelAccuracies,
+    Memorization,
+    OriginMeans,
+    dilation,
+    label_accuracies,
+    memorization,
+    origin_means,
+)
 from etflayers.metrics.pictures import plot_cosines, plot_tetrahedron
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
@@ -52,6 +62,7 @@ if TYPE_CHECKING:
     from etflayers.metrics.callback import NeuralCollapseCallback
     from etflayers.metrics.collapse import NeuralCollapse
     from etflayers.metrics.curve import CosineMargins
+    from etflayers.metrics.noise_metric import LabelNoise
     from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
     from etflayers.metrics.sessions import GroupAccuracy, SessionAccuracy
 else:
@@ -60,6 +71,7 @@ else:
         lazy={
             "CosineMargins": "etflayers.metrics.curve",
             "GroupAccuracy": "etflayers.metrics.sessions",
+            "LabelNoise": "etflayers.metrics.noise_metric",
             "NeuralCollapse": "etflayers.metrics.collapse",
             "NeuralCollapseCallback": "etflayers.metrics.callback",
             "NeuralCollapseProbe": "etflayers.metrics.probe",
@@ -74,19 +86,25 @@ else:
 
 __all__ = [
     "DESCRIPTIONS",
+    "NOISE_DESCRIPTIONS",
     "ClassMoments",
     "ClassStatistics",
     "Classifier",
     "CosineMargins",
     "Description",
+    "Dilation",
     "Equiangularity",
     "GroupAccuracy",
     "HypersphericalEnergy",
+    "LabelAccuracies",
+    "LabelNoise",
     "MSEDecomposition",
+    "Memorization",
     "NeuralCollapse",
     "NeuralCollapseCallback",
     "NeuralCollapseProbe",
     "OneVsRest",
+    "OriginMeans",
     "SessionAccuracy",
     "Whitening",
     "between_whitening",
@@ -100,6 +118,7 @@ __all__ = [
     "collapse_measures",
     "cosine_margins",
     "covariance_trace_ratio",
+    "dilation",
     "duality_coherence_error",
     "duality_cosine",
     "duality_distance",
@@ -115,13 +134,16 @@ __all__ = [
     "group_accuracy",
     "groups_from_counts",
     "hyperspherical_energy",
+    "label_accuracies",
     "largest_cosine",
+    "memorization",
     "merge_moments",
     "minority_collapse",
     "mse_decomposition",
     "nearest_center",
     "numerical_rank",
     "one_vs_rest",
+    "origin_means",
     "orthogonality_deviation",
     "own_cosines",
     "plot_cosines",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["DESCRIPTIONS", "Description"]
+__all__ = ["DESCRIPTIONS", "NOISE_DESCRIPTIONS", "Description"]
 
 
 class Description(NamedTuple):
@@ -119,4 +119,24 @@ DESCRIPTIONS: Mapping[str, Description] = {
     "accuracy_harmonic": Description("Harmonic accuracy", "2bn / (b + n) of base b and novel n", 1),
     "accuracy_average": Description("Average accuracy", "mean of the accuracies a₀ … a_T of sessions", 1),
     "accuracy_drop": Description("Performance drop", "a₀ − a_T, first and last session", 0, _ZHANG),
+}
+
+_NGUYEN = "arXiv 2206.05530"
+_BIAS = "mean over y ≠ o of ⟨m_yo − m_oo, (m_yy − m_oo)/|m_yy − m_oo|⟩, m_yo the mean of label y and class o"
+
+# Of a training set with labels y and true classes o, by `LabelNoise`.
+NOISE_DESCRIPTIONS: Mapping[str, Description] = {
+    "noise_rate": Description("Noise rate", "share of samples with y ≠ o", None, _NGUYEN),
+    "nc1_trace_noisy": Description("NC1 by noisy labels", "tr(Σ_W Σ_B⁺) / K of features, by y", 0, _PAPYAN),
+    "nc1_trace_clean": Description(
+        "NC1 by true classes", "tr(Σ_W Σ_B⁺) / K of features, by o", None, _PAPYAN
+    ),
+    "nc1_trace_logits": Description("NC1 of logits", "tr(Σ_W Σ_B⁺) / K of logits, by y", 0, _NGUYEN),
+    "corruption_bias": Description("Bias of corrupted centroids", _BIAS, None, _NGUYEN),
+    "memorization": Description(
+        "Memorization", "Σ over y ≠ o of |h − m_o|, m_o of the test set", None, _NGUYEN
+    ),
+    "memorization_mean": Description("Memorization, mean", "mean over y ≠ o of |h − m_o|", None, _NGUYEN),
+    "accuracy_noisy": Description("Accuracy, noisy labels", "share of argmax(logits) = y", 1),
+    "accuracy_clean": Description("Accuracy, true classes", "share of argmax(logits) = o", None),
 }

@@ -12,6 +12,7 @@ from etflayers.nn.etf import ETFHead
 from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.fixed_code import FixedCodeHead
+from etflayers.nn.label_relaxation import LabelRelaxationLoss
 from etflayers.nn.learned import LearnedETFHead
 from etflayers.nn.losses import (
     CodeCrossEntropy,
@@ -22,6 +23,8 @@ from etflayers.nn.losses import (
 )
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.nearest_code import NearestCodeHead
+from etflayers.nn.projector import ETFProjector
+from etflayers.nn.regularizers import EntropyRegularizer
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
 from etflayers.nn.surgery import replace_classifier, restore_linear
@@ -43,11 +46,14 @@ __all__ = [
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
+    "ETFProjector",
+    "EntropyRegularizer",
     "FeatureMovingAverage",
     "FixedCodeHead",
     "FixedETFHead",
     "FrameRule",
     "HuberNearestETF",
+    "LabelRelaxationLoss",
     "LearnedETFHead",
     "LogitTerms",
     "MahalanobisNearestETF",

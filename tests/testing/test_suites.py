@@ -16,6 +16,7 @@ from etflayers.nn import (
     FixedCodeHead,
     FixedETFHead,
     HuberNearestETF,
+    LabelRelaxationLoss,
     LearnedETFHead,
     MahalanobisNearestETF,
     NearestCodeHead,
@@ -217,6 +218,11 @@ class TestCodeMSELoss(LossSuite):
 class TestMSELossOfOtherCodes(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss(torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+
+class TestLabelRelaxationLoss(LossSuite):
+    def make(self) -> LabelRelaxationLoss:
+        return LabelRelaxationLoss(0.2)
 
 
 class OfFixedRows(nn.Module):
