@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_memory import peak_mb
 from benchmarks.findings import Findings, cases
+from benchmarks.processes import in_a_process, peak_mb
 from benchmarks.report import Check, milliseconds
 from benchmarks.timing import median_ratio, medians
 from etflayers.codes import KerdockCode
@@ -94,12 +91,7 @@ def measure_here(rival: str, shape: Shape) -> dict[str, float]:
 
 
 def measure(rival: str, shape: Shape) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.bench_codes", rival, *map(str, shape)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = in_a_process("benchmarks.bench_codes", rival, *shape)
     return found
 
 
