@@ -256,13 +256,14 @@ def passes(head: nn.Module, world: int) -> dict[str, Any]:
     parallel = world > 1
     found: dict[str, Any] = {}
     features, targets = batch(head.in_features)  # type: ignore[arg-type]
-    for way in ("logits", "features"):
+    for way in ("logits", "features", "prior"):
         head.zero_grad()
         leaf = features.clone().requires_grad_()
-        if way == "features" and isinstance(head, CodeHead):
-            loss: Any = ETFCrossEntropy(head, label_smoothing=0.1)(leaf, targets)
+        if way != "logits" and isinstance(head, CodeHead):
+            prior = torch.arange(1, 6) if way == "prior" else None
+            loss: Any = ETFCrossEntropy(head, label_smoothing=0.1, prior=prior)(leaf, targets)
             loss.backward()
-        elif way == "features":
+        elif way != "logits":
             assert isinstance(head, nn.Linear)
             if parallel:
                 loss = class_parallel_cross_entropy(leaf, head.weight, targets, local_bias=head.bias)
