@@ -33,10 +33,12 @@ from etflayers.functional import (
 )
 from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn import (
+    ClassMeanHead,
     ClassParallel,
     CodeHead,
     ETFCrossEntropy,
     FeatureMovingAverage,
+    FixedCodeHead,
     FixedETFHead,
     LearnedETFHead,
     NearestETFHead,
@@ -241,6 +243,10 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "reflected": lambda: FixedETFHead(4, 5, scale=3.0),
     "nearest": lambda: NearestETFHead(6, 5, scale=2.0, normalize=True),
     "learned": lambda: LearnedETFHead(6, 5, scale=2.0),
+    "orthoplex": lambda: FixedCodeHead(4, 5, code="orthoplex", scale=nn.Parameter(torch.tensor(2.0))),
+    "kerdock": lambda: FixedCodeHead(4, 5, code="kerdock", scale=2.0, normalize=True),
+    "stored code": lambda: FixedCodeHead(2, 5, code="optimized", scale=2.0),
+    "class means": lambda: ClassMeanHead(3, 5, scale=2.0),
     "own": lambda: AxesHead(6, 5),
     "linear": lambda: nn.Linear(6, 5),
 }
@@ -322,7 +328,7 @@ def made(name: str, seed: int) -> nn.Module:
 
 def heads(name: str, mesh: Any, rank: int) -> Pairs:
     model = nn.ModuleDict({"head": made(name, seed=rank)})  # the ranks draw different numbers
-    if isinstance(model["head"], NearestETFHead) and mesh.size() < WORLD:
+    if isinstance(model["head"], NearestETFHead | ClassMeanHead) and mesh.size() < WORLD:
         model["head"].averages.synchronize = False
     parallelize_module(model, mesh, {"head": ClassParallel()})
     start = {key: whole(tensor).clone() for key, tensor in model["head"].state_dict().items()}
