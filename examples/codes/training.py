@@ -235,8 +235,10 @@ class CodeRun(Run):
         self.model.train()
         statistics = class_statistics(features, train.targets, self.data.num_classes)
         weight = read_classifier(self.model.head).weight
+        # Of more features than the body has the others are combinations: the ratio would be one of rounding.
+        spanned = self.key.features <= WIDTHS[-1]
         return {
-            "gnc1_trace": float(covariance_trace_ratio(statistics)),
+            **({"gnc1_trace": float(covariance_trace_ratio(statistics))} if spanned else {}),
             "gnc2_largest_cosine_means": float(largest_cosine(statistics.means)),
             "gnc2_largest_cosine_weights": float(largest_cosine(weight)),
             "gnc3_cosine": float(duality_cosine(weight, statistics.means)),
