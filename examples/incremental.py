@@ -1,0 +1,138 @@
+"""Classes that come in sessions, with one image of each: heads with reserved directions, and simple methods.
+
+    python examples/incremental.py --seeds 0 1 2 3 4             all methods: half an hour on one core
+    python examples/incremental.py --classes 30 --base-classes 20 --features 32 --epochs 5     a first look
+    python examples/incremental.py --resume                      continue what was killed
+    python examples/incremental.py --help                        everything else
+
+Every method gets the same body at the start, the same images in the same order and the same choice of
+learning rates and steps, of which the validation set chooses. The output folder gets every session of every
+run (runs.csv), means over the seeds (summary.csv), a figure and checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from lab.data import ImageData, load
+from lab.figures import PALETTE, draw_band, in_percent, legend_beside, new_figure
+from lab.files import Row, kept
+from lab.options import command
+from lab.progress import bar, make_console
+from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
+from lab.training import reproducible, threads
+from sessions.base import BaseKey, BaseRun
+from sessions.learners import BASES, rows_of
+from sessions.protocol import Episode, IncrementalSettings, make_episode
+
+COLUMNS = (
+    Column("average", "accuracy_average", ".1f", percent=True),
+    Column("first", "accuracy_first", ".1f", percent=True),
+    Column("last", "accuracy", ".1f", percent=True),
+    Column("drop", "accuracy_drop", ".1f", percent=True),
+    Column("base", "accuracy_base", ".1f", percent=True),
+    Column("novel", "accuracy_novel", ".1f", percent=True),
+    Column("harmonic", "accuracy_harmonic", ".1f", percent=True),
+)
+MEASURES = (*(column.measure for column in COLUMNS), "validation_accuracy", "validation_accuracy_average")
+DASHES = ("-", "--")  # the second time around the palette
+
+
+def compare(settings: IncrementalSettings, console: Console) -> list[Row]:
+    """Teach every method all sessions for every seed; return the means over the seeds."""
+    settings.check()
+    results = Results(settings.folder, console)
+    data = load(settings).to(settings.torch_device)
+    later = len(settings.seen) - 1
+    text = f"{data.name}: {settings.base_classes} classes, then {later} sessions of {settings.new_classes}"
+    console.print(f"{text} with {settings.shots} image(s) of each", highlight=False)
+    rows: list[Row] = []
+    with threads(settings.threads), reproducible(settings.torch_device):
+        for seed in settings.seeds:
+            rows += _one_seed(seed, settings, data, console)
+            results.names.clear()
+            results.csv("runs", rows)
+    summary = summary_rows(rows)
+    results.csv("summary", summary)
+    results.figures({"sessions": lambda: sessions_figure(rows)})
+    seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
+    title = f"Test accuracy in %, {settings.shots} image(s) of each later class{seeds}"
+    console.print(summary_table(title, {"method": "method"}, COLUMNS, summary))
+    results.tell()
+    return summary
+
+
+def _one_seed(seed: int, settings: IncrementalSettings, data: ImageData, console: Console) -> list[Row]:
+    episode = make_episode(seed, settings, data)
+    bases: dict[BaseKey, BaseRun] = {}
+    rows: list[Row] = []
+    for method in settings.methods:
+        key = BaseKey(BASES.get(method, method), seed)
+        if key not in bases:
+            bases[key] = _train_and_tell(BaseRun(key, settings, episode), settings, console)
+        rows += _teach_and_tell(method, bases[key], episode, settings, console)
+    return rows
+
+
+def _train_and_tell(run: BaseRun, settings: IncrementalSettings, console: Console) -> BaseRun:
+    name = run.key.name
+    with bar(console, name, lambda row: f"loss {row['loss']:.3f}") as shown:
+        checkpoint = settings.checkpoint(f"base-{name}")
+        run.finish(checkpoint, resume=settings.resume, every=settings.checkpoint_every, progress=shown)
+    console.print(f"{name}: base session, {shown.seconds:.0f} s", highlight=False)
+    return run
+
+
+def _teach_and_tell(
+    method: str, run: BaseRun, episode: Episode, settings: IncrementalSettings, console: Console
+) -> list[Row]:
+    own = {"method": method, "seed": run.key.seed}
+
+    def teach() -> list[Row]:
+        return [own | row for row in rows_of(method, run.model, episode, settings)]
+
+    path = settings.checkpoint(f"{method}-seed{run.key.seed}")
+    rows: list[Row] = kept(path, run.fingerprint | own, teach, resume=settings.resume)
+    average, last = (percent(rows[-1][name]) for name in ("accuracy_average", "accuracy"))
+    console.print(f"{method}-seed{run.key.seed}: average {average}%, last {last}%", highlight=False)
+    return rows
+
+
+def summary_rows(rows: Sequence[Row]) -> list[Row]:
+    """For each method the means and deviations over the seeds, after the last session."""
+    last: list[Row] = []
+    for same in grouped(rows, "method", "seed").values():
+        last.append({**same[-1], "accuracy_first": same[0]["accuracy"]})
+    return [
+        {"method": method, "seeds": len(same)} | mean_and_deviation(same, MEASURES)
+        for (method,), same in grouped(last, "method").items()
+    ]
+
+
+def sessions_figure(rows: Sequence[Row]) -> Figure:
+    """Accuracy after each session: the mean over the seeds, and a band from the lowest to the highest."""
+    figure = new_figure(8.4, 4.6)
+    axes = figure.subplots()
+    for number, ((method,), same) in enumerate(grouped(rows, "method").items()):
+        runs = list(grouped(same, "seed").values())
+        turn, color = divmod(number, len(PALETTE))
+        curves = [[row["accuracy"] for row in run] for run in runs]
+        style = {"color": PALETTE[color], "linestyle": DASHES[turn % 2], "label": method}
+        draw_band(axes, [row["classes"] for row in runs[0]], curves, **style)
+    axes.set(xlabel="classes seen so far", ylabel="accuracy on all of them, faces never seen")
+    in_percent(axes)
+    legend_beside(figure, axes)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study from the command line and return the exit status."""
+    return command(IncrementalSettings, lambda settings: compare(settings, make_console()), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
