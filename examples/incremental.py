@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lab.data import ImageData, load
-from lab.figures import PALETTE, draw_band, in_percent, legend_beside, new_figure
+from lab.figures import PALETTE, draw_band, in_percent, new_figure
 from lab.files import Row, kept
 from lab.options import command
 from lab.progress import bar, make_console
@@ -27,7 +27,7 @@ from lab.results import Column, Results, grouped, mean_and_deviation, percent, s
 from lab.training import reproducible, threads
 from sessions.base import BaseKey, BaseRun
 from sessions.learners import BASES, rows_of
-from sessions.protocol import Episode, IncrementalSettings, make_episode
+from sessions.protocol import FRAMED, SIMPLE, Episode, IncrementalSettings, make_episode
 
 COLUMNS = (
     Column("average", "accuracy_average", ".1f", percent=True),
@@ -39,7 +39,6 @@ COLUMNS = (
     Column("harmonic", "accuracy_harmonic", ".1f", percent=True),
 )
 MEASURES = (*(column.measure for column in COLUMNS), "validation_accuracy", "validation_accuracy_average")
-DASHES = ("-", "--")  # the second time around the palette
 
 
 def compare(settings: IncrementalSettings, console: Console) -> list[Row]:
@@ -115,17 +114,19 @@ def summary_rows(rows: Sequence[Row]) -> list[Row]:
 
 def sessions_figure(rows: Sequence[Row]) -> Figure:
     """Accuracy after each session: the mean over the seeds, and a band from the lowest to the highest."""
-    figure = new_figure(8.4, 4.6)
-    axes = figure.subplots()
-    for number, ((method,), same) in enumerate(grouped(rows, "method").items()):
-        runs = list(grouped(same, "seed").values())
-        turn, color = divmod(number, len(PALETTE))
-        curves = [[row["accuracy"] for row in run] for run in runs]
-        style = {"color": PALETTE[color], "linestyle": DASHES[turn % 2], "label": method}
-        draw_band(axes, [row["classes"] for row in runs[0]], curves, **style)
-    axes.set(xlabel="classes seen so far", ylabel="accuracy on all of them, faces never seen")
-    in_percent(axes)
-    legend_beside(figure, axes)
+    figure = new_figure(9.6, 5)
+    panels = {"simple methods": (*SIMPLE, "joint"), "directions of a simplex": (*FRAMED, "joint")}
+    for axes, (title, methods) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        for method, color in zip(methods, (*PALETTE, "black"), strict=False):
+            runs = list(grouped((row for row in rows if row["method"] == method), "seed").values())
+            if runs:
+                curves = [[row["accuracy"] for row in run] for run in runs]
+                style = {"color": color, "label": method, "linestyle": ":" if method == "joint" else "-"}
+                draw_band(axes, [row["classes"] for row in runs[0]], curves, **style)
+        axes.set(title=title, xlabel="classes seen so far", ylim=(0, 1))
+        in_percent(axes)
+        axes.legend(loc="lower left", fontsize=8)
+    figure.axes[0].set_ylabel("accuracy on all of them, faces never seen")
     return figure
 
 

@@ -51,14 +51,17 @@ class Projector(nn.Module):
         return self.layers(features) + self.skip(features)
 
 
-def make_projector(in_features: int, settings: IncrementalSettings) -> nn.Module:
-    if settings.projector == "linear":
-        return nn.Linear(in_features, settings.features, bias=False)
-    return Projector(in_features, settings.features)
+def make_neck(name: BaseName, in_features: int, out_features: int) -> nn.Module:
+    """What later sessions train with the head."""
+    if name in ("linear", "cosine"):
+        return nn.Identity()
+    if name == "etf-ce":
+        return nn.Linear(in_features, out_features, bias=False)
+    return Projector(in_features, out_features)
 
 
 class Network(nn.Module):
-    """A small ResNet, for some heads a projector, and a head.
+    """A small ResNet, what is between it and the head, and the head.
 
     What is random in the head is drawn last, so that all networks of a seed have the same body.
     """
@@ -67,8 +70,8 @@ class Network(nn.Module):
         super().__init__()
         self.body = ResNet(channels, 1, WIDTHS, BLOCKS, STEM_STRIDE)
         self.body.classifier = nn.Identity()
-        plain = name in ("linear", "cosine")
-        self.neck = nn.Identity() if plain else make_projector(WIDTHS[-1], settings)
+        self.neck = make_neck(name, WIDTHS[-1], settings.features)
+        plain = isinstance(self.neck, nn.Identity)
         self.head = make_head(name, WIDTHS[-1] if plain else settings.features, settings)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -114,7 +117,8 @@ class BaseRun(Run):
         self.key, self.settings, self.data = key, settings, episode.data
         self.device = settings.torch_device
         torch.manual_seed(key.seed)
-        self.model = Network(key.base, settings, self.data.shape[0]).to(self.device)
+        model = Network(key.base, settings, self.data.shape[0])
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         # The upper bound has all training images, of later classes too, of which others get a few.
         self.seen = settings.classes if key.base == "joint" else settings.base_classes
         self.train = episode.train.where(episode.train.targets < self.seen)

@@ -26,8 +26,10 @@ EVALUATION_BATCH = 512
 BASES: dict[Method, BaseName] = {
     "fine-tuned": "linear",
     "class-mean": "linear",
+    "cosine-class-mean": "cosine",
     "projector-class-mean": "projector-linear",
     "etf-class-mean": "etf",
+    "etf-ce-class-mean": "etf-ce",
     "etf-transit": "etf",
     "etf-grown": "etf-few",
 }
@@ -177,8 +179,10 @@ KINDS: dict[Method, type[Learner]] = {
     "fine-tuned": FineTuned,
     "cosine": Imprinted,
     "class-mean": NearestMean,
+    "cosine-class-mean": NearestMean,
     "projector-class-mean": NearestMean,
     "etf-class-mean": NearestMean,
+    "etf-ce-class-mean": NearestMean,
     "etf-transit": Transit,
     "etf-grown": Grown,
     "joint": Joint,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,21 +14,20 @@ from lab.data.sampling import affine_maps, transformed
 from lab.options import Count, Distinct, Free, NotNegative, Positive, at_least
 from lab.settings import DataName, DataSettings
 
-Method = Literal[
+Simple = Literal[
     "fine-tuned",
     "linear",
     "cosine",
+    "cosine-class-mean",
     "class-mean",
     "projector-linear",
     "projector-class-mean",
-    "etf",
-    "etf-transit",
-    "etf-grown",
-    "etf-class-mean",
-    "etf-ce",
-    "joint",
 ]
-METHODS: tuple[Method, ...] = Method.__args__
+Framed = Literal["etf", "etf-class-mean", "etf-transit", "etf-grown", "etf-ce", "etf-ce-class-mean"]
+Method = Literal[Simple, Framed, "joint"]
+SIMPLE: tuple[Method, ...] = get_args(Simple)
+FRAMED: tuple[Method, ...] = get_args(Framed)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,8 @@ class IncrementalSettings(DataSettings):
     """Classes that come in each later session."""
     shots: Count = 1
     """Training images of each class that comes later."""
+    views: Count = 1
+    """Distorted copies that are made of each of these images: the one image itself is not seen."""
     methods: Free[Distinct[Method]] = METHODS
     """What is compared: see docs/incremental.md."""
     affine: NotNegative = 0.2
@@ -59,20 +60,17 @@ class IncrementalSettings(DataSettings):
     """Passes over the training images in the base session."""
     batch_size: Count = 32
     """Images in a step of the base session; the remainder of an epoch is dropped."""
-    lr: Positive = 3e-3
+    lr: Positive = 1e-2
     """Peak learning rate of AdamW in the base session, after a linear warm-up and before a cosine."""
     weight_decay: NotNegative = 5e-4
     """Decay of all parameters in the base session."""
     features: Annotated[int, at_least(2)] = 128
     """Number of features d behind the projector."""
-    projector: Literal["published", "linear"] = "published"
-    """What is between the body and the head of some methods, and what later sessions train. published: two
-    layers with a linear map around them; linear: that map alone."""
     scale: Positive = 16.0
     """Scale of the logits where features have length 1 and the loss is the cross-entropy."""
     session_lr: Distinct[Positive] = (1e-4, 1e-3, 1e-2)
     """Peak learning rates of Adam in the later sessions: validation chooses one for each method and seed."""
-    session_steps: Distinct[Count] = (20, 100)
+    session_steps: Distinct[Count] = (10, 40)
     """Steps in each of the later sessions: chosen together with the learning rate."""
     threads: Count = 1
     """CPU threads."""
@@ -104,7 +102,7 @@ class Episode:
 
     Attributes:
         train: all training images, as they were drawn; every step distorts those of the base classes anew.
-        shots: the few images of the later classes, distorted once, as inputs: nobody sees them otherwise.
+        shots: the few images of the later classes, distorted, as inputs: nobody sees them otherwise.
         validation: distorted once, as inputs, of all classes.
         test: the same of the test set.
     """
@@ -124,9 +122,9 @@ def make_episode(seed: int, settings: IncrementalSettings, data: ImageData) -> E
     later = train.where(train.targets >= settings.base_classes)
     later = later.where(torch.randperm(len(later), generator=generator).to(later.targets.device))
     chosen = [torch.nonzero(later.targets == label)[: settings.shots, 0] for label in later.targets.unique()]
-    shots = later.where(torch.cat(chosen))
+    shots = later.where(torch.cat(chosen).repeat_interleave(settings.views))
     require(
-        len(shots) == settings.shots * (data.num_classes - settings.base_classes),
+        len(shots) == settings.views * settings.shots * (data.num_classes - settings.base_classes),
         f"--shots {settings.shots}: some class of {data.name} has fewer training images",
     )
     return Episode(
