@@ -34,6 +34,7 @@ SUITES = (
     "step",
     "memory",
     "class_parallel",
+    "codes",
     "accuracy",
     "scaling",
 )

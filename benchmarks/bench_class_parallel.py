@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.bench_memory import peak_mb
 from benchmarks.findings import Findings, cases
+from benchmarks.processes import in_a_process, peak_mb
 from benchmarks.report import Check
 from benchmarks.timing import median_ratio, medians
 from etflayers.functional import class_parallel_cross_entropy
@@ -153,15 +150,10 @@ def error(folder: str, shape: Shape) -> float:
 
 def measure(what: str, shape: Shape, seconds: float) -> dict[str, Any]:
     """The same in fresh processes; with the error of the one rival that is asked for."""
-    arguments = [what, *map(str, shape), "--seconds", str(seconds)]
-    command = [sys.executable, "-m", "benchmarks.bench_class_parallel", *arguments]
-    root = Path(__file__).resolve().parents[1]
     # Or glibc keeps large blocks that have been freed, and the peak would not see them used again.
-    where = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=where, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
+    forgetful = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    arguments = (what, *shape, "--seconds", seconds)
+    found: dict[str, Any] = in_a_process("benchmarks.bench_class_parallel", *arguments, environment=forgetful)
     return found
 
 

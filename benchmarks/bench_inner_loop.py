@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.bench_memory import peak_mb
 from benchmarks.convnet import Problem
 from benchmarks.findings import Findings, cases
+from benchmarks.processes import in_a_process, peak_mb
 from benchmarks.report import Check, number
 from benchmarks.timing import median_ratio
 from etflayers.distill import KeptGraph, StepAdjoint, cross_entropy, unrolled_inner_loop
@@ -200,12 +199,7 @@ def forgotten_peak_mb() -> float:
 
 
 def measure(rival: str, size: Size) -> Found:
-    command = [sys.executable, "-m", "benchmarks.bench_inner_loop", rival, *map(str, size)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    found: Found = json.loads(done.stdout)
+    found: Found = in_a_process("benchmarks.bench_inner_loop", rival, *size)
     return found
 
 

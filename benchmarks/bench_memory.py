@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.bench_nearest_etf import FRAME_LIMIT, FRAMES, OURS, forward_backward, gaussian_means
 from benchmarks.findings import Findings, cases
+from benchmarks.processes import in_a_process, peak_mb
 from benchmarks.report import Check
 from etflayers.testing import relative_error, svd_frame
 
 SHAPE, QUICK_SHAPE = (2048, 1000), (64, 20)
 BOUND_MB = 1024.0
 RIVALS = (OURS, "differentiated SVD")
-
-
-def peak_mb() -> float:
-    """Largest resident size that this process ever had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # `ru_maxrss` of a child starts from the peak of the process that spawned it, this one does not.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
 
 
 def measure_here(rival: str, shape: tuple[int, int]) -> dict[str, float]:
@@ -45,12 +31,7 @@ def measure_here(rival: str, shape: tuple[int, int]) -> dict[str, float]:
 
 
 def measure(rival: str, shape: tuple[int, int]) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.bench_memory", rival, *map(str, shape)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = in_a_process("benchmarks.bench_memory", rival, *shape)
     return found
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_memory import peak_mb
 from benchmarks.findings import Findings, cases
+from benchmarks.processes import in_a_process, peak_mb
 from benchmarks.report import Check, milliseconds
 from benchmarks.timing import median_ratio, medians
 from etflayers.functional import stiefel_argmin
@@ -93,12 +90,7 @@ def memory_here(shape: tuple[int, int]) -> float:
 
 
 def memory(shape: tuple[int, int]) -> float:
-    command = [sys.executable, "-m", "benchmarks.bench_stiefel", *map(str, shape)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout))
+    return float(in_a_process("benchmarks.bench_stiefel", *shape))
 
 
 @pytest.mark.bench

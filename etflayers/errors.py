@@ -14,6 +14,7 @@ __all__ = [
     "MissingDependencyError",
     "MissingTargetsError",
     "NonFiniteError",
+    "NotFittedError",
     "RanksDisagreeError",
     "RecomputationError",
 ]
@@ -41,6 +42,10 @@ class ManifoldError(EtfLayersError, RuntimeError):
 
 class MissingTargetsError(EtfLayersError, RuntimeError):
     """A head that learns from class means was trained without targets."""
+
+
+class NotFittedError(EtfLayersError, RuntimeError):
+    """A detector was asked for scores before it has seen training features."""
 
 
 class RecomputationError(EtfLayersError, RuntimeError):

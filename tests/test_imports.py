@@ -30,6 +30,7 @@ OPTIONAL = (
     "mlxtend",
     "PIL",
     "pymanopt",
+    "pytorch_ood",
     "pytorch_lightning",
     "rich",
     "safetensors",

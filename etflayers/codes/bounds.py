@@ -183,7 +183,7 @@ def _interval_end(dimension: int, strength: int) -> float:
         return -1.0
     a = (dimension - 1) / 2
     b = a - strength % 2
-    k = torch.arange(degree, dtype=torch.float64)
+    k = torch.arange(degree, dtype=torch.float64, device="cpu")  # whatever the default device is
     both = 2 * k + a + b
     # For a = b the first entry is 0 / 0, and a + b > 0 in three dimensions and more.
     diagonal = (b * b - a * a) / (both * (both + 2))

@@ -72,7 +72,8 @@ def optimized_rows(
     if restarts is None:
         restarts = max(1, min(16, 10**6 // (num_classes**2 * in_features)))
     require_size("restarts", restarts)
-    device = None if generator is None else generator.device
+    # Not the default device, which may be "meta": a search needs values.
+    device = torch.device("cpu") if generator is None else generator.device
     start = torch.randn(
         restarts, num_classes, in_features, generator=generator, device=device, dtype=torch.float64
     )

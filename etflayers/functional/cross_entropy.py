@@ -11,6 +11,8 @@ Both take one pass over the features, and the backward pass needs two numbers a 
 ``kernels.cross_entropy``. Any other frame takes the logits a few rows at a time, and makes them again on the
 way back.
 
+A prior of the classes is one more feature, or a change of the features: see ``functional.priors``.
+
 Soft targets are a ``(B, K)`` matrix themselves, and to save another one, of logits, would be half a saving:
 their loss is PyTorch's, of all logits at once.
 """
@@ -28,6 +30,7 @@ from etflayers.functional.active import among_active
 from etflayers.functional.class_means import ignored_targets, require_class_indices, require_same_device
 from etflayers.functional.code_softmax import code_logsumexp
 from etflayers.functional.logits import canonical_etf_logits
+from etflayers.functional.priors import features_with_prior, linear_with_prior, log_prior, require_prior
 from etflayers.functional.reduction import Reduction, reduced, require_reduction
 from etflayers.functional.soft_targets import are_soft, require_soft_targets
 from etflayers.geometry import centered_basis_adjoint, etf_radius, require_etf_dims
@@ -51,6 +54,8 @@ def etf_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    prior: Tensor | None = None,
+    tau: float = 1.0,
     classes: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -58,7 +63,8 @@ def etf_cross_entropy(
 
     The same as ``F.cross_entropy(s * canonical_etf_logits(features, K), targets)`` and its gradient, in
     float32 or better, with memory for the features and their gradient alone (for d = K - 1, where the frame
-    is a Householder reflection, the reflected features too). Differentiable to any order and in both modes.
+    is a Householder reflection, and with a prior, the changed features too). Differentiable to any order and
+    in both modes.
 
     Args:
         features: f, ``(..., d)`` with d >= K - 1. NaN gives a NaN loss, but for ignored samples.
@@ -69,6 +75,9 @@ def etf_cross_entropy(
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         ignore_index: target of the samples to leave out.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        prior: pi, ``(K,)``, counts or probabilities of the classes: the loss is that of the logits plus
+            tau log pi (:func:`~etflayers.functional.logit_adjustment`).
+        tau: how much of the prior to add.
         classes: ``(A,)``, ascending: the classes to choose among, of which alone there are logits, and over
             which label smoothing spreads its share; default all K. Targets still count from 0 to K.
         impl: which path to take: see :func:`etflayers.kernels.describe`.
@@ -89,6 +98,9 @@ def etf_cross_entropy(
         raise InvalidArgumentError("features must have shape (..., in_features), got a scalar")
     require_etf_dims(num_classes, features.shape[-1])
     require_loss_options(scale, label_smoothing, reduction)
+    if prior is not None:
+        added = log_prior(prior, num_classes, tau, like=features)
+        features = features_with_prior(features, num_classes, added, scale)
     if classes is not None:
         targets, ignore_index = among_active(targets, classes, num_classes, ignore_index)
     count = num_classes if classes is None else len(classes)
@@ -132,6 +144,8 @@ def code_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    prior: Tensor | None = None,
+    tau: float = 1.0,
     classes: Tensor | None = None,
     chunk_size: int | None = None,
     impl: Impl = "auto",
@@ -159,6 +173,9 @@ def code_cross_entropy(
         label_smoothing: as in :func:`etf_cross_entropy`.
         ignore_index: as in :func:`etf_cross_entropy`.
         reduction: as in :func:`etf_cross_entropy`.
+        prior: as in :func:`etf_cross_entropy`. In half precision it is rounded as the products are. Of a
+            code it makes the matrix of its words.
+        tau: as in :func:`etf_cross_entropy`.
         classes: as in :func:`etf_cross_entropy`; the rows of the other classes get no gradient, and of a code
             the words of these classes are made as a matrix ``(A, d)``.
         chunk_size: samples whose logits exist at a time; ``None``: as many as keep the device busy. Not for a
@@ -185,6 +202,12 @@ def code_cross_entropy(
             frame = frame.words(classes, dtype=working_dtype(features.dtype))
         else:
             frame = frame.index_select(0, classes)
+        if prior is not None:
+            require_prior(prior, count, tau)
+            prior = prior.to(classes.device).index_select(0, classes)
+    if isinstance(frame, SphericalCode) and prior is not None:
+        # The pieces of a code have no room for a number of each class.
+        frame = frame.dense(device=features.device, dtype=working_dtype(features.dtype))
     if isinstance(frame, SphericalCode):
         return _of_code(features, frame, targets, scale, label_smoothing, ignore_index, reduction)
     require_floating("frame", frame.dtype)
@@ -195,17 +218,21 @@ def code_cross_entropy(
         )
     dtype = torch.promote_types(features.dtype, frame.dtype)
     dtype = linear_dtype(features.to(dtype))
+    features, frame = features.to(dtype), frame.to(dtype)
+    if prior is not None:
+        added = log_prior(prior, frame.shape[0], tau, like=features)
+        features, frame = linear_with_prior(features, frame, added, scale)
     if are_soft(targets):
         require_soft_targets(targets, features.shape[:-1], frame.shape[0])
-        logits = scale * F.linear(features.to(dtype), frame.to(dtype))
+        logits = scale * F.linear(features, frame)
         return _soft_cross_entropy(logits, targets, label_smoothing, reduction)
     require_targets_of(features, targets)
 
     rows, labels = features.flatten(0, -2) if features.ndim != 1 else features[None], targets.flatten()
     ignored = ignored_targets(labels, frame.shape[0], ignore_index)
     losses = linear_softmax_losses(
-        rows.to(dtype),
-        frame.to(dtype),
+        rows,
+        frame,
         labels,
         scale,
         label_smoothing,

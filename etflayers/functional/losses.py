@@ -6,13 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers.checks import require, require_floating, require_values
+from etflayers.checks import require, require_flag, require_floating, require_values
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional.class_means import ignored_targets
+from etflayers.functional.priors import require_frequencies
 from etflayers.functional.reduction import Reduction, reduced, require_reduction
+from etflayers.functional.soft_targets import are_soft, require_soft_targets
 from etflayers.precision import working_dtype
 
-__all__ = ["code_mse_loss", "dot_regression_loss", "positive_lengths", "require_codes"]
+__all__ = [
+    "code_mse_loss",
+    "dot_regression_loss",
+    "lengths_from_counts",
+    "positive_lengths",
+    "require_codes",
+]
 
 
 def code_mse_loss(
@@ -76,6 +84,7 @@ def dot_regression_loss(
     targets: Tensor,
     *,
     lengths: float | Tensor = 1.0,
+    divide_by_length: bool = True,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -87,11 +96,24 @@ def dot_regression_loss(
     bias. A head with ``scale=s`` has classifier vectors of length s: with ``scale=1`` the lengths are those
     of the features alone, otherwise multiply them by s.
 
+    **Two published forms.** The paper divides by l_y. Its code divides by the length of the features alone,
+    which are normalized, so that nothing is divided: ``(<w_y, h> - l_y)^2 / 2``. At length 1 both are the
+    same. At other lengths they differ in what a class weighs: for features of length 1 and a classifier
+    vector ``w_y = l_y u_y``, with u_y the unit vertex, the paper's is ``l_y (<u_y, h> - 1)^2 / 2`` and that
+    of the code ``l_y^2 (<u_y, h> - 1)^2 / 2``. With the lengths of :func:`lengths_from_counts` the second
+    gives all classes the same weight in an epoch; in the first, frequent classes still weigh more. A head
+    has vectors of one length: multiply its logits by the lengths for this setting.
+
+    **Soft targets** P, as mixup makes them, have the loss ``sum_k P_k loss_k``; of two labels a and b with
+    shares r and 1 - r it is r times the loss for a and 1 - r times that for b.
+
     Args:
         logits: inner products, ``(..., K)``, classes last.
-        targets: y, ``(...)``, integers in [0, K) or ``ignore_index``.
+        targets: y, ``(...)``, integers in [0, K) or ``ignore_index``; or soft targets, ``(..., K)``, floating
+            point, not negative, with rows that sum to 1.
         lengths: l > 0, a number or one for each class, ``(K,)``.
-        ignore_index: target of the samples to leave out.
+        divide_by_length: the form of the paper; ``False``: that of its code.
+        ignore_index: target of the samples to leave out; soft targets leave none out.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -99,8 +121,8 @@ def dot_regression_loss(
         If all samples are ignored the mean is 0 with a zero gradient (``F.cross_entropy`` returns NaN there).
 
     Raises:
-        InvalidArgumentError: shapes, dtypes or a reduction that do not fit, targets out of range, or
-            lengths that are not positive and finite.
+        InvalidArgumentError: shapes, dtypes or a reduction that do not fit, targets out of range, soft
+            targets that are no probabilities, or lengths that are not positive and finite.
 
     Reference:
         Yang, Chen, Li, Xie, Lin, Tao (2022), arXiv 2203.09081.
@@ -108,12 +130,14 @@ def dot_regression_loss(
     >>> logits = torch.tensor([[0.5, -0.5], [-2.0, 2.0]])
     >>> dot_regression_loss(logits, torch.tensor([0, 1]), reduction="none")
     tensor([0.1250, 0.5000])
+    >>> dot_regression_loss(logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]]), reduction="none")
+    tensor([0.1250, 2.5000])
     """
     require_floating("logits", logits.dtype)
     require_reduction(reduction)
+    require_flag("divide_by_length", divide_by_length)
     if logits.ndim == 0:
         raise InvalidArgumentError("logits must have shape (..., num_classes), got a scalar")
-    _require_targets_of(logits, targets, "logits")
     num_classes = logits.shape[-1]
     lengths = positive_lengths(lengths)
     if isinstance(lengths, Tensor) and lengths.ndim > 0 and lengths.shape != (num_classes,):
@@ -121,17 +145,53 @@ def dot_regression_loss(
             f"lengths must be a number or have shape (num_classes,) = ({num_classes},), "
             f"got {tuple(lengths.shape)}"
         )
+    dtype = working_dtype(logits.dtype)
+    length = torch.as_tensor(lengths, dtype=dtype, device=logits.device).expand(num_classes)
+    if are_soft(targets):
+        require_soft_targets(targets, logits.shape[:-1], num_classes)
+        losses = _squared_gap(logits.to(dtype) - length, length, divide_by_length)
+        kept = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return reduced((targets.to(dtype) * losses).sum(-1), kept, reduction)
+    _require_targets_of(logits, targets, "logits")
     ignored = ignored_targets(targets, num_classes, ignore_index)
 
-    dtype = working_dtype(logits.dtype)
     own = torch.where(ignored, 0, targets.long())
-    length = torch.as_tensor(lengths, dtype=dtype, device=logits.device).expand(num_classes)[own]
     product = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1).to(dtype)
     # An ignored product is replaced before the arithmetic: masking its loss would still send back 0 times
     # NaN.
-    error = torch.where(ignored, 0, product - length)
-    losses = error.square() / (2 * length)
-    return reduced(losses, ignored, reduction)
+    gap = torch.where(ignored, 0, product - length[own])
+    return reduced(_squared_gap(gap, length[own], divide_by_length), ignored, reduction)
+
+
+def _squared_gap(gap: Tensor, length: Tensor, divide: bool) -> Tensor:
+    return gap.square() / (2 * length) if divide else gap.square() / 2
+
+
+def lengths_from_counts(counts: Tensor) -> Tensor:
+    r"""Lengths that grow as a class gets rarer: ``l_k = sqrt(N / (K n_k))``, N the sum of all n.
+
+    With them each class has the same part in ``sum_i l_{y_i}^2 = sum_k n_k l_k^2 = N``. They are those of the
+    published code of dot regression, which takes them from the classes of a batch or of the training set.
+
+    Args:
+        counts: n > 0, ``(K,)``, numbers of samples.
+
+    Returns:
+        l, ``(K,)``, in the dtype of the counts if that is floating point, else PyTorch's default; all 1 for
+        equal counts.
+
+    Raises:
+        InvalidArgumentError: counts that are not positive and finite.
+
+    Reference:
+        Yang, Chen, Li, Xie, Lin, Tao (2022), arXiv 2203.09081, by its code.
+
+    >>> lengths_from_counts(torch.tensor([90, 10]))
+    tensor([0.7454, 2.2361])
+    """
+    require_frequencies("counts", counts)
+    numbers = counts if counts.is_floating_point() else counts.to(torch.get_default_dtype())
+    return (numbers.mean() / numbers).sqrt()
 
 
 def _require_targets_of(outputs: Tensor, targets: Tensor, name: str) -> None:

@@ -1,17 +1,20 @@
 """Neural-collapse metrics: pure functions of streaming class statistics, and torchmetrics shells around them.
 
-The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``NeuralCollapseProbe`` and
-``NeuralCollapseCallback`` need torchmetrics (``pip install 'etflayers[metrics]'``) when they are made. They
-load it, and the callback Lightning, when they are first named: that takes as long as to import PyTorch.
+The functions need PyTorch alone. ``NeuralCollapse``, ``CosineMargins``, ``GroupAccuracy``, ``LabelNoise``,
+``SessionAccuracy``, ``NeuralCollapseProbe`` and ``NeuralCollapseCallback`` need torchmetrics
+(``pip install 'etflayers[metrics]'``) when they are made. They load it, and the callback Lightning, when they
+are first named: that takes as long as to import PyTorch.
 """
 
 from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
+from etflayers.metrics.accuracies import group_accuracy, session_measures
 from etflayers.metrics.classifier import Classifier, classifier_inputs, read_classifier
-from etflayers.metrics.descriptions import DESCRIPTIONS, Description
+from etflayers.metrics.descriptions import DESCRIPTIONS, NOISE_DESCRIPTIONS, Description
 from etflayers.metrics.generalized import HypersphericalEnergy, hyperspherical_energy
 from etflayers.metrics.gnc import OneVsRest, generalized_measures, largest_cosine, one_vs_rest
+from etflayers.metrics.groups import by_group, groups_from_counts, minority_collapse, select_classes
 from etflayers.metrics.margins import cosine_margins, own_cosines
 from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import ClassMoments, merge_moments, update_moments, zero_moments
@@ -41,6 +44,16 @@ from etflayers.metrics.nc3 import (
 )
 from etflayers.metrics.nc4 import bias_collapse, center_agreement, center_disagreement, nearest_center
 from etflayers.metrics.nc5 import orthogonality_deviation
+from etflayers.metrics.noise import (
+    Dilation,
+    LabelAccuracies,
+    Memorization,
+    OriginMeans,
+    dilation,
+    label_accuracies,
+    memorization,
+    origin_means,
+)
 from etflayers.metrics.pictures import plot_cosines, plot_tetrahedron
 from etflayers.metrics.statistics import ClassStatistics, class_statistics, finish_moments
 from etflayers.metrics.whitening import Whitening, between_whitening
@@ -49,15 +62,20 @@ if TYPE_CHECKING:
     from etflayers.metrics.callback import NeuralCollapseCallback
     from etflayers.metrics.collapse import NeuralCollapse
     from etflayers.metrics.curve import CosineMargins
+    from etflayers.metrics.noise_metric import LabelNoise
     from etflayers.metrics.probe import NeuralCollapseProbe, spatial_mean
+    from etflayers.metrics.sessions import GroupAccuracy, SessionAccuracy
 else:
     __getattr__, __dir__ = names_on_demand(
         __name__,
         lazy={
             "CosineMargins": "etflayers.metrics.curve",
+            "GroupAccuracy": "etflayers.metrics.sessions",
+            "LabelNoise": "etflayers.metrics.noise_metric",
             "NeuralCollapse": "etflayers.metrics.collapse",
             "NeuralCollapseCallback": "etflayers.metrics.callback",
             "NeuralCollapseProbe": "etflayers.metrics.probe",
+            "SessionAccuracy": "etflayers.metrics.sessions",
             "spatial_mean": "etflayers.metrics.probe",
         },
         moved={
@@ -68,21 +86,30 @@ else:
 
 __all__ = [
     "DESCRIPTIONS",
+    "NOISE_DESCRIPTIONS",
     "ClassMoments",
     "ClassStatistics",
     "Classifier",
     "CosineMargins",
     "Description",
+    "Dilation",
     "Equiangularity",
+    "GroupAccuracy",
     "HypersphericalEnergy",
+    "LabelAccuracies",
+    "LabelNoise",
     "MSEDecomposition",
+    "Memorization",
     "NeuralCollapse",
     "NeuralCollapseCallback",
     "NeuralCollapseProbe",
     "OneVsRest",
+    "OriginMeans",
+    "SessionAccuracy",
     "Whitening",
     "between_whitening",
     "bias_collapse",
+    "by_group",
     "center_agreement",
     "center_disagreement",
     "class_distance_normalized_variance",
@@ -91,6 +118,7 @@ __all__ = [
     "collapse_measures",
     "cosine_margins",
     "covariance_trace_ratio",
+    "dilation",
     "duality_coherence_error",
     "duality_cosine",
     "duality_distance",
@@ -103,18 +131,26 @@ __all__ = [
     "frame_distance",
     "generalized_measures",
     "gram_distance",
+    "group_accuracy",
+    "groups_from_counts",
     "hyperspherical_energy",
+    "label_accuracies",
     "largest_cosine",
+    "memorization",
     "merge_moments",
+    "minority_collapse",
     "mse_decomposition",
     "nearest_center",
     "numerical_rank",
     "one_vs_rest",
+    "origin_means",
     "orthogonality_deviation",
     "own_cosines",
     "plot_cosines",
     "plot_tetrahedron",
     "read_classifier",
+    "select_classes",
+    "session_measures",
     "simplex_coherence_error",
     "spatial_mean",
     "update_moments",

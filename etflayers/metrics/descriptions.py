@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["DESCRIPTIONS", "Description"]
+__all__ = ["DESCRIPTIONS", "NOISE_DESCRIPTIONS", "Description"]
 
 
 class Description(NamedTuple):
@@ -33,7 +33,8 @@ class Description(NamedTuple):
 
 
 _PAPYAN, _ZHU, _MARKOU = "arXiv 2008.08186", "arXiv 2105.02375", "arXiv 2411.01248"
-_WU, _JIANG = "arXiv 2405.17767", "arXiv 2310.05351"
+_WU, _JIANG, _FANG = "arXiv 2405.17767", "arXiv 2310.05351", "arXiv 2101.12699"
+_OH, _ZHANG = "arXiv 2206.10596", "arXiv 2104.03047"
 
 
 def _of_rows(what: str, x: str) -> dict[str, Description]:
@@ -103,8 +104,39 @@ DESCRIPTIONS: Mapping[str, Description] = {
     "gnc3_row_distance": Description(
         "GNC3 distance of rows", "mean over k of |wₖ/|wₖ| − µₖ/|µₖ||", 0, _JIANG
     ),
+    "minority_collapse_means": Description(
+        "Minority collapse, means", "mean over i < j in the group of cos(mᵢ − m, mⱼ − m)", None, _FANG
+    ),
+    "minority_collapse_weights": Description(
+        "Minority collapse, weights", "mean over i < j in the group of cos(wᵢ, wⱼ)", None, _FANG
+    ),
     "bias_collapse": Description("Bias collapse", "|Wm + b|", 0, _ZHU),
     "margin_mean": Description("Cosine margin", _MARGIN, None, _MARKOU),
     "calibration_error": Description("Calibration error", _BINS, None),
     "accuracy": Description("Accuracy", "share of samples with argmax(logits) = y", 1),
+    "accuracy_base": Description("Accuracy, base classes", "of session 0, after the last session", 1, _OH),
+    "accuracy_novel": Description("Accuracy, novel classes", "of later sessions, after the last", 1, _OH),
+    "accuracy_harmonic": Description("Harmonic accuracy", "2bn / (b + n) of base b and novel n", 1),
+    "accuracy_average": Description("Average accuracy", "mean of the accuracies a₀ … a_T of sessions", 1),
+    "accuracy_drop": Description("Performance drop", "a₀ − a_T, first and last session", 0, _ZHANG),
+}
+
+_NGUYEN = "arXiv 2206.05530"
+_BIAS = "mean over y ≠ o of ⟨m_yo − m_oo, (m_yy − m_oo)/|m_yy − m_oo|⟩, m_yo the mean of label y and class o"
+
+# Of a training set with labels y and true classes o, by `LabelNoise`.
+NOISE_DESCRIPTIONS: Mapping[str, Description] = {
+    "noise_rate": Description("Noise rate", "share of samples with y ≠ o", None, _NGUYEN),
+    "nc1_trace_noisy": Description("NC1 by noisy labels", "tr(Σ_W Σ_B⁺) / K of features, by y", 0, _PAPYAN),
+    "nc1_trace_clean": Description(
+        "NC1 by true classes", "tr(Σ_W Σ_B⁺) / K of features, by o", None, _PAPYAN
+    ),
+    "nc1_trace_logits": Description("NC1 of logits", "tr(Σ_W Σ_B⁺) / K of logits, by y", 0, _NGUYEN),
+    "corruption_bias": Description("Bias of corrupted centroids", _BIAS, None, _NGUYEN),
+    "memorization": Description(
+        "Memorization", "Σ over y ≠ o of |h − m_o|, m_o of the test set", None, _NGUYEN
+    ),
+    "memorization_mean": Description("Memorization, mean", "mean over y ≠ o of |h − m_o|", None, _NGUYEN),
+    "accuracy_noisy": Description("Accuracy, noisy labels", "share of argmax(logits) = y", 1),
+    "accuracy_clean": Description("Accuracy, true classes", "share of argmax(logits) = o", None),
 }

@@ -251,6 +251,39 @@ def merge_moments(parts: Sequence[ClassMoments]) -> ClassMoments:
     )
 
 
+def merge_classes(moments: ClassMoments, groups: Tensor, num_groups: int) -> ClassMoments:
+    """The moments of unions of classes, about the means of the unions.
+
+    Args:
+        moments: of K classes, with a pooled scatter or none.
+        groups: the union that each class belongs to, ``(K,)``, in [0, num_groups).
+        num_groups: G; a union may be empty.
+
+    Returns:
+        New moments of G classes, not views of one vector.
+
+    >>> moments = zero_moments(3, 1)
+    >>> update_moments(moments, torch.tensor([[1.0], [3.0], [7.0]]), torch.tensor([0, 1, 2]))
+    >>> union = merge_classes(moments, torch.tensor([0, 0, 1]), 2)
+    >>> union.means.flatten(), union.squares
+    (tensor([2., 7.], dtype=torch.float64), tensor([2., 0.], dtype=torch.float64))
+    """
+    require(moments.scatter.ndim < 3, "scatter must be 'pooled' or 'none': unions of matrices are not kept")
+    counts = moments.counts.new_zeros(num_groups).index_add_(0, groups, moments.counts)
+    shares = (moments.counts / counts.clamp(min=1)[groups]).unsqueeze(-1)
+    rows = moments.shift.new_zeros(num_groups, moments.shift.shape[1])
+    shift = rows.index_add(0, groups, shares * moments.means)
+    # About the mean of its union the moments of a class are those of a part of it, and add.
+    moved = recentered(moments, shift[groups])
+    return ClassMoments(
+        counts,
+        shift,
+        rows.index_add(0, groups, moved.sums),
+        torch.zeros_like(counts).index_add_(0, groups, moved.squares),
+        _upper(moved.scatter),
+    )
+
+
 def merge_packed(vectors: Tensor, *, num_classes: int, in_features: int, scatter: Scatter) -> Tensor:
     """:func:`merge_moments` of the rows of ``(parts, size)``, packed again: a torchmetrics reduction."""
     parts = [unpack_moments(vector, num_classes, in_features, scatter) for vector in vectors]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from etflayers._imports import names_on_demand
 from etflayers.nn.averages import FeatureMovingAverage, Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.batch_contrast import NONLLoss, NTCELoss
 from etflayers.nn.class_means import ClassMeanHead
 from etflayers.nn.classifiers import find_classifiers
 from etflayers.nn.etf import ETFHead
@@ -12,6 +13,7 @@ from etflayers.nn.features import capture_features
 from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.fixed_code import FixedCodeHead
 from etflayers.nn.growth import Movement, expand_classes
+from etflayers.nn.label_relaxation import LabelRelaxationLoss
 from etflayers.nn.learned import LearnedETFHead
 from etflayers.nn.losses import (
     CodeCrossEntropy,
@@ -23,6 +25,8 @@ from etflayers.nn.losses import (
 from etflayers.nn.memory import FeatureMemory
 from etflayers.nn.nearest import NearestETFHead
 from etflayers.nn.nearest_code import NearestCodeHead
+from etflayers.nn.projector import ETFProjector
+from etflayers.nn.regularizers import EntropyRegularizer
 from etflayers.nn.rules import FrameRule, HuberNearestETF, MahalanobisNearestETF, NearestETF
 from etflayers.nn.stiefel import StiefelNode
 from etflayers.nn.surgery import replace_classifier, restore_linear
@@ -45,17 +49,22 @@ __all__ = [
     "DotRegressionLoss",
     "ETFCrossEntropy",
     "ETFHead",
+    "ETFProjector",
+    "EntropyRegularizer",
     "FeatureMemory",
     "FeatureMovingAverage",
     "FixedCodeHead",
     "FixedETFHead",
     "FrameRule",
     "HuberNearestETF",
+    "LabelRelaxationLoss",
     "LearnedETFHead",
     "LogitTerms",
     "MahalanobisNearestETF",
     "Momentum",
     "Movement",
+    "NONLLoss",
+    "NTCELoss",
     "NearestCodeHead",
     "NearestETF",
     "NearestETFHead",

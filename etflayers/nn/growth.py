@@ -42,6 +42,7 @@ from etflayers.nn.fixed import FixedETFHead
 from etflayers.nn.fixed_code import FixedCodeHead
 from etflayers.nn.learned import LearnedETFHead, on_manifold
 from etflayers.nn.nearest import NearestETFHead
+from etflayers.nn.nearest_code import NearestCodeHead
 from etflayers.nn.sharded import ShardedHead
 from etflayers.nn.unit_rows import UnitRowHead
 
@@ -123,10 +124,7 @@ def expand_classes(
 @singledispatch
 def _grow(head: CodeHead, num_classes: int, generator: torch.Generator | None) -> None:
     """Give a copy of a head what N classes need, all but the number itself."""
-    raise InvalidArgumentError(
-        f"head must be one that can grow, got {type(head).__name__}: make one for all classes that will "
-        "come, and head.deactivate(classes) for those that are not here yet"
-    )
+    raise _cannot_grow(head)
 
 
 @_grow.register
@@ -167,6 +165,12 @@ def _(head: NearestETFHead, num_classes: int, generator: torch.Generator | None)
 
 
 @_grow.register
+def _(head: NearestCodeHead, num_classes: int, generator: torch.Generator | None) -> None:
+    # Rows of class means, and a code with as many words as there are classes.
+    raise _cannot_grow(head)
+
+
+@_grow.register
 def _(head: ClassMeanHead, num_classes: int, generator: torch.Generator | None) -> None:
     _grow_averages(head.averages, num_classes)
     rows = _drawn(ClassMeanHead, head.initial_rows, num_classes, generator).initial_rows
@@ -189,6 +193,13 @@ def _(head: FixedCodeHead, num_classes: int, generator: torch.Generator | None) 
             "classes that will come, and head.deactivate(classes) for those that are not here yet"
         )
     head._given = type(code)(num_classes, head.in_features)
+
+
+def _cannot_grow(head: CodeHead) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"head must be one that can grow, got {type(head).__name__}: make one for all classes that will "
+        "come, and head.deactivate(classes) for those that are not here yet"
+    )
 
 
 def _nearest_to(frame: Tensor, num_classes: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import require
+from etflayers.checks import require, require_flag
 from etflayers.codes import SphericalCode
 from etflayers.functional.cross_entropy import (
     code_cross_entropy,
@@ -25,12 +25,14 @@ from etflayers.functional.parallel_cross_entropy import (
     class_parallel_cross_entropy,
     class_parallel_etf_cross_entropy,
 )
+from etflayers.functional.priors import features_with_prior, log_prior, require_prior
 from etflayers.functional.reduction import Reduction, require_reduction
 from etflayers.functional.sampled_cross_entropy import require_rate, sampled_cross_entropy
 from etflayers.kernels import Impl
 from etflayers.nn.base import CodeHead
 from etflayers.nn.distributed import gathered
 from etflayers.nn.fixed import FixedETFHead
+from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.nn.sharded import ShardedCanonical, ShardedHead
 from etflayers.precision import working_dtype
 
@@ -98,7 +100,9 @@ class DotRegressionLoss(nn.Module):
     with ``normalize=True``, ``scale=1`` and ``lengths=1``; with another scale s multiply the lengths by s.
 
     Args:
-        lengths: l > 0, a number or one for each class, ``(K,)``, which becomes a buffer.
+        lengths: l > 0, a number or one for each class, ``(K,)``, which becomes a buffer;
+            :func:`~etflayers.functional.lengths_from_counts` has some for imbalanced classes.
+        divide_by_length: the form of the paper; ``False``: that of its code, without 1 / l_y.
         ignore_index: target of the samples to leave out.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
 
@@ -114,10 +118,16 @@ class DotRegressionLoss(nn.Module):
     """
 
     def __init__(
-        self, lengths: float | Tensor = 1.0, *, ignore_index: int = -100, reduction: Reduction = "mean"
+        self,
+        lengths: float | Tensor = 1.0,
+        *,
+        divide_by_length: bool = True,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         require_reduction(reduction)
+        require_flag("divide_by_length", divide_by_length)
         self.lengths: float | Tensor
         if isinstance(lengths, Tensor):
             require(
@@ -127,19 +137,26 @@ class DotRegressionLoss(nn.Module):
         else:
             self.lengths = lengths
         positive_lengths(lengths)
+        self.divide_by_length = divide_by_length
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of ``logits`` ``(..., K)`` for class indices ``targets`` ``(...)``."""
+        """The loss of ``logits`` ``(..., K)`` for class indices ``(...)`` or soft targets ``(..., K)``."""
         return dot_regression_loss(
-            logits, targets, lengths=self.lengths, ignore_index=self.ignore_index, reduction=self.reduction
+            logits,
+            targets,
+            lengths=self.lengths,
+            divide_by_length=self.divide_by_length,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )
 
     def extra_repr(self) -> str:
         """The arguments."""
         lengths = "per class" if isinstance(self.lengths, torch.Tensor) else self.lengths
-        return f"lengths={lengths}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        form = "" if self.divide_by_length else ", divide_by_length=False"
+        return f"lengths={lengths}{form}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
 class _HeadLoss(nn.Module):
@@ -192,7 +209,7 @@ class _HeadLoss(nn.Module):
         )
 
 
-class CodeCrossEntropy(_HeadLoss):
+class CodeCrossEntropy(KeepsPrecision, _HeadLoss):
     r"""Cross-entropy of a head, from features: ``F.cross_entropy(head(f, y), y)`` with less memory.
 
     Logits and probabilities ``(B, K)`` never exist as a whole, forward or backward. The canonical frame of
@@ -220,6 +237,10 @@ class CodeCrossEntropy(_HeadLoss):
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         ignore_index: target of the samples to leave out of the loss; give the head the same.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        prior: pi, ``(K,)``, how often each class occurs, counts or probabilities: the loss is that of the
+            logits plus tau log pi (:func:`~etflayers.functional.logit_adjustment`). It becomes a buffer of
+            the loss; the head, and what it answers, do not know of it.
+        tau: how much of the prior to add.
         chunk_size: samples whose logits exist at a time, where there are logits; where the classes are
             divided among ranks, classes.
         impl: which path to take: see :func:`etflayers.kernels.describe`.
@@ -227,10 +248,15 @@ class CodeCrossEntropy(_HeadLoss):
     Raises:
         InvalidArgumentError: a head that is no ``CodeHead``, or an option out of its range.
 
-    >>> loss = CodeCrossEntropy(FixedETFHead(in_features=4, num_classes=3, rotation="canonical"))
-    >>> loss(torch.tensor([[3.0, 0.0, 0.0, 7.0]]), torch.tensor([0]))
+    >>> head = FixedETFHead(in_features=4, num_classes=3, rotation="canonical")
+    >>> features, targets = torch.tensor([[3.0, 0.0, 0.0, 7.0]]), torch.tensor([0])
+    >>> CodeCrossEntropy(head)(features, targets)
     tensor(0.0495)
+    >>> CodeCrossEntropy(head, prior=torch.tensor([2, 49, 49]))(features, targets)  # class 0 is rare
+    tensor(0.8078)
     """
+
+    prior: Tensor | None
 
     def __init__(
         self,
@@ -239,11 +265,18 @@ class CodeCrossEntropy(_HeadLoss):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
+        prior: Tensor | None = None,
+        tau: float = 1.0,
         chunk_size: int | None = None,
         impl: Impl = "auto",
     ) -> None:
         super().__init__(head, label_smoothing, ignore_index, reduction)
         require_loss_options(1.0, label_smoothing, reduction, chunk_size)
+        if prior is not None:
+            require_prior(prior, head.num_classes, tau)
+            prior = prior.detach().clone()
+        self.register_buffer("prior", prior)
+        self.tau = tau
         self.chunk_size = chunk_size
         self.impl: Impl = impl
 
@@ -265,6 +298,8 @@ class CodeCrossEntropy(_HeadLoss):
                 label_smoothing=self.label_smoothing,
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
+                prior=self.prior,
+                tau=self.tau,
                 classes=self.classes,
                 impl=self.impl,
             )
@@ -282,6 +317,8 @@ class CodeCrossEntropy(_HeadLoss):
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            prior=self.prior,
+            tau=self.tau,
             classes=self.classes,
             chunk_size=self.chunk_size,
             impl=self.impl,
@@ -298,12 +335,25 @@ class CodeCrossEntropy(_HeadLoss):
             "reduction": self.reduction,
             "chunk_size": self.chunk_size,
         }
+        shard, added = head.class_shard, None
+        if self.prior is not None:
+            added = log_prior(self.prior, head.num_classes, self.tau, like=features)
         if isinstance(head, ShardedCanonical):
             inputs, scale = _scaled(head.inputs(features), head.scale)
-            return class_parallel_etf_cross_entropy(inputs, targets, head.class_shard, scale=scale, **options)
+            if added is not None:
+                inputs = features_with_prior(inputs, head.num_classes, added, scale)
+            return class_parallel_etf_cross_entropy(inputs, targets, shard, scale=scale, **options)
         inputs, rows, center = head.local_terms(features, targets)
         inputs, scale = _scaled(inputs if center is None else inputs - center, head.scale)
-        return class_parallel_cross_entropy(inputs, rows, targets, head.class_shard, scale=scale, **options)
+        bias = None if added is None else added[shard.rows] / scale
+        return class_parallel_cross_entropy(
+            inputs, rows, targets, shard, local_bias=bias, scale=scale, **options
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        prior = "" if self.prior is None else f", prior=({len(self.prior)},), tau={self.tau}"
+        return super().extra_repr() + prior
 
 
 ETFCrossEntropy = CodeCrossEntropy

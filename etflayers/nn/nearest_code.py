@@ -1,57 +1,50 @@
-r"""The head whose frame is a spherical code, turned and dealt out to the classes as their means lie.
+r"""The head whose frame is first the class means, and then the spherical code nearest to them.
 
-Symbols: X <-> directions of the centered class means, V <-> words of the code, sigma <-> assignment,
-R <-> rotation, W <-> frame.
+Symbols: X <-> directions of the centered class means, V <-> words of the code, W <-> frame.
 
-The words of a code are not equally far from each other, and classes are not equally alike: a code that is
-dealt out blindly sets look-alikes anywhere, and the network has to tear them apart. The nearest arrangement
-of the same code,
-
-    maximize  sum_k <x_k, R v_sigma(k)>   over rotations R of R^d and one-to-one maps sigma,
-
-is found by turns. For given sigma, R is the polar factor of X'V_sigma (orthogonal Procrustes); for given R,
-sigma is an assignment problem. No turn lowers the sum, so they end, at an arrangement that neither improves.
+With more classes than dimensions the words of a code are not equally far from each other, so it matters which
+class has which word. The class means know which classes are alike. So W follows them until it is told to
+settle (:meth:`NearestCodeHead.refit`): then it is the code, turned and dealt out so that it is near to them
+(``functional.assignment``), and constant.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from etflayers.checks import require_floating
+from etflayers._torch import is_concrete
 from etflayers.codes import SphericalCode
 from etflayers.codes.catalog import Kind
-from etflayers.errors import EtfLayersError
-from etflayers.functional.assignment import assign_labels
-from etflayers.functional.logits import directions
-from etflayers.nn.averages import FeatureMovingAverage, Momentum
+from etflayers.functional.assignment import arrange_code
+from etflayers.nn.averages import Momentum
 from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.class_means import ClassMeanHead
 from etflayers.nn.distributed import overwrite
 from etflayers.nn.fixed_code import as_code
-from etflayers.nn.keeps_precision import KeepsPrecision
-from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["NearestCodeHead"]
 
 
-class NearestCodeHead(KeepsPrecision, CodeHead):
+class NearestCodeHead(ClassMeanHead):
     r"""Classifier with a spherical code that is arranged by the class means: ``logits = s z W'``.
 
-    W has the words of a code as its rows: in the order of the code at first, and after each :meth:`refit`
-    turned and dealt out so that they are near to the running class means. Between two calls W is a constant.
-    Refit after the first epochs, when the features show which classes are alike, and then no more, so that
-    the features can settle:
+    At first W is that of :class:`~etflayers.nn.ClassMeanHead`, the directions of the running class means,
+    from which a network learns fast. :meth:`refit` makes it the nearest arrangement of the code, which is
+    constant from there on, and may be called again:
 
     .. code-block:: python
 
         for epoch in range(epochs):
             train_one_epoch(model)
-            if epoch < 3:
+            if epoch == 3:
                 model.fc.refit()
 
-    A training pass needs targets, for the class means; it takes O(B d) beside the logits. :meth:`refit` takes
-    O(K^3) at worst: seconds for 2,000 classes, a minute for 10,000.
+    A training pass needs targets, for the class means. :meth:`refit` takes O(K^3) at worst: seconds for 2,000
+    classes, minutes for 10,000.
 
     Args:
         in_features: d >= 1.
@@ -70,28 +63,30 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
 
     Attributes:
         averages: the :class:`~etflayers.nn.FeatureMovingAverage`.
-        words: W, ``(K, d)``, a buffer.
+        words: the code, ``(K, d)``, as it was arranged last; at first in its own order, in which it serves
+            classes that have not been seen.
+        arrangements: how often it was arranged, an int64 scalar.
 
     Raises:
         InvalidArgumentError: as :class:`~etflayers.nn.FixedCodeHead`, or an unknown momentum.
 
     Reference:
-        Jiang, Zhou, Wang, Qu, Mixon, You, Zhu (2023), arXiv 2310.05351; Schönemann (1966), A generalized
-        solution of the orthogonal Procrustes problem.
+        Jiang, Zhou, Wang, Qu, Mixon, You, Zhu (2023), arXiv 2310.05351.
 
     >>> head = NearestCodeHead(in_features=2, num_classes=4, momentum=1.0)
-    >>> features = torch.tensor([[-2.0, 2.0], [2.0, 2.0], [-3.0, -3.0], [1.0, -1.0]])
+    >>> features = torch.tensor([[-2.0, 2.0], [2.0, 2.1], [-3.0, -2.9], [1.0, -1.0]])
     >>> _ = head(features, torch.arange(4))
-    >>> round(head.refit(), 4)
+    >>> round(head.refit(), 3)
     1.0
-    >>> head(features).argmax(-1) if head.eval() else None
-    tensor([0, 1, 2, 3])
+    >>> (head.frame @ head.frame.T).round(decimals=4).abs()
+    tensor([[1., 0., 0., 1.],
+            [0., 1., 1., 0.],
+            [0., 1., 1., 0.],
+            [1., 0., 0., 1.]])
     """
 
-    accepts_targets = True
-
-    averages: FeatureMovingAverage
     words: Tensor
+    arrangements: Tensor
 
     def __init__(
         self,
@@ -109,14 +104,11 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, scale=scale, normalize=normalize)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        require_floating("dtype", dtype)
-        dtype = working_dtype(dtype)
-        self._given = as_code(code, num_classes, in_features, generator)
-        self.averages = FeatureMovingAverage(
+        super().__init__(
             in_features,
             num_classes,
+            scale=scale,
+            normalize=normalize,
             momentum=momentum,
             ignore_index=ignore_index,
             synchronize=synchronize,
@@ -124,12 +116,25 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
             device=device,
             dtype=dtype,
         )
-        self.register_buffer("words", self._given.dense(device=device, dtype=dtype))
+        self._given = as_code(code, num_classes, in_features, generator)
+        words = self._given.dense(device=device, dtype=self.initial_rows.dtype)
+        self.initial_rows.copy_(words)
+        self.register_buffer("words", words)
+        self.register_buffer("arrangements", torch.zeros((), dtype=torch.int64, device=device))
+        # What `arrangements` says, without waiting for the device; unknown where others have written it.
+        self._arranged: bool | None = False
+
+    @property
+    def arranged(self) -> bool:
+        """Whether W is the code."""
+        if self._arranged is None and is_concrete(self.arrangements):
+            self._arranged = bool(self.arrangements > 0)
+        return bool(self._arranged)
 
     @property
     def frame(self) -> Tensor:
         """W, ``(K, d)``, unit rows."""
-        return self.words
+        return self.words if self.arranged else self._frame_of(self.averages.means)
 
     def describe(self) -> str:
         """One sentence: which code, its largest cosine, the bound that no code is below, what it is for."""
@@ -138,30 +143,14 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
     def logit_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
         """z and W of the logits ``s z W'``; in training the class means follow the batch first.
 
-        Args:
-            features: ``(..., d)``; finite in training.
-            targets: ``(...)``, integers in [0, K) or ``ignore_index``, or soft targets ``(..., K)``; in
-                training needed, here or from :func:`~etflayers.nn.provide_targets`; not used in eval mode.
-
-        Raises:
-            MissingTargetsError: training without targets.
-            InvalidArgumentError: shapes or dtypes that do not fit, or targets out of range.
-            NonFiniteError: NaN or infinity in the features.
-            RecomputationError: this is the second forward pass of gradient checkpointing.
-            RanksDisagreeError: another rank has refused its batch.
+        Args and errors are those of :meth:`ClassMeanHead.logit_terms`.
         """
-        if not self.training:
-            return LogitTerms(self.inputs(features), self.words)
-        try:
-            inputs, targets = self.inputs(features), self.require_targets(targets, self.averages.ignore_index)
-        except EtfLayersError as error:
-            self.averages.refuse(error)
-        with full_precision(inputs):
-            state = self.averages.propose(inputs.detach(), targets.detach())
-        self.averages.commit(state)
+        terms = super().logit_terms(features, targets)
+        if not self.training or not self.arranged:
+            return terms
         # A graph keeps W, and a refit writes it.
-        keeps_graph = torch.is_grad_enabled() and inputs.requires_grad
-        return LogitTerms(inputs, self.words.clone() if keeps_graph else self.words)
+        keeps_graph = torch.is_grad_enabled() and terms.inputs.requires_grad
+        return terms._replace(frame=self.words.clone() if keeps_graph else self.words)
 
     @torch.no_grad()
     def refit(self, *, max_turns: int = 20) -> float:
@@ -171,7 +160,7 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
         get the arrangement of the first one. It waits for the device.
 
         Args:
-            max_turns: rotations and assignments to compute, if they do not come to rest before.
+            max_turns: as in :func:`etflayers.functional.arrange_code`.
 
         Returns:
             The mean cosine between the directions of the class means, less their common mean, and their new
@@ -180,32 +169,32 @@ class NearestCodeHead(KeepsPrecision, CodeHead):
         Raises:
             MissingDependencyError: scipy is not installed (extra ``solvers``).
         """
-        seen = self.averages.seen
-        means = self.averages.means.double()
-        common = means[seen].mean(0) if bool(seen.any()) else means.sum(0)
-        rows = directions(torch.where(seen.unsqueeze(-1), means - common, 0))
-        words = self._given.dense(device=rows.device, dtype=rows.dtype)
-        assignment = assign_labels(rows, words)
-        for _ in range(max_turns):
-            left, _values, right = torch.linalg.svd(rows.mT @ words[assignment])
-            turned = words @ (left @ right).mT
-            found = assign_labels(rows, turned)
-            if torch.equal(found, assignment):
-                break
-            assignment = found
-        chosen = turned[assignment]
-        overwrite(self.words, chosen.to(self.words.dtype))
-        return float((rows * chosen).sum(-1)[seen].mean()) if bool(seen.any()) else 0.0
+        seen, means = self.averages.seen.unsqueeze(-1), self.averages.means.double()
+        common = (means * seen).sum(0) / seen.sum().clamp(min=1)
+        words = self._given.dense(device=means.device, dtype=means.dtype)
+        found = arrange_code(torch.where(seen, means - common, 0), words, max_turns=max_turns)
+        overwrite(self.words, found.words.to(self.words.dtype))
+        self.arrangements += 1
+        self._arranged = True
+        return float(found.cosine)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget all class means, and take the words in the order of the code.
+        """Forget all class means and all arrangements.
 
-        Under ``torch.distributed`` all ranks call it, and get those of the first one.
+        Under ``torch.distributed`` all ranks call it, and get the words of the first one.
         """
-        super().reset_parameters()
+        CodeHead.reset_parameters(self)
         self.averages.reset_parameters()
-        overwrite(self.words, self._given.dense(dtype=self.words.dtype).to(self.words.device))
+        words = self._given.dense(dtype=self.words.dtype).to(self.words.device)
+        overwrite(self.words, words)
+        overwrite(self.initial_rows, words)
+        self.arrangements.zero_()
+        self._arranged = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._arranged = None
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -31,6 +31,7 @@ from etflayers.geometry.tolerance import default_atol
 from etflayers.nn.base import CodeHead, LogitTerms
 from etflayers.nn.distributed import gathered, overwrite
 from etflayers.nn.fixed import FixedETFHead
+from etflayers.nn.fixed_code import FixedCodeHead
 from etflayers.nn.unit_rows import UnitRowHead
 from etflayers.precision import full_precision, linear_dtype, working_dtype
 
@@ -234,6 +235,17 @@ class ShardedCanonical(ShardedHead):
             return etf_radius(self.num_classes) * (own - rows.mean(-1, keepdim=True))
 
 
+class ShardedCode(ShardedHead):
+    """A :class:`FixedCodeHead` with a formula: each rank makes the words of its own classes, in each pass."""
+
+    def local_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
+        """See :meth:`ShardedHead.local_terms`."""
+        inputs, code = self.inputs(features), self.code
+        assert code is not None
+        index = torch.arange(self.class_shard.start, self.class_shard.stop, device=inputs.device)
+        return LogitTerms(inputs, code.words(index, dtype=working_dtype(inputs.dtype)))
+
+
 def sharded_kind(head: CodeHead) -> type[ShardedHead]:
     """Which kind of sharded head a head becomes.
 
@@ -241,7 +253,7 @@ def sharded_kind(head: CodeHead) -> type[ShardedHead]:
         InvalidArgumentError: a head that makes its logits in a way of its own.
     """
     kind = type(head)
-    if kind.forward not in (CodeHead.forward, FixedETFHead.forward):
+    if kind.forward not in (CodeHead.forward, FixedETFHead.forward, FixedCodeHead.forward):
         raise InvalidArgumentError(
             f"{kind.__name__} has a forward of its own: its classes can be divided among ranks only if its "
             "logits are s (z - m) W', those of CodeHead.forward; override frame or logit_terms instead"
@@ -251,7 +263,7 @@ def sharded_kind(head: CodeHead) -> type[ShardedHead]:
         return ShardedUnitRows
     if isinstance(head, FixedETFHead) and kind.frame is FixedETFHead.frame and not own_terms:
         return ShardedCanonical if head.canonical else ShardedVertices
-    return ShardedHead
+    return ShardedCode if head.code is not None and not own_terms else ShardedHead
 
 
 def _refusal(head: CodeHead) -> InvalidArgumentError:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from etflayers.metrics import CosineMargins, NeuralCollapse, class_statistics
+from etflayers.data import symmetric_noise
+from etflayers.metrics import CosineMargins, LabelNoise, NeuralCollapse, class_statistics
 from tests.metrics.definitions import make_data
 
 
@@ -27,23 +28,33 @@ def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) ->
     centers = class_statistics(features, targets, 5)
     metric = NeuralCollapse(5, 7, classifier=layer, centers=centers, process_group=group)
     margins = CosineMargins(process_group=group)
+    labels = symmetric_noise(targets, 5, 0.4, generator=torch.Generator().manual_seed(0)).targets
+    noise = LabelNoise(5, 7, centers=centers, process_group=group)
     if rank is not None:
         # Of four ranks one has nothing at all.
         cuts = [0, 90, 90, 93, len(targets)] if world == 4 else [0, 37, len(targets)]
-        features, targets = features[cuts[rank] : cuts[rank + 1]], targets[cuts[rank] : cuts[rank + 1]]
-    for f, t in zip(features.split(16), targets.split(16), strict=True):
+        share = slice(cuts[rank], cuts[rank + 1])
+        features, targets, labels = features[share], targets[share], labels[share]
+    for f, t, y in zip(features.split(16), targets.split(16), labels.split(16), strict=True):
         if len(f):
             metric.update(f, t)
+            noise.update(f, y, t, layer(f - 1e4).detach())
             margins.update(f, t, data.weight)
     first = metric.compute()
     again = {name: value.clone() for name, value in first.items()}
     statistics = metric.statistics()
+    of_noise = {
+        **noise.compute(),
+        "means": noise.origin_means().means,
+        "by class": noise.memorization_by_class(),
+    }
     # After the synchronization each rank goes on with its own part.
     metric.update(data.features[:5], data.targets[:5])
     return {
         "metrics": again,
         "means": statistics.means,
         "margins": margins.compute(),
+        "noise": of_noise,
         "next": metric.compute(),
     }
 
@@ -78,6 +89,9 @@ def test_ranks_equal_one_process(ranks: list[dict[int, Any]], world: int) -> Non
             torch.testing.assert_close(results["metrics"][name], value, rtol=1e-9, atol=1e-11, msg=name)
         torch.testing.assert_close(results["means"], expected["means"], rtol=1e-14, atol=0)
         torch.testing.assert_close(results["margins"], expected["margins"], rtol=0, atol=1e-7)
+        assert results["noise"].keys() == expected["noise"].keys() > {"memorization", "accuracy_clean"}
+        for name, value in expected["noise"].items():
+            torch.testing.assert_close(results["noise"][name], value, rtol=1e-9, atol=1e-9, msg=name)
         # Every rank added the same five samples: they are the same on all ranks, and no longer those above.
         for name, value in results["next"].items():
             torch.testing.assert_close(value, group[0]["next"][name], rtol=0, atol=0)

@@ -194,6 +194,21 @@ def test_the_loss_from_features_is_that_of_the_classes_that_are_here(
     torch.testing.assert_close(dict(state), dict(twin.state_dict()), rtol=0, atol=0)
 
 
+def test_a_prior_of_the_classes_that_are_here(head: CodeHead) -> None:
+    """Of the others any number will do."""
+    features, targets = batch(head.eval())
+    prior = torch.tensor([5.0, 1e6, 3.0, 20.0, 1e-6, 1.0, 7.0], dtype=torch.float64)
+    features.requires_grad_()
+    cut = whole(head)(features)[:, HERE] + 0.7 * prior[HERE].log()
+    for smoothing in (0.0, 0.2):
+        expected = F.cross_entropy(cut, among(targets), label_smoothing=smoothing)
+        loss = CodeCrossEntropy(head, prior=prior, tau=0.7, label_smoothing=smoothing)(features, targets)
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, features), torch.autograd.grad(expected, features, retain_graph=True)
+        )
+
+
 def test_soft_targets(head: CodeHead) -> None:
     features, _ = batch(head.eval())
     shares = torch.zeros(12, 7, dtype=torch.float64)

@@ -33,10 +33,12 @@ from etflayers.functional import (
 )
 from etflayers.geometry import is_simplex_etf, simplex_etf
 from etflayers.nn import (
+    ClassMeanHead,
     ClassParallel,
     CodeHead,
     ETFCrossEntropy,
     FeatureMovingAverage,
+    FixedCodeHead,
     FixedETFHead,
     LearnedETFHead,
     NearestETFHead,
@@ -241,6 +243,10 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
     "reflected": lambda: FixedETFHead(4, 5, scale=3.0),
     "nearest": lambda: NearestETFHead(6, 5, scale=2.0, normalize=True),
     "learned": lambda: LearnedETFHead(6, 5, scale=2.0),
+    "orthoplex": lambda: FixedCodeHead(4, 5, code="orthoplex", scale=nn.Parameter(torch.tensor(2.0))),
+    "kerdock": lambda: FixedCodeHead(4, 5, code="kerdock", scale=2.0, normalize=True),
+    "stored code": lambda: FixedCodeHead(2, 5, code="optimized", scale=2.0),
+    "class means": lambda: ClassMeanHead(3, 5, scale=2.0),
     "own": lambda: AxesHead(6, 5),
     "linear": lambda: nn.Linear(6, 5),
 }
@@ -256,13 +262,14 @@ def passes(head: nn.Module, world: int) -> dict[str, Any]:
     parallel = world > 1
     found: dict[str, Any] = {}
     features, targets = batch(head.in_features)  # type: ignore[arg-type]
-    for way in ("logits", "features"):
+    for way in ("logits", "features", "prior"):
         head.zero_grad()
         leaf = features.clone().requires_grad_()
-        if way == "features" and isinstance(head, CodeHead):
-            loss: Any = ETFCrossEntropy(head, label_smoothing=0.1)(leaf, targets)
+        if way != "logits" and isinstance(head, CodeHead):
+            prior = torch.arange(1, 6) if way == "prior" else None
+            loss: Any = ETFCrossEntropy(head, label_smoothing=0.1, prior=prior)(leaf, targets)
             loss.backward()
-        elif way == "features":
+        elif way != "logits":
             assert isinstance(head, nn.Linear)
             if parallel:
                 loss = class_parallel_cross_entropy(leaf, head.weight, targets, local_bias=head.bias)
@@ -321,7 +328,7 @@ def made(name: str, seed: int) -> nn.Module:
 
 def heads(name: str, mesh: Any, rank: int) -> Pairs:
     model = nn.ModuleDict({"head": made(name, seed=rank)})  # the ranks draw different numbers
-    if isinstance(model["head"], NearestETFHead) and mesh.size() < WORLD:
+    if isinstance(model["head"], NearestETFHead | ClassMeanHead) and mesh.size() < WORLD:
         model["head"].averages.synchronize = False
     parallelize_module(model, mesh, {"head": ClassParallel()})
     start = {key: whole(tensor).clone() for key, tensor in model["head"].state_dict().items()}

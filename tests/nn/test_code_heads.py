@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers import CodeCrossEntropy, ETFCrossEntropy, FixedCodeHead, FixedETFHead, NearestCodeHead
+from etflayers import (
+    ClassMeanHead,
+    CodeCrossEntropy,
+    ETFCrossEntropy,
+    FixedCodeHead,
+    FixedETFHead,
+    NearestCodeHead,
+)
 from etflayers.codes import DenseCode, KerdockCode, OrthoplexCode, coherence
 from etflayers.errors import InvalidArgumentError
 
@@ -157,7 +164,7 @@ def shown(head: NearestCodeHead, means: Tensor) -> NearestCodeHead:
 def test_a_code_that_was_turned_and_shuffled_is_found_again() -> None:
     head = nearest(9, 4)
     generator = torch.Generator().manual_seed(1)
-    words = head.frame.clone()
+    words = head.words.clone()
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
     # Near to the identity, from where the turns find the way back.
     rotation = torch.matrix_exp(0.2 * (rotation - rotation.mT))
@@ -187,26 +194,39 @@ def test_a_refit_is_an_arrangement_that_no_exchange_improves() -> None:
 
 def test_it_stays_the_same_code() -> None:
     head = nearest(12, 3)
-    before = coherence(head.frame)
+    before = coherence(head.words)
     shown(head, torch.randn(12, 3, dtype=torch.float64)).refit()
     torch.testing.assert_close(coherence(head.frame), before)
     torch.testing.assert_close(head.frame.norm(dim=-1), torch.ones(12, dtype=torch.float64))
 
 
-def test_training_changes_the_means_and_not_the_frame_and_a_graph_keeps_its_own() -> None:
+def test_before_the_first_refit_the_rows_are_the_class_means() -> None:
+    head, means = nearest(), ClassMeanHead(3, 5, momentum=1.0, dtype=torch.float64)
+    features, targets = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
+    torch.testing.assert_close(head(features, targets), means(features, targets))
+    assert not head.arranged
+    head.eval()
+    torch.testing.assert_close(head(features), means.eval()(features))
+    head.refit()
+    assert head.arranged
+    torch.testing.assert_close(head(features), features @ head.words.mT)
+
+
+def test_after_a_refit_training_changes_the_means_and_a_graph_keeps_its_frame() -> None:
     head = nearest()
     features = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 1, 2, 3, 4, 0])
+    head(features, targets)
+    head.refit()
     frame = head.frame.clone()
-    loss = F.cross_entropy(head(features, targets), targets)
+    loss = F.cross_entropy(head(features.flip(0), targets), targets)
     assert torch.equal(head.frame, frame)
     head.refit()
     assert not torch.equal(head.frame, frame)
     (gradient,) = torch.autograd.grad(loss, features)  # of the frame that made the logits
-    other = features.detach().requires_grad_()
-    torch.testing.assert_close(
-        gradient, torch.autograd.grad(F.cross_entropy(other @ frame.mT, targets), other)[0]
-    )
+    other = features.detach().flip(0).requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(other @ frame.mT, targets), other)[0].flip(0)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_classes_not_seen_get_the_words_that_are_left() -> None:
@@ -220,15 +240,17 @@ def test_classes_not_seen_get_the_words_that_are_left() -> None:
 
 def test_it_is_reset_and_copied() -> None:
     head = nearest()
-    start = head.frame.clone()
+    start = head.words.clone()
     shown(head, torch.randn(5, 3, dtype=torch.float64)).refit()
     other = copy.deepcopy(head)
     assert torch.equal(other.frame, head.frame)
     loaded = nearest()
     loaded.load_state_dict(head.state_dict())
+    assert loaded.arranged
     assert torch.equal(loaded.frame, head.frame)
     head.reset_parameters()
-    assert torch.equal(head.frame, start)
+    assert not head.arranged
+    assert torch.equal(head.frame, start)  # of classes not seen
     assert not bool(head.averages.seen.any())
 
 

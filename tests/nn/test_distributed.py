@@ -19,6 +19,7 @@ from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import EtfLayersError
 from etflayers.nn import (
     ClassMeanHead,
+    EntropyRegularizer,
     FeatureMemory,
     FeatureMovingAverage,
     FixedETFHead,
@@ -124,6 +125,17 @@ def soft_averages(rank: int | None) -> list[Tensor]:
     return [means, average.counts, average.updates]
 
 
+ENTROPY_SPLITS = (7, 12, 13)  # of 13 samples: both ranks have some, the second has one, or none
+
+
+def entropy(rows: slice) -> list[Tensor]:
+    """The entropy of neighbors over all ranks and its gradient, with these rows on this one."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(13, 3, generator=generator, dtype=torch.float64)[rows].requires_grad_()
+    loss = EntropyRegularizer(block_size=2)(features)
+    return [loss.detach(), *torch.autograd.grad(loss, features)]
+
+
 def looks() -> int:
     """How often three training passes look at the values of a frame."""
     model = nn.parallel.DistributedDataParallel(make_model(torch.float32, seed=0))
@@ -208,6 +220,8 @@ def worker(rank: int, folder: str) -> None:
     results["soft"] = soft_averages(rank)
     results["local"] = averages(rank, synchronize=False)
     results["copy"] = copy.deepcopy(NearestETFHead(6, 4, process_group=group)).averages.process_group
+    for split in ENTROPY_SPLITS:
+        results[f"entropy {split}"] = entropy(slice(0, split) if rank == 0 else slice(split, None))
     results["looks"] = looks()
     results["sessions"] = sessions(rank)
     fixed = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 6), FixedETFHead(6, 4)))
@@ -286,6 +300,19 @@ def test_sessions_on_two_ranks_are_those_of_one_process(ranks: list[dict[str, An
     assert expected["head 1"]["active"].all()
     refused = [results["sessions"]["refusal"] for results in ranks]
     assert refused == ["InvalidArgumentError", "RanksDisagreeError"]
+
+
+@pytest.mark.parametrize("split", ENTROPY_SPLITS)
+def test_entropy_and_its_gradient_are_those_of_the_whole_batch(
+    ranks: list[dict[str, Any]], split: int
+) -> None:
+    loss, gradient = entropy(slice(None))
+    found = [results[f"entropy {split}"] for results in ranks]
+    for value, _ in found:
+        torch.testing.assert_close(value, loss, rtol=1e-13, atol=0)
+    # DDP averages over the ranks.
+    parts = torch.cat([part for _, part in found]) / WORLD
+    torch.testing.assert_close(parts, gradient, rtol=1e-11, atol=1e-14)
 
 
 def test_without_synchronize_each_rank_keeps_to_itself(ranks: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from etflayers.adjoints import Detached, Implicit, Unrolled
 from etflayers.geometry import simplex_etf
@@ -13,12 +14,17 @@ from etflayers.nn import (
     ClassMeanHead,
     CodeMSELoss,
     DotRegressionLoss,
+    FixedCodeHead,
     FixedETFHead,
     HuberNearestETF,
+    LabelRelaxationLoss,
     LearnedETFHead,
     MahalanobisNearestETF,
+    NearestCodeHead,
     NearestETF,
     NearestETFHead,
+    NONLLoss,
+    NTCELoss,
     TransitHead,
     UnitRowHead,
 )
@@ -71,11 +77,14 @@ class TestNormalizedUnitRowHead(HeadSuite):
         return UnitRowHead(6, 4, scale=5.0, normalize=True)
 
 
+FRAME_FOLLOWS = dict.fromkeys(
+    ("test_gradcheck", "test_gradgradcheck", "test_forward_mode"),
+    "the frame is a constant of the derivative, and follows the features all the same",
+)
+
+
 class TestClassMeanHead(HeadSuite):
-    unsupported: ClassVar = dict.fromkeys(
-        ("test_gradcheck", "test_gradgradcheck", "test_forward_mode"),
-        "the frame is a constant of the derivative, and follows the features all the same",
-    )
+    unsupported: ClassVar = FRAME_FOLLOWS
 
     def make(self) -> ClassMeanHead:
         return ClassMeanHead(3, 6, scale=2.0)
@@ -90,6 +99,33 @@ class TestTransitHead(HeadSuite):
     def make(self) -> TransitHead:
         head = TransitHead(simplex_etf(4, 6, rotation="haar", device="cpu"), scale=2.0)
         return head.depart([1, 3], torch.ones(2, 6, device="cpu")).transit(0.3)
+
+
+class TestKerdockHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(4, 21, scale=4.0)
+
+
+class TestNormalizedOrthoplexHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(4, 7, scale=4.0, normalize=True)
+
+
+class TestRootHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(5, 17, code="roots", scale=4.0)
+
+
+class TestStoredCodeHead(HeadSuite):
+    def make(self) -> FixedCodeHead:
+        return FixedCodeHead(3, 6, code="optimized", scale=4.0)
+
+
+class TestNearestCodeHead(HeadSuite):
+    unsupported: ClassVar = FRAME_FOLLOWS
+
+    def make(self) -> NearestCodeHead:
+        return NearestCodeHead(3, 6, code="optimized", scale=4.0)
 
 
 class TestByRegime(FrameSolverSuite):
@@ -177,6 +213,11 @@ class TestDotRegressionLoss(LossSuite):
         return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]))
 
 
+class TestDotRegressionLossAsInItsCode(LossSuite):
+    def make(self) -> DotRegressionLoss:
+        return DotRegressionLoss(torch.tensor([1.0, 2.0, 1.5, 1.0]), divide_by_length=False)
+
+
 class TestCodeMSELoss(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss()
@@ -185,3 +226,31 @@ class TestCodeMSELoss(LossSuite):
 class TestMSELossOfOtherCodes(LossSuite):
     def make(self) -> CodeMSELoss:
         return CodeMSELoss(torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+
+class TestLabelRelaxationLoss(LossSuite):
+    def make(self) -> LabelRelaxationLoss:
+        return LabelRelaxationLoss(0.2)
+
+
+class OfFixedRows(nn.Module):
+    """A loss of features and rows, with the rows in it."""
+
+    def __init__(self, loss: NTCELoss | NONLLoss) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("rows", torch.linspace(-1, 1, 16).view(4, 4).cos())
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        found: Tensor = self.loss(features, targets, self.rows)
+        return found
+
+
+class TestNTCELoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NTCELoss(0.5))
+
+
+class TestNONLLoss(LossSuite):
+    def make(self) -> OfFixedRows:
+        return OfFixedRows(NONLLoss(0.5))

@@ -230,7 +230,7 @@ class _LinearSoftmaxLosses(torch.autograd.Function):
         num_classes = frame.shape[0]
         pieces = []
         with full_precision(features):
-            for part in reference.parts(features, num_classes, chunk_size):
+            for part in reference.parts(features, num_classes, chunk_size, at_least=reference.SAMPLES):
                 products = features[part] @ frame.mT
                 triton = cross_entropy_uses_triton(products, num_classes, impl)
                 pieces.append(
@@ -264,7 +264,7 @@ class _LinearSoftmaxLosses(torch.autograd.Function):
             # A sum over the chunks: in float32 for half-precision frames.
             d_frame = torch.zeros_like(frame, dtype=working_dtype(frame.dtype)) if needs_frame else None
             factor, smoothing, ignore_index = ctx.options
-            for part in reference.parts(features, num_classes, ctx.chunk_size):
+            for part in reference.parts(features, num_classes, ctx.chunk_size, at_least=reference.SAMPLES):
                 products = features[part] @ frame.mT
                 change = _gradient(
                     products,
