@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from etflayers.errors import InvalidArgumentError
 from incremental import main
 from lab.data import ImageData, Split, load
+from lab.files import Row
+from sessions import learners
 from sessions.base import BaseKey, BaseRun, Network
 from sessions.learners import (
     BASES,
@@ -20,6 +22,7 @@ from sessions.learners import (
     Budget,
     Learner,
     NearestMean,
+    Sight,
     hits,
     sights,
 )
@@ -149,6 +152,25 @@ def test_the_nearest_mean_is_that_of_all_images_seen(settings: IncrementalSettin
 
 def pair(split: Split) -> tuple[Tensor, Tensor]:
     return split.images, split.targets
+
+
+def test_validation_chooses_the_budget_and_the_test_is_looked_at_once(
+    settings: IncrementalSettings, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    episode = make_episode(0, settings, data)
+    looks: list[tuple[Budget, bool]] = []
+
+    def made_up(learner: Learner, sight: Sight, held: Split, _: IncrementalSettings) -> list[Row]:
+        looks.append((learner.budget, held is sight.test))
+        good = 0.9 if learner.budget == Budget(1e-3, 40) else 0.5
+        return [{"accuracy": 0.0, "accuracy_average": 1 - good if held is sight.test else good}]
+
+    monkeypatch.setattr(learners, "sessions", made_up)
+    torch.manual_seed(0)
+    (row,) = learners.rows_of("etf", Network("etf", settings, 1), episode, settings)
+    assert len(looks) == len(settings.session_lr) * len(settings.session_steps) + 1
+    assert [look for look in looks if look[1]] == [(Budget(1e-3, 40), True)]
+    assert (row["lr"], row["steps"], row["validation_accuracy_average"]) == (1e-3, 40, 0.9)
 
 
 @pytest.mark.parametrize(
