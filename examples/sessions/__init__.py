@@ -1,0 +1,1 @@
+"""Few-shot class-incremental learning: the parts of examples/incremental.py."""
