@@ -79,12 +79,12 @@ class Study:
 
     def _choose(self, key: Key, data: ImageData) -> None:
         """The point of the grid with the best accuracy on the validation set, the first of equals."""
-        found = {
-            knobs: self._train(key._replace(knobs=knobs), data)[-1]
-            for knobs in self.settings.grid(key.method)
-        }
-        self.trials += found.values()
-        best = max(found, key=lambda knobs: found[knobs]["validation_accuracy_all"])
+        grid = self.settings.grid(key.method)
+        best = grid[0]
+        if len(grid) > 1:
+            found = {knobs: self._train(key._replace(knobs=knobs), data)[-1] for knobs in grid}
+            self.trials += found.values()
+            best = max(found, key=lambda knobs: found[knobs]["validation_accuracy_all"])
         self.chosen[key.kind, key.ratio, key.method] = best
         self.results.names.clear()
         self._write()
@@ -104,6 +104,7 @@ class Study:
     def _write(self) -> None:
         if self.trials:
             self.results.csv("tuning", self.trials)
+        if self.settings.tune:
             self.results.json("choices", choice_rows(self.chosen))
         if self.rows:
             self.results.csv("runs", self.rows)

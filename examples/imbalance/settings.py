@@ -48,9 +48,11 @@ class LongTailSettings(DataSettings):
     """How much of the logarithm of the prior logit adjustment adds."""
     tune: bool = False
     """Choose these three for each method and each tail on the validation set, by one training for each
-    point of the grid, and write the choices to choices.json."""
+    point of the grid, and write the choices to choices.json. Where a method has one point it is taken."""
     tune_seed: Seed = 1000
     """Seed of the trainings that choose."""
+    tune_epochs: Count | None = None
+    """Passes over the training set of the trainings that choose (default: as many as of the others)."""
     scales: Distinct[Positive] = (5.0, 10.0, 20.0)
     """With `--tune`: scales of the grid."""
     weight_decays: Distinct[NotNegative] = (0.005, 0.05)

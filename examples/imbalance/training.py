@@ -29,7 +29,8 @@ from lab.training import GlobalStreams, Run
 WARM_UP = 0.1
 EVALUATION_BATCH = 512
 # Options that say where knobs come from; a run is what it is by the knobs themselves.
-GRID = ("scale", "weight_decay", "tau", "tune", "tune_seed", "scales", "weight_decays", "taus", "choices")
+KNOB_OPTIONS = ("scale", "weight_decay", "tau", "tune", "tune_seed", "tune_epochs")
+KNOB_OPTIONS += ("scales", "weight_decays", "taus", "choices")
 MEASURES = (
     "nc1_quotient",
     "nc2_gram_means",
@@ -86,6 +87,7 @@ class LongTailRun(Run):
             f"--features {settings.features} is too small for {data.num_classes} classes: a simplex ETF "
             f"needs at least {data.num_classes - 1}",
         )
+        self.epochs = (key.trial and settings.tune_epochs) or settings.epochs
         counts = counts_of(data)
         self.groups = groups_of(counts, key.kind)
         torch.manual_seed(key.seed)
@@ -103,9 +105,9 @@ class LongTailRun(Run):
         self.to_come: Iterator[tuple[Tensor, Tensor]] | None = None
         self.losses = 0.0
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
-        shared = {name: value for name, value in settings.fingerprint().items() if name not in GRID}
-        own = {**data.fingerprint, **key.row, "trial": key.trial}
-        super().__init__(parts, shared | own, settings.epochs * self.steps_per_epoch)
+        shared = {name: value for name, value in settings.fingerprint().items() if name not in KNOB_OPTIONS}
+        own = {**data.fingerprint, **key.row, "trial": key.trial, "epochs": self.epochs}
+        super().__init__(parts, shared | own, self.epochs * self.steps_per_epoch)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the current epoch that are still to come."""
@@ -151,7 +153,7 @@ class LongTailRun(Run):
             raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
         row["ms_per_step"] = 1e3 * self.seconds / self.steps_per_epoch
         self.seconds = 0.0
-        if epoch == self.settings.epochs:
+        if epoch == self.epochs:
             row |= self.accuracies("validation", self.data.held_out()[1])
             if not self.key.trial:
                 row |= self.accuracies("test", self.data.test) | self.collapse()
