@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 from matplotlib.figure import Figure
@@ -66,9 +67,10 @@ class Study:
     def tail(self, kind: Kind, ratio: float) -> None:
         """Choose, then train, all methods on one tail."""
         settings = self.settings
-        data = long_tailed(self.balanced, kind, ratio, settings.number_of_views).to(settings.torch_device)
+        data = long_tailed(self.balanced, kind, ratio, settings.number_of_views, settings.rare)
+        data = data.to(settings.torch_device)
         sizes = f"{len(data.train)} images to train, {len(data.test)} to test, {data.num_classes} classes"
-        self.console.print(f"{data.name}, {kind} {ratio:g}: {sizes}", highlight=False)
+        self.results.say(f"{data.name}, {kind} {ratio:g}: {sizes}")
         for method in settings.methods if settings.tune else ():
             self._choose(Key(kind, ratio, method, settings.tune_seed, settings.given, trial=True), data)
         for seed, method in product(settings.seeds, settings.methods):
@@ -98,7 +100,7 @@ class Study:
         found = ", ".join(
             f"{group} {row[name]:.1%}" for group in GROUPS if (name := f"{part}_accuracy_{group}") in row
         )
-        self.console.print(f"{key.name}: {part} {found}, {shown.seconds:.0f} s", highlight=False)
+        self.results.say(f"{key.name}: {part} {found}, {shown.seconds:.0f} s")
         return run.history
 
     def _write(self) -> None:
@@ -118,7 +120,7 @@ class Study:
         tails = grouped(last, "kind", "ratio")
         self.results.figures(
             {
-                f"accuracy-{kind}-{ratio:g}": lambda same=same: accuracy_figure(same)
+                f"accuracy-{kind}-{ratio:g}": partial(accuracy_figure, same)
                 for (kind, ratio), same in tails.items()
             }
         )

@@ -14,10 +14,11 @@ from lab.data import ImageData, Split
 from lab.data.sampling import affine_maps, transformed
 
 Kind = Literal["exponential", "step"]
+End = Literal["first", "last"]
 DISTORTION = 0.1  # of a view: turned, stretched, sheared and moved by up to about this
 
 
-def long_tailed(data: ImageData, kind: Kind, ratio: float, views: int = 1) -> ImageData:
+def long_tailed(data: ImageData, kind: Kind, ratio: float, views: int = 1, rare: End = "last") -> ImageData:
     """The data with a long tail in the training set; validation and test sets stay balanced.
 
     Which images stay does not depend on the seed of a run.
@@ -28,6 +29,7 @@ def long_tailed(data: ImageData, kind: Kind, ratio: float, views: int = 1) -> Im
         ratio: size of the largest class over that of the smallest.
         views: how often each training image occurs, distorted by another fixed map each time: what makes a
             class with eight images large enough for a tail.
+        rare: whether the last classes or the first are the rare ones.
 
     Raises:
         InvalidArgumentError: the rarest class would be left with less than one image.
@@ -41,7 +43,7 @@ def long_tailed(data: ImageData, kind: Kind, ratio: float, views: int = 1) -> Im
         f"{largest} of a class: take at most that, or more --views",
     )
     sizes = long_tail_sizes(largest, data.num_classes, ratio=ratio, kind=kind)
-    chosen = class_subset(targets, sizes)
+    chosen = class_subset(targets, sizes if rare == "last" else sizes.flip(0))
     kept = train.where(chosen % len(train))
     if views > 1:
         maps = affine_maps(len(kept), DISTORTION, torch.Generator().manual_seed(0))

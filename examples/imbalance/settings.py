@@ -10,7 +10,7 @@ from typing import Any
 
 from etflayers.checks import require
 from etflayers.errors import InvalidArgumentError
-from imbalance.data import Kind
+from imbalance.data import End, Kind
 from imbalance.methods import KNOBS, Knobs, MethodName
 from lab.options import Count, Distinct, Free, MoreThanOne, NotNegative, Positive, Seed
 from lab.settings import DataName, DataSettings
@@ -31,6 +31,8 @@ class LongTailSettings(DataSettings):
     """Tails. exponential: each class rarer than the last by one factor; step: half of them are rare."""
     ratios: Free[Distinct[MoreThanOne]] = (10.0, 50.0, 100.0)
     """Imbalance ratios: size of the largest class over that of the smallest."""
+    rare: End = "last"
+    """Which classes are rare: the last ones, as usual, or the first. The rare ones may be the easy ones."""
     views: Count | None = None
     """How many fixed distorted views of each training image there are before classes are made rare (default:
     25 for glyphs, of which there are eight of a class, else 1: the image itself)."""

@@ -41,6 +41,9 @@ def test_only_the_training_set_gets_a_tail(digits: ImageData) -> None:
     largest = int(counts[0])
     expected = [round(largest * 10 ** (-k / 9)) for k in range(10)]
     assert counts.tolist() == expected
+    turned = counts_of(long_tailed(digits, "exponential", 10.0, rare="first"))
+    assert turned.tolist() == expected[::-1]
+    assert groups_of(turned, "exponential")["few"].tolist() == [0, 1, 2]
     train, validation = digits.held_out()
     assert tailed.validation is not None
     assert torch.equal(tailed.validation.images, validation.images)
