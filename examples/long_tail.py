@@ -1,6 +1,6 @@
 """Long-tailed training: ten methods for rare classes, tuned alike and trained on the same batches.
 
-    python examples/long_tail.py --tune --seeds 0 1 2            both tails at three ratios: a day on one core
+    python examples/long_tail.py --tune --seeds 0 1 2            all six tails: a day or two on one core
     python examples/long_tail.py --kinds exponential --ratios 100 --epochs 3     a first look, minutes
     python examples/long_tail.py --data glyphs --classes 62      letters and digits in twelve faces
     python examples/long_tail.py --resume                        continue what was killed
