@@ -102,7 +102,8 @@ def mean_and_deviation(rows: Sequence[Mapping[str, Any]], measures: Iterable[str
     found: Row = {}
     for name in measures:
         values = [row.get(name, math.nan) for row in rows]
-        found |= {name: fmean(values), f"{name}_std": stdev(values) if len(values) > 1 else None}
+        known = len(values) > 1 and not any(map(math.isnan, values))
+        found |= {name: fmean(values), f"{name}_std": stdev(values) if known else None}
     return found
 
 

@@ -1,0 +1,1 @@
+"""What the study of long-tailed training trains, on which data."""
