@@ -46,6 +46,7 @@ def test_training_collapses(folder: Path) -> None:
         assert last["train_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_ranks_take_the_steps_of_one_process(tmp_path: Path) -> None:
     """Two processes under torchrun, gloo: the metrics at the end are those of one process.
 

@@ -29,6 +29,7 @@ def without_clock(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_numbers(tmp_path: Path, killed: Callable[..., None]) -> None:
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert main([*RUN, "--out", str(unbroken)]) == 0
