@@ -139,6 +139,7 @@ def test_a_grid_has_the_knobs_of_the_method_alone() -> None:
         LongTailSettings(tune=True, seeds=(1000,)).check()
 
 
+@pytest.mark.slow
 def test_the_study_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned = [*SMALL, "--ratios", "10", "--methods", "ce", "etf-la", "etf-nonl"]
     grid = ["--tune", "--scales", "5", "20", "--weight-decays", "0.05", "--taus", "1", "--tune-epochs", "1"]
