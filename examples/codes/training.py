@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -34,13 +33,13 @@ from lab.files import Row
 from lab.heads import LinearHead
 from lab.models import ResNet
 from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
+from lab.schedules import rate_factor
 from lab.settings import DataName, DataSettings
 from lab.training import GlobalStreams, Run
 
 Method = Literal["linear", "cosine", "class-means", "code", "code-arranged", "roots"]
 
 WIDTHS, BLOCKS, STEM_STRIDE = (16, 32, 128), (1, 1, 1), 2
-WARM_UP = 0.1
 EVALUATION_BATCH = 512
 
 
@@ -166,13 +165,6 @@ class CodeRun(Run):
             images = transformed(train.images[chosen], maps[chosen.cpu()].to(self.device))
             yield self.data.normalized(images), train.targets[chosen]
 
-    def rate(self) -> float:
-        """A linear warm-up, then a cosine: a function of the step alone."""
-        progress = (self.step + 1) / self.total
-        if progress <= WARM_UP:
-            return self.settings.lr * progress / WARM_UP
-        return self.settings.lr * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
-
     def advance(self) -> Row | None:
         with self.clock():
             if self.to_come is None:
@@ -180,7 +172,7 @@ class CodeRun(Run):
                 self.to_come = self.batches()
             images, targets = next(self.to_come)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+                group["lr"] = self.settings.lr * rate_factor(self.step, self.total)
             logits = self.model(images, targets if self.takes_targets else None)
             loss = F.cross_entropy(logits, targets)
             self.optimizer.zero_grad(set_to_none=True)

@@ -24,9 +24,9 @@ from imbalance.settings import LongTailSettings
 from lab.data import ImageData, Split
 from lab.files import Row
 from lab.models import RESNETS, ResNet
+from lab.schedules import rate_factor
 from lab.training import GlobalStreams, Run
 
-WARM_UP = 0.1
 EVALUATION_BATCH = 512
 # Options that say where knobs come from; a run is what it is by the knobs themselves.
 KNOB_OPTIONS = ("scale", "weight_decay", "tau", "tune", "tune_seed", "tune_epochs")
@@ -119,13 +119,6 @@ class LongTailRun(Run):
             chosen = order[start : start + size]
             yield self.data.normalized(train.images[chosen]), train.targets[chosen]
 
-    def rate(self) -> float:
-        """A linear warm-up, then a cosine: a function of the step alone."""
-        progress = (self.step + 1) / self.total
-        if progress <= WARM_UP:
-            return self.settings.lr * progress / WARM_UP
-        return self.settings.lr * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
-
     def advance(self) -> Row | None:
         with self.clock():
             if self.to_come is None:
@@ -133,7 +126,7 @@ class LongTailRun(Run):
                 self.to_come = self.batches()
             images, targets = next(self.to_come)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+                group["lr"] = self.settings.lr * rate_factor(self.step, self.total)
             loss = self.objective(self.model.body(images), targets)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

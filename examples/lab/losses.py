@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch.optim import Optimizer
 from etflayers import CodeMSELoss, DotRegressionLoss
 from etflayers.checks import require_module
 from lab.heads import head_of
+from lab.schedules import rate_factor
 from lab.settings import Settings
 
-WARM_UP = 0.1  # share of the steps
 NESTEROV = 0.9
 
 
@@ -78,16 +77,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 def set_learning_rate(optimizers: list[Optimizer], settings: Settings, step: int, total: int) -> float:
     """The rate of this step: a function of the step alone, so there is nothing to save."""
-    progress = (step + 1) / total
-    if progress <= WARM_UP:
-        factor = progress / WARM_UP
-    elif settings.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-    elif settings.schedule == "step":
-        factor = 0.1 ** ((progress > 0.5) + (progress > 0.75))
-    else:
-        factor = 1.0
-    rate = settings.learning_rate * factor
+    rate = settings.learning_rate * rate_factor(step, total, settings.schedule)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate

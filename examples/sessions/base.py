@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -17,12 +16,12 @@ from lab.data import Split
 from lab.files import Row
 from lab.heads import LinearHead
 from lab.models import ResNet
+from lab.schedules import rate_factor
 from lab.training import Run
 from sessions.protocol import Episode, IncrementalSettings, distorted
 
 BaseName = Literal["linear", "cosine", "projector-linear", "etf", "etf-few", "etf-ce", "joint"]
 WIDTHS, BLOCKS, STEM_STRIDE = (16, 32, 128), (1, 1, 1), 2
-WARM_UP = 0.1
 SLOPE = 0.1  # of the leaky ReLU
 
 
@@ -147,13 +146,6 @@ class BaseRun(Run):
         for start in range(done * size, self.steps_per_epoch * size, size):
             yield Split(inputs[start : start + size], targets[start : start + size])
 
-    def rate(self) -> float:
-        """A linear warm-up, then a cosine: a function of the step alone."""
-        progress = (self.step + 1) / self.total
-        if progress <= WARM_UP:
-            return self.settings.lr * progress / WARM_UP
-        return self.settings.lr * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
-
     def advance(self) -> Row | None:
         with self.clock():
             if self.to_come is None:
@@ -161,7 +153,7 @@ class BaseRun(Run):
                 self.to_come = self.batches()
             batch = next(self.to_come)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate()
+                group["lr"] = self.settings.lr * rate_factor(self.step, self.total)
             loss = objective(self.key.base, self.model(batch.images), batch.targets, self.seen)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
