@@ -307,7 +307,8 @@ def test_ignored_samples_are_left_out_everywhere() -> None:
     metric.update(torch.cat((extra, data.features)), torch.cat((torch.full((4,), -100), data.targets)))
     expected = NeuralCollapse(5, 7, classifier=layer, centers=centers)
     expected.update(data.features, data.targets)
-    assert_equal(metric.compute(), expected.compute())
+    # To rounding: a product with four rows of zeros more may be summed in another order.
+    assert_equal(metric.compute(), expected.compute(), rtol=1e-12)
 
 
 def test_drift_of_the_nearest_frame() -> None:
