@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from etflayers.checks import require, require_floating, require_size, require_values
 from etflayers.codes.bounds import coherence_bound
+from etflayers.codes.largest import largest, largest_k
 from etflayers.errors import InvalidArgumentError
 from etflayers.precision import full_precision, linear_dtype, working_dtype
 
@@ -163,15 +165,7 @@ class SphericalCode(ABC):
         Returns:
             ``(...)``, int64.
         """
-        features = self._rows(features.detach())
-        best = features.new_full(features.shape[:-1], -torch.inf)
-        labels = torch.zeros(features.shape[:-1], dtype=torch.int64, device=features.device)
-        step = max(1, _AT_A_TIME // self.piece_size)
-        for start in range(0, self.pieces, step):
-            values, places = self.piece_logits(features, start, min(start + step, self.pieces)).max(-1)
-            labels = torch.where(values > best, places + start * self.piece_size, labels)
-            best = torch.maximum(best, values)
-        return labels
+        return largest(self._blocks(self._rows(features.detach())))
 
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits, descending, and their classes, without holding all logits.
@@ -192,18 +186,13 @@ class SphericalCode(ABC):
         """
         require_size("k", k)
         require(k <= self.num_classes, f"k must be at most num_classes = {self.num_classes}, got {k}")
-        features = self._rows(features.detach())
-        best = features.new_empty(*features.shape[:-1], 0)
-        labels = torch.empty_like(best, dtype=torch.int64)
+        return largest_k(self._blocks(self._rows(features.detach())), k)
+
+    def _blocks(self, rows: Tensor) -> Iterator[Tensor]:
+        """All logits of rows, in the order of the classes, those of some pieces at a time."""
         step = max(1, _AT_A_TIME // self.piece_size)
         for start in range(0, self.pieces, step):
-            found = self.piece_logits(features, start, min(start + step, self.pieces))
-            first = start * self.piece_size
-            places = torch.arange(first, first + found.shape[-1], device=found.device).expand_as(found)
-            found, places = torch.cat((best, found), -1), torch.cat((labels, places), -1)
-            best, order = found.topk(min(k, found.shape[-1]))
-            labels = places.gather(-1, order)
-        return best, labels
+            yield self.piece_logits(rows, start, min(start + step, self.pieces))
 
     # --- pieces ---
 

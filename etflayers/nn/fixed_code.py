@@ -10,18 +10,24 @@ classes free. A code without one is a buffer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from etflayers.checks import describe_argument, require, require_floating
+from etflayers.checks import describe_argument, require, require_floating, require_size
 from etflayers.codes import DenseCode, SphericalCode, find_code
 from etflayers.codes.catalog import Kind
+from etflayers.codes.largest import largest, largest_k
 from etflayers.errors import InvalidArgumentError
 from etflayers.nn.base import CodeHead
 from etflayers.nn.distributed import overwrite
-from etflayers.precision import linear_dtype, working_dtype
+from etflayers.precision import full_precision, linear_dtype, working_dtype
 
 __all__ = ["FixedCodeHead", "as_code"]
+
+# Classes whose logits exist at a time in a prediction.
+_AT_A_TIME = 4096
 
 
 class FixedCodeHead(CodeHead):
@@ -127,9 +133,10 @@ class FixedCodeHead(CodeHead):
         Raises:
             InvalidArgumentError: features of another width or dtype.
         """
-        code, classes = self._choices
-        found = code.predict(self.inputs(features))
-        return found if classes is None else classes[found]
+        inputs = self.inputs(features)
+        if self.active is not None:
+            return self.active_classes[largest(self._blocks(inputs))]
+        return largest(self._blocks(inputs)) if self.code is None else self.code.predict(inputs)
 
     @torch.no_grad()
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -142,25 +149,32 @@ class FixedCodeHead(CodeHead):
         Raises:
             InvalidArgumentError: features of another width or dtype, or a k out of range.
         """
-        code, classes = self._choices
-        require(
-            classes is None or k <= len(self.active_classes),
-            f"k must be at most the number of active classes, {len(self.active_classes)}, got {k}",
+        inputs = self.inputs(features)
+        require_size("k", k)
+        if self.active is not None:
+            count = len(self.active_classes)
+            require(k <= count, f"k must be at most the number of active classes, {count}, got {k}")
+            products, places = largest_k(self._blocks(inputs), k)
+            return self.scale * products, self.active_classes[places]
+        require(k <= self.num_classes, f"k must be at most num_classes = {self.num_classes}, got {k}")
+        products, places = (
+            largest_k(self._blocks(inputs), k) if self.code is None else self.code.topk(inputs, k)
         )
-        products, found = code.topk(self.inputs(features), k)
-        return self.scale * products, found if classes is None else classes[found]
+        return self.scale * products, places
 
-    @property
-    def _choices(self) -> tuple[SphericalCode, Tensor | None]:
-        """The present words, which a state dict may have brought, of the classes that are here; and these."""
+    def _blocks(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Products with the words as a matrix, of the classes that are here, some at a time."""
         if self.active is None:
-            return self._given if self.words is None else DenseCode(self.words), None
-        classes = self.active_classes
-        if len(classes) == 1:  # no code has one word, but it may have the same one twice
-            classes = classes.repeat(2)
-        if self.words is not None:
-            return DenseCode(self.words.index_select(0, classes)), classes
-        return DenseCode(self._given.words(classes)), classes
+            rows = self.frame
+        elif self.words is None:
+            rows = self._given.words(self.active_classes)
+        else:
+            rows = self.words.index_select(0, self.active_classes)
+        inputs = inputs.to(working_dtype(inputs.dtype))
+        for block in torch.split(rows.to(inputs.dtype), _AT_A_TIME):
+            with full_precision(inputs):
+                products = inputs @ block.mT
+            yield products
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
