@@ -21,7 +21,7 @@ from etflayers.codes import SphericalCode
 from etflayers.codes.catalog import Kind
 from etflayers.functional.assignment import arrange_code
 from etflayers.nn.averages import Momentum
-from etflayers.nn.base import CodeHead, LogitTerms
+from etflayers.nn.base import CodeHead
 from etflayers.nn.class_means import ClassMeanHead
 from etflayers.nn.distributed import overwrite
 from etflayers.nn.fixed_code import as_code
@@ -131,26 +131,16 @@ class NearestCodeHead(ClassMeanHead):
             self._arranged = bool(self.arrangements > 0)
         return bool(self._arranged)
 
-    @property
-    def frame(self) -> Tensor:
-        """W, ``(K, d)``, unit rows."""
-        return self.words if self.arranged else self._frame_of(self.averages.means)
-
     def describe(self) -> str:
         """One sentence: which code, its largest cosine, the bound that no code is below, what it is for."""
         return self._given.describe()
 
-    def logit_terms(self, features: Tensor, targets: Tensor | None = None) -> LogitTerms:
-        """z and W of the logits ``s z W'``; in training the class means follow the batch first.
-
-        Args and errors are those of :meth:`ClassMeanHead.logit_terms`.
-        """
-        terms = super().logit_terms(features, targets)
-        if not self.training or not self.arranged:
-            return terms
+    def _frame_of(self, means: Tensor) -> Tensor:
+        """The code once it is arranged, and the directions of the means before."""
+        if not self.arranged:
+            return super()._frame_of(means)
         # A graph keeps W, and a refit writes it.
-        keeps_graph = torch.is_grad_enabled() and terms.inputs.requires_grad
-        return terms._replace(frame=self.words.clone() if keeps_graph else self.words)
+        return self.words.clone() if torch.is_grad_enabled() else self.words
 
     @torch.no_grad()
     def refit(self, *, max_turns: int = 20) -> float:
