@@ -371,7 +371,7 @@ class SampledCrossEntropy(_HeadLoss):
     :class:`CodeCrossEntropy` does. Under ``DistributedDataParallel`` each rank draws by itself.
 
     Args:
-        head: any :class:`~etflayers.nn.CodeHead`. Its whole frame is made in each step: a head whose
+        head: any :class:`~etflayers.nn.CodeHead`. Its whole frame is made in each training step: a head whose
             frame takes long for many classes is not faster for this loss.
         rate: in (0, 1], share of the classes to draw beside those of the batch.
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
@@ -411,16 +411,16 @@ class SampledCrossEntropy(_HeadLoss):
 
         ``generator`` has the random numbers of the draw, on the device of ``features``; default: PyTorch's.
         """
-        inputs, frame, scale = self.linear_terms(features, targets)
         options: Any = {
-            "scale": scale,
             "label_smoothing": self.label_smoothing,
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
-            "classes": self.classes,
         }
         if not self.training:
-            return code_cross_entropy(inputs, frame, targets, **options)
+            whole: Tensor = CodeCrossEntropy(self.head, **options)(features, targets)
+            return whole
+        inputs, frame, scale = self.linear_terms(features, targets)
+        options |= {"scale": scale, "classes": self.classes}
         return sampled_cross_entropy(inputs, frame, targets, rate=self.rate, generator=generator, **options)
 
     def extra_repr(self) -> str:
