@@ -53,8 +53,10 @@ class ByRegime(FrameSolver):
         precision = precision or linear.dtype
         num_classes, in_features = linear.shape[-2:]
         small = small_polar(linear, precision)
-        if small is not None and small.solved.kappa < _largest_kappa(precision):
-            return small
+        if small is not None:
+            *_, (_, largest_kappa) = _limits(torch.float64, num_classes, in_features, precision)
+            if small.solved.kappa < largest_kappa:
+                return small
         if reads_values(linear) and linear.numel() > 0:
             # Where NumPy has found kappa too large, the same eigenproblem would find it again.
             for dtype in _dtypes(num_classes, precision) if small is None else ():
@@ -70,11 +72,6 @@ class ByRegime(FrameSolver):
         if linear.device.type == "cuda" and precision == torch.float32 and linear.numel() > 0:
             return GramRoot().solve(linear, precision)
         return (QRSVD() if in_features >= 4 * num_classes else SVD()).solve(linear, precision)
-
-
-def _largest_kappa(precision: torch.dtype) -> float:
-    """The condition number from which on a Gram matrix in float64 does not serve data of this precision."""
-    return _KAPPA_FLOAT64 if precision == torch.float64 else _KAPPA
 
 
 def _dtypes(num_classes: int, precision: torch.dtype) -> tuple[torch.dtype, ...]:
