@@ -35,7 +35,7 @@ from lab.models import ResNet
 from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
 from lab.schedules import rate_factor
 from lab.settings import DataName, DataSettings
-from lab.training import GlobalStreams, Run
+from lab.training import EpochRun, GlobalStreams, descend, steps_of_an_epoch
 
 Method = Literal["linear", "cosine", "class-means", "code", "code-arranged", "roots"]
 
@@ -130,7 +130,7 @@ class Network(nn.Module):
         return self.head(features) if targets is None else self.head(features, targets)
 
 
-class CodeRun(Run):
+class CodeRun(EpochRun):
     """One training: batches come from (seed, epoch), so that a continued run draws the same ones."""
 
     def __init__(self, key: Key, settings: ManyClassesSettings, data: ImageData) -> None:
@@ -142,12 +142,7 @@ class CodeRun(Run):
         self.takes_targets = getattr(head, "accepts_targets", False)
         decay = settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.lr, weight_decay=decay)
-        self.steps_per_epoch = len(data.train) // settings.batch_size
-        require(
-            self.steps_per_epoch > 0,
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images",
-        )
-        self.to_come: Iterator[tuple[Tensor, Tensor]] | None = None
+        self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
         self.losses = self.hits = 0.0
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
         own = {**data.fingerprint, "method": key.method, "features": key.features, "seed": key.seed}
@@ -167,23 +162,15 @@ class CodeRun(Run):
 
     def advance(self) -> Row | None:
         with self.clock():
-            if self.to_come is None:
-                self.model.train()
-                self.to_come = self.batches()
-            images, targets = next(self.to_come)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * rate_factor(self.step, self.total)
+            images, targets = self.next_batch()
             logits = self.model(images, targets if self.takes_targets else None)
             loss = F.cross_entropy(logits, targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            descend(self.optimizer, loss, self.settings.lr * rate_factor(self.step, self.total))
             self.losses += float(loss.detach())
             self.hits += float((logits.detach().argmax(-1) == targets).float().mean())
-        epoch, left = divmod(self.step + 1, self.steps_per_epoch)
-        if left:
+        epoch = self.finished_epoch()
+        if epoch is None:
             return None
-        self.to_come = None
         return self._row(epoch)
 
     def _row(self, epoch: int) -> Row:

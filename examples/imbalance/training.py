@@ -25,7 +25,7 @@ from lab.data import ImageData, Split
 from lab.files import Row
 from lab.models import RESNETS, ResNet
 from lab.schedules import rate_factor
-from lab.training import GlobalStreams, Run
+from lab.training import EpochRun, GlobalStreams, descend, steps_of_an_epoch
 
 EVALUATION_BATCH = 512
 # Options that say where knobs come from; a run is what it is by the knobs themselves.
@@ -77,7 +77,7 @@ class Network(nn.Module):
         self.head = head
 
 
-class LongTailRun(Run):
+class LongTailRun(EpochRun):
     """One training: batches come from (seed, epoch), so that a continued run draws the same ones."""
 
     def __init__(self, key: Key, settings: LongTailSettings, data: ImageData) -> None:
@@ -97,12 +97,7 @@ class LongTailRun(Run):
         self.objective = make_objective(key.method, head, counts, key.knobs)
         parameters, decay = self.model.parameters(), key.knobs.weight_decay
         self.optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=decay)
-        self.steps_per_epoch = len(data.train) // settings.batch_size
-        require(
-            self.steps_per_epoch > 0,
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images",
-        )
-        self.to_come: Iterator[tuple[Tensor, Tensor]] | None = None
+        self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
         self.losses = 0.0
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
         shared = {name: value for name, value in settings.fingerprint().items() if name not in KNOB_OPTIONS}
@@ -121,21 +116,13 @@ class LongTailRun(Run):
 
     def advance(self) -> Row | None:
         with self.clock():
-            if self.to_come is None:
-                self.model.train()
-                self.to_come = self.batches()
-            images, targets = next(self.to_come)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * rate_factor(self.step, self.total)
+            images, targets = self.next_batch()
             loss = self.objective(self.model.body(images), targets)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            descend(self.optimizer, loss, self.settings.lr * rate_factor(self.step, self.total))
             self.losses += float(loss.detach())
-        epoch, left = divmod(self.step + 1, self.steps_per_epoch)
-        if left:
+        epoch = self.finished_epoch()
+        if epoch is None:
             return None
-        self.to_come = None
         return self._row(epoch)
 
     def _row(self, epoch: int) -> Row:

@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from etflayers import capture_features
-from etflayers.checks import require
 from etflayers.data import balanced_order
 from etflayers.errors import ManifoldError, NonFiniteError
 from etflayers.functional import nearest_etf
@@ -26,7 +25,15 @@ from lab.models import LABELS, make_classifier
 from lab.progress import bar
 from lab.ranks import distributed, rank, share, with_shared_statistics, world_size
 from lab.settings import Settings
-from lab.training import GlobalStreams, Progress, Run, in_silence, reproducible, synchronize
+from lab.training import (
+    EpochRun,
+    GlobalStreams,
+    Progress,
+    in_silence,
+    reproducible,
+    steps_of_an_epoch,
+    synchronize,
+)
 
 FITTED = 0.999  # train accuracy at which a run counts as fitted
 
@@ -69,7 +76,7 @@ def run_name(head: str, seed: int) -> str:
     return f"{head}-seed{seed}"
 
 
-class Trainer(Run):
+class Trainer(EpochRun):
     """Model, optimizers and position of one training.
 
     Everything random in an epoch, the order of the images and their augmentation, comes from a generator
@@ -84,13 +91,8 @@ class Trainer(Run):
         self.optimizers = make_optimizers(self.model, settings)
         self.criterion = make_criterion(settings)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
-        self.steps_per_epoch = len(data.train) // settings.batch_size
-        require(
-            self.steps_per_epoch > 0,
-            f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images",
-        )
+        self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
         self.snapshots: dict[str, Tensor] = {}
-        self.to_come: Iterator[tuple[Tensor, Tensor]] | None = None
         parts = {"model": self.model, "random": GlobalStreams(self.device)}
         parts |= {f"optimizer{number}": part for number, part in enumerate(self.optimizers)}
         if self.scaler.is_enabled():
@@ -134,17 +136,15 @@ class Trainer(Run):
 
     def advance(self) -> Row | None:
         with self.clock():
-            if self.to_come is None:
-                self.model.train()
-                self.to_come = self.batches()
+            images, targets = self.next_batch()
             set_learning_rate(self.optimizers, self.settings, self.step, self.total)
-            self.update(*next(self.to_come))
-        if (self.step + 1) % self.steps_per_epoch:
+            self.update(images, targets)
+        epoch = self.finished_epoch()
+        if epoch is None:
             return None
-        self.to_come = None
         with self.clock():
             synchronize(self.device)
-        return self.record(self.epoch + 1)
+        return self.record(epoch)
 
     def update(self, images: Tensor, targets: Tensor) -> None:
         """One step of training."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from etflayers.checks import require
 from lab import files
 from lab.files import Row
 from lab.ranks import gathered, rank
@@ -142,6 +144,57 @@ class Run(ABC):
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
+
+
+class EpochRun(Run):
+    """A run whose steps are the batches of epochs; a continued one draws an epoch again and skips what was.
+
+    Attributes:
+        model: what is trained.
+        steps_per_epoch: batches of one epoch.
+    """
+
+    model: nn.Module
+    steps_per_epoch: int
+    _to_come: Iterator[Any] | None = None
+
+    @abstractmethod
+    def batches(self) -> Iterator[Any]:
+        """The batches of the current epoch that are still to come."""
+
+    def next_batch(self) -> Any:
+        """The batch of this step."""
+        if self._to_come is None:
+            self.model.train()
+            self._to_come = self.batches()
+        return next(self._to_come)
+
+    def finished_epoch(self) -> int | None:
+        """The number of the epoch that ends with this step, counted from 1, if one does."""
+        epoch, left = divmod(self.step + 1, self.steps_per_epoch)
+        if left:
+            return None
+        self._to_come = None
+        return epoch
+
+
+def steps_of_an_epoch(images: int, batch_size: int) -> int:
+    """How many whole batches there are.
+
+    Raises:
+        InvalidArgumentError: not even one.
+    """
+    require(batch_size <= images, f"--batch-size {batch_size} is more than the {images} training images")
+    return images // batch_size
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """One step of an optimizer against the gradient of a loss, with this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
 def synchronize(device: torch.device) -> None:

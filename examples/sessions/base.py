@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etflayers import DotRegressionLoss, FixedETFHead, UnitRowHead
-from etflayers.checks import require
 from etflayers.errors import NonFiniteError
 from lab.data import Split
 from lab.files import Row
 from lab.heads import LinearHead
 from lab.models import ResNet
 from lab.schedules import rate_factor
-from lab.training import Run
+from lab.training import EpochRun, descend, steps_of_an_epoch
 from sessions.protocol import Episode, IncrementalSettings, distorted
 
 BaseName = Literal["linear", "cosine", "projector-linear", "etf", "etf-few", "etf-ce", "joint"]
@@ -109,7 +108,7 @@ class BaseKey(NamedTuple):
         return f"{self.base}-seed{self.seed}"
 
 
-class BaseRun(Run):
+class BaseRun(EpochRun):
     """One training: batches come from (seed, epoch), so that a continued run draws the same ones."""
 
     def __init__(self, key: BaseKey, settings: IncrementalSettings, episode: Episode) -> None:
@@ -124,12 +123,7 @@ class BaseRun(Run):
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.lr, weight_decay=settings.weight_decay
         )
-        self.steps_per_epoch = len(self.train) // settings.batch_size
-        require(
-            self.steps_per_epoch > 0,
-            f"--batch-size {settings.batch_size} is more than the {len(self.train)} training images",
-        )
-        self.to_come: Iterator[Split] | None = None
+        self.steps_per_epoch = steps_of_an_epoch(len(self.train), settings.batch_size)
         own = {**self.data.fingerprint, **key._asdict()}
         parts = {"model": self.model, "optimizer": self.optimizer}
         total = settings.epochs * self.steps_per_epoch
@@ -148,20 +142,12 @@ class BaseRun(Run):
 
     def advance(self) -> Row | None:
         with self.clock():
-            if self.to_come is None:
-                self.model.train()
-                self.to_come = self.batches()
-            batch = next(self.to_come)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * rate_factor(self.step, self.total)
+            batch = self.next_batch()
             loss = objective(self.key.base, self.model(batch.images), batch.targets, self.seen)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-        epoch, left = divmod(self.step + 1, self.steps_per_epoch)
-        if left:
+            descend(self.optimizer, loss, self.settings.lr * rate_factor(self.step, self.total))
+        epoch = self.finished_epoch()
+        if epoch is None:
             return None
-        self.to_come = None
         if not torch.isfinite(loss):
             raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
         return {**self.key._asdict(), "epoch": epoch, "loss": float(loss.detach())}
