@@ -24,7 +24,7 @@ from torch import Tensor
 from etflayers.checks import require, require_floating, require_size
 from etflayers.collectives import world_size
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional.class_means import class_sums, ignored_targets
+from etflayers.functional.class_means import class_means, ignored_targets
 from etflayers.nn.base import class_numbers
 from etflayers.nn.keeps_precision import KeepsPrecision
 from etflayers.precision import working_dtype
@@ -156,8 +156,7 @@ class FeatureMemory(KeepsPrecision):
             )
         rows, labels = features.detach().reshape(-1, self.in_features), targets.reshape(-1)
         ignored = ignored_targets(labels, self.num_classes, self.ignore_index)
-        sums, counts = class_sums(rows, labels, self.num_classes, ignore_index=self.ignore_index)
-        means = sums / counts.clamp(min=1).unsqueeze(-1)
+        means, counts = class_means(rows, labels, self.num_classes, ignore_index=self.ignore_index)
         labels = torch.where(ignored, self.num_classes, labels.long())
         keys = torch.randint(_EMPTY, labels.shape, generator=generator, device=self.keys.device)
         self._add(means.to(self.means), counts)
