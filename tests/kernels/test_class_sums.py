@@ -19,6 +19,7 @@ def test_interpreted(run_checks: Callable[[str], None]) -> None:
     run_checks("interpreted/check_class_sums.py")
 
 
+@pytest.mark.slow
 def test_compiled(run_checks: Callable[[str], None]) -> None:
     run_checks("compiled/check_class_sums.py")
 

@@ -18,6 +18,7 @@ def test_interpreted(run_checks: Callable[[str], None]) -> None:
     run_checks("interpreted/check_cross_entropy.py")
 
 
+@pytest.mark.slow
 def test_compiled(run_checks: Callable[[str], None]) -> None:
     run_checks("compiled/check_cross_entropy.py")
 

@@ -28,6 +28,7 @@ def test_interpreted(run_checks: Callable[[str], None]) -> None:
     run_checks("interpreted/check_polar.py")
 
 
+@pytest.mark.slow
 def test_compiled(run_checks: Callable[[str], None]) -> None:
     run_checks("compiled/check_polar.py")
 
