@@ -56,7 +56,7 @@ class IncrementalSettings(DataSettings):
     views: Count = 1
     """Distorted copies that are made of each of these images: the one image itself is not seen."""
     methods: Free[Distinct[Method]] = METHODS
-    """What is compared: see docs/incremental.md."""
+    """What is compared: see docs/evidence/incremental.md."""
     affine: NotNegative = 0.2
     """Turn, stretch, shear and move each image by up to about this, those of the test too."""
     noise: NotNegative = 0.25

@@ -823,7 +823,7 @@ def test_bad_shards() -> None:
 @pytest.mark.slow
 @needs_fsdp
 def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "many-classes.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "howto" / "many-classes.md").read_text(encoding="utf-8")
     script, _, _ = text.partition("```py\n")[2].partition("```")
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
