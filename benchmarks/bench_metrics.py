@@ -98,7 +98,7 @@ def test_update(findings: Findings, shape: Shape) -> None:
             "An update of NeuralCollapse",
             ["(B, d, K)", "what", "ms", "units"],
             [str(shape), name, milliseconds(times[name]), f"{units:.2f}"],
-            f"A unit, `features.T @ onehot` and a pass over the features, takes {milliseconds(times[UNIT])} ms.",
+            f"A unit, one `features.T @ onehot` and one pass, takes {milliseconds(times[UNIT])} ms.",
         )
         if name in BOUNDS:
             findings.claim(f"{shape}: update, {name}", units, "at most", BOUNDS[name], " units")
