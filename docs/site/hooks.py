@@ -1,4 +1,4 @@
-"""What the site has beside the pages in docs/: the reference, the benchmarks, and files that pages link to.
+"""What the site has beside the pages in docs/: reference, benchmarks, papers, and files that pages link to.
 
 MkDocs calls the functions ``on_...``. Every generated page exists in memory only.
 """
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from benchmarks_page import benchmarks_page  # noqa: E402
+from papers import papers_page  # noqa: E402
 from reference import reference_pages  # noqa: E402
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     for uri, text in reference_pages().items():
         add(uri, text)
-    text = benchmarks_page(ROOT / "benchmarks" / "results")
-    waiting += linked(text, BENCHMARKS[0])
-    add(BENCHMARKS[1], relocated(text, *BENCHMARKS))
+    results = ROOT / "benchmarks" / "results"
+    for uri, text, path in (
+        ("understand/papers.md", papers_page(ROOT), "docs/understand/papers.md"),
+        ("benchmarks/index.md", benchmarks_page(results), "benchmarks/results/index.md"),
+    ):
+        waiting += linked(text, path)
+        add(uri, relocated(text, path, uri))
 
     seen: set[str] = set()
     while waiting:
@@ -137,4 +142,4 @@ def folder(path: str) -> str:
 def listing(text: str, path: str) -> str:
     """A source as a page."""
     language = LANGUAGES.get(PurePosixPath(path).suffix, "text")
-    return f"# {path}\n\n````{language}\n{text}````\n"
+    return f"# {PurePosixPath(path).name}\n\n`{path}`\n\n````{language}\n{text}````\n"
