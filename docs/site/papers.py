@@ -12,14 +12,16 @@ __all__ = ["papers_page"]
 INTRODUCTION = """# Papers
 
 If you use the library, please cite it, and the papers whose methods you used. This list is that of
-[CITATION.cff](../../CITATION.cff), with the modules whose docstrings refer to the paper. The docstrings name more
-papers, of which the library takes a formula or a measure.
+[CITATION.cff](../../CITATION.cff), with the modules whose docstrings refer to the paper. The docstrings name
+more papers, of which the library takes a formula or a measure.
 """
 
 
 def papers_page(root: Path) -> str:
     references = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))["references"]
-    sources = {path.relative_to(root): path.read_text(encoding="utf-8") for path in root.glob("etflayers/**/*.py")}
+    sources = {
+        path.relative_to(root): path.read_text(encoding="utf-8") for path in root.glob("etflayers/**/*.py")
+    }
     by_identifier = {arxiv(reference): reference for reference in references}
     ordered = sorted(by_identifier.items(), key=lambda item: (item[1]["year"], item[1]["title"]))
     lines = []

@@ -68,7 +68,7 @@ def top_level(module: Module, others: list[Module]) -> str:
     """The names of ``etflayers`` itself are those of its packages: a link to each."""
     homes = {name: other.name for other in reversed(others) for name in other.names}
     rows = [
-        f"| [`{name}`][{homes[name]}.{name}]{{ #etflayers.{name} }} | `{homes[name]}` |"
+        f'| <a id="{module.name}.{name}"></a>[`{name}`][{homes[name]}.{name}] | `{homes[name]}` |'
         for name in module.names
         if name in homes
     ]
@@ -79,7 +79,7 @@ def top_level(module: Module, others: list[Module]) -> str:
             module.purpose,
             "",
             "What most models need can be imported from here; each name is at home in one of the packages.",
-            "`etflayers.__version__`{ #etflayers.__version__ } is the version.",
+            f'<a id="{module.name}.__version__"></a>`etflayers.__version__` is the version.',
             "",
             "| name | is described in |",
             "|---|---|",
