@@ -17,9 +17,9 @@ from mkdocs.structure.files import File, InclusionLevel
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from benchmarks_page import benchmarks_page  # noqa: E402
 from papers import papers_page  # noqa: E402
 from reference import reference_pages  # noqa: E402
+from results import benchmarks_pages  # noqa: E402
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -30,21 +30,19 @@ if TYPE_CHECKING:
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 # What has a page even if no other links to it.
 DOCUMENTS = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
-BENCHMARKS = (
-    "benchmarks/results/README.md",
-    "benchmarks/index.md",
-)  # where its text would stand, and its page
 LANGUAGES = {".py": "python", ".sh": "sh", ".cff": "yaml", ".toml": "toml", ".yml": "yaml", ".json": "json"}
 
 _generated: set[str] = set()  # the pages that are not in docs/
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of the reference where the navigation has its index."""
-    first = ["reference/index.md", "reference/etflayers.md"]
+    """Put generated pages where the navigation has the first of them."""
     for section in config.nav:
         if "Reference" in section:
+            first = ["reference/index.md", "reference/etflayers.md"]
             section["Reference"] = [*first, *sorted(set(reference_pages()) - set(first))]
+        if "Benchmarks" in section:
+            section["Benchmarks"] = list(benchmarks_pages(ROOT))
     return config
 
 
@@ -61,13 +59,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
     for uri, text in reference_pages().items():
         add(uri, text)
-    results = ROOT / "benchmarks" / "results"
-    for uri, text, path in (
-        ("understand/papers.md", papers_page(ROOT), "docs/understand/papers.md"),
-        ("benchmarks/index.md", benchmarks_page(results), "benchmarks/results/index.md"),
-    ):
-        waiting += linked(text, path)
-        add(uri, relocated(text, path, uri))
+    papers = {"understand/papers.md": papers_page(ROOT)}
+    for origin, pages in (("docs/understand", papers), ("benchmarks/results", benchmarks_pages(ROOT))):
+        for uri, text in pages.items():
+            path = f"{origin}/{PurePosixPath(uri).name}"  # where its links are relative to
+            waiting += linked(text, path)
+            add(uri, relocated(text, path, uri))
 
     seen: set[str] = set()
     while waiting:
