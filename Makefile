@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := dev,distill,examples,metrics,solvers,tracking,triton
+EXTRAS := dev,distill,docs,examples,metrics,solvers,tracking,triton
 PIP_INSTALL := -m pip --disable-pip-version-check -qq install
 PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
 
@@ -11,7 +11,7 @@ PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
 NEWEST := .venv-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all slow integrations bench lint format clean
+.PHONY: help demo docs test test-all slow integrations bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ integrations: $(NEWEST)/.installed  ## the library in the newest PyTorch and in 
 
 bench: $(INSTALLED)  ## measure time and memory
 	@$(BIN)/python -m benchmarks
+
+# Material announces its successor on every run.
+docs: $(INSTALLED)  ## the documentation as a site that needs no network: build/site/index.html
+	@echo "==> mkdocs: the site"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
 
 lint: $(INSTALLED)  ## style, types and the order of imports
 	@echo "==> ruff: style"
