@@ -5,8 +5,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from etflayers.codes import find_code
+from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.nn import FeatureMemory
+from etflayers.storage import write_tensors
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,3 +117,31 @@ def test_what_the_note_names_is_there() -> None:
     note = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
     for name in ("DistilledSet.load", "FeatureMemory.load", "find_code", "spherical_code"):
         assert f"`{name}`" in note
+
+
+FORGED = {
+    "no means": ({"feature_memory": {}}, {"rows": torch.ones(2)}),
+    "one axis": ({"feature_memory": {"capacity": 2}}, {"means": torch.ones(2)}),
+    "unknown option": ({"feature_memory": {"capacity": 2, "run": "me"}}, {"means": torch.ones(2, 3)}),
+    "no mapping": ({"feature_memory": [1]}, {"means": torch.ones(2, 3)}),
+    "other entries": ({"feature_memory": {"capacity": 2}}, {"means": torch.ones(2, 3), "x": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize(("record", "tensors"), FORGED.values(), ids=FORGED)
+def test_a_forged_memory_is_refused(
+    record: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    write_tensors(tmp_path / "file", tensors, record)
+    with pytest.raises(InvalidArgumentError, match="does not hold a FeatureMemory"):
+        FeatureMemory.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("rows", [torch.eye(5), torch.full((20, 5), torch.nan), torch.ones(20, 5)])
+def test_a_forged_code_is_refused(rows: torch.Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    asked = {"num_classes": 20, "in_features": 5, "kind": "optimized"}
+    write_tensors(tmp_path / "file", {"rows": rows}, {"spherical_code": asked})
+    with pytest.raises((InvalidArgumentError, NonFiniteError)):
+        find_code(20, 5, kind="optimized", cache=tmp_path / "file")
