@@ -85,8 +85,8 @@ class StudySettings(Settings):
     wandb: Free[WandbMode] = "off"
     """Log to Weights & Biases; offline into OUT/wandb, to be sent later with `wandb sync`."""
     explorer: Free[bool] = False
-    """Record class means, some features and the classifier after each epoch, and write OUT/explorer.html, which
-    shows how they move in three dimensions."""
+    """Record class means, some features and the classifier after each epoch, and write OUT/explorer.html,
+    which shows how they move in three dimensions."""
 
     def check(self) -> None:
         super().check()

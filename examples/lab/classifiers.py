@@ -35,7 +35,7 @@ from lab.training import (
     steps_of_an_epoch,
     synchronize,
 )
-from lab.views import Moment, is_kept, moment, require_room
+from lab.views import Moment, is_kept, moment_of, require_room
 
 FITTED = 0.999  # train accuracy at which a run counts as fitted
 
@@ -187,7 +187,7 @@ class Trainer(EpochRun):
         self._keep(train, test, ("first", "last") if epoch == 0 else ("last",))
         if self.recording is not None and is_kept(epoch, self.settings.epochs):
             frame = read_classifier(head_of(self.model)).weight
-            self.recording.append(moment(epoch, train.statistics, frame, train.features, train.targets))
+            self.recording.append(moment_of(epoch, train.statistics, frame, train.features, train.targets))
         return row
 
     def _drift(self, class_means: Tensor) -> float | None:

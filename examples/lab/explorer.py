@@ -20,7 +20,7 @@ from etflayers.checks import require, require_module
 from lab.classifiers import Trained
 from lab.figures import HEAD_COLORS, PALETTE
 from lab.files import Row, write_atomically
-from lab.views import DIMENSIONS, Picture, corners, is_exact, pictures
+from lab.views import DIMENSIONS, MOST_FEATURES, Picture, corners, is_exact, pictures
 
 FILE, PAGE = "explorer.json", "explorer.html"
 FORMAT = "etflayers explorer 1"
@@ -87,7 +87,7 @@ def read_exploration(path: Path) -> dict[str, Any]:
     file = path / FILE if path.is_dir() else path
     require(
         file.is_file(),
-        f"{file} does not exist: record a training by python examples/collapse_study.py --explorer --out {path}",
+        f"{file} does not exist: python examples/collapse_study.py --explorer --out FOLDER records a training",
     )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -120,9 +120,10 @@ def write_page(path: Path, explorations: Sequence[Mapping[str, Any]]) -> Path:
     content = {"trainings": explorations, "classColors": CLASS_COLORS, "headColors": HEAD_COLORS}
     text = environment.get_template("explorer.html").render(
         style=(TEMPLATES / "explorer.css").read_text(encoding="utf-8"),
+        most_features=MOST_FEATURES,
         script=(TEMPLATES / "explorer.js").read_text(encoding="utf-8"),
         plotly=plotly.get_plotlyjs(),
-        # Inside a script element nothing but "</" and "<!--" has a meaning of its own; JSON can say "<" without it.
+        # A script element ends at "</script", wherever that stands; JSON can do without the "<".
         content=json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
     return write_atomically(path, text.encode())
@@ -153,8 +154,8 @@ def _whole(points: Tensor) -> list[int]:
     return (THOUSAND * points).round().int().flatten().tolist()
 
 
-def _rounded(values: Tensor) -> list[float | None]:
-    return [None if math.isnan(value) else round(value, 3) for value in values.tolist()]
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
 
 
 def _number(row: Row, measure: str) -> float | None:

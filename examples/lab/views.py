@@ -1,7 +1,7 @@
 """A training seen in three dimensions: what is kept of it from epoch to epoch, and the projection.
 
 A simplex ETF W* with rows of length 1 has the Gram matrix ``W* W*' = c^2 (I - 11'/K)`` with
-``c^2 = K / (K - 1)``. Let the columns of V, ``(K, r)``, be orthonormal and orthogonal to 1. Then the columns of
+``c^2 = K / (K - 1)``. Let the columns of V, ``(K, r)``, be orthonormal and orthogonal to 1. Then those of
 
     B = W*' V / c,   (d, r),   are orthonormal:   B' B = V' (I - 11'/K) V = V' V = I,
 
@@ -9,12 +9,13 @@ and they lie in the span of W*. So ``h -> B'(h - m)`` is the orthogonal projecti
 dimensions that W* spans, and the vertices of W* come to rest at ``W* B = c V``, whatever W* is.
 
 Class means less their mean m span K - 1 dimensions, and their nearest simplex ETF spans the same ones. With
-K <= 4 classes ``r = K - 1``: nothing is lost of the class means, and W* may be another one at every epoch, which
-turns each picture such that the nearest ETF is always the same tetrahedron. With more classes something is
-lost, and B comes from the last class means for all epochs, so that what moves in the picture has moved.
+K <= 4 classes ``r = K - 1``: nothing is lost of the class means, and W* may be another one at every epoch,
+which turns each picture such that the nearest ETF is always the same tetrahedron. With more classes
+something is lost, and B comes from the last class means for all epochs, so that what moves in the picture
+has moved.
 
-V is made of cosines and sines over the classes. It gives the regular tetrahedron for K = 4, the octahedron for
-K = 6 and two rings of classes, one above the other, for every even K; with odd K the rings are bent.
+V is made of cosines and sines over the classes. It gives the regular tetrahedron for K = 4, the octahedron
+for K = 6 and two rings of classes, one above the other, for every even K; with odd K the rings are bent.
 
 Symbols: K <-> num_classes, V <-> class_coordinates, B <-> basis, W* <-> nearest, m <-> center.
 """
@@ -37,9 +38,7 @@ DIMENSIONS = 3
 MOST_FEATURES = 100  # of all classes together: more would hide each other, and make the file large
 MOST_EPOCHS = 60
 
-Moment = dict[
-    str, Any
-]  # ``epoch`` and, as tensors on the CPU, ``means``, ``frame``, ``features``, ``targets``
+Moment = dict[str, Any]  # the ``epoch``, and tensors on the CPU: see :func:`moment_of`
 
 
 def is_kept(epoch: int, epochs: int) -> bool:
@@ -47,14 +46,14 @@ def is_kept(epoch: int, epochs: int) -> bool:
     return epoch == epochs or epoch % math.ceil(epochs / MOST_EPOCHS) == 0
 
 
-def moment(
+def moment_of(
     epoch: int, statistics: ClassStatistics, frame: Tensor, features: Tensor, targets: Tensor
 ) -> Moment:
     """What there is to keep of an epoch: few enough numbers to be kept for all of them.
 
     Args:
         epoch: its number.
-        statistics: have the class means ``(K, d)``.
+        statistics: of all samples: class means ``(K, d)`` and the variances about them ``(K,)``.
         frame: rows of the classifier ``(K, d)``.
         features: h, ``(N, d)``, always of the same samples; the first ones of every class are kept.
         targets: y, ``(N,)``.
@@ -63,7 +62,8 @@ def moment(
     each = max(1, MOST_FEATURES // num_classes)
     first = [(targets == k).nonzero()[:each, 0] for k in range(min(num_classes, MOST_FEATURES))]
     chosen = torch.cat(first)
-    kept = {"means": statistics.means, "frame": frame, "features": features[chosen]}
+    kept = {"means": statistics.means, "variances": statistics.variances}
+    kept |= {"frame": frame, "features": features[chosen]}
     tensors = {name: tensor.detach().float().cpu().clone() for name, tensor in kept.items()}
     return {"epoch": epoch, **tensors, "targets": targets[chosen].cpu()}
 
@@ -87,14 +87,13 @@ class Picture:
 
     Attributes:
         epoch: its number.
-        means, frame, features: points ``(K, 3)``, ``(K, 3)`` and ``(M, 3)``, magnified such that the vertices of
-            an ETF have a root mean square length of 1 in the picture.
-        shares: how much of the sum of squares is seen of the means about their mean, of the features about the
-            mean of their class, and of the rows of the frame about their mean: numbers in [0, 1].
+        means, frame, features: points ``(K, 3)``, ``(K, 3)`` and ``(M, 3)``, magnified such that the vertices
+            of an ETF have a root mean square length of 1 in the picture.
+        shares: how much of the sum of squares is seen of the means about their mean, of the features about
+            the mean of their class, and of the rows of the frame about their mean: numbers in [0, 1].
         distances: of each class mean from its vertex of the nearest ETF, ``(K,)``, in all d dimensions.
         cosines: of each row of the frame with its class mean, both centered, ``(K,)``.
-        spreads: root mean square distance of the recorded features from their class mean, ``(K,)``; NaN where a
-            class has none.
+        spreads: root mean square distance of all features of a class from their mean, ``(K,)``.
     """
 
     epoch: int
@@ -134,8 +133,8 @@ def require_room(num_classes: int, dim: int) -> None:
     """Raise unless K classes can form a simplex ETF in d dimensions, which the pictures show them against."""
     require(
         dim >= num_classes - 1 >= 1,
-        f"the explorer shows class means beside a simplex ETF, which needs at least 2 classes and K - 1 features: "
-        f"got {num_classes} classes and {dim} features",
+        "the explorer shows class means beside a simplex ETF, which needs at least 2 classes and K - 1 "
+        f"features: got {num_classes} classes and {dim} features",
     )
 
 
@@ -148,12 +147,6 @@ def _picture(now: Moment, nearest: Tensor) -> Picture:
     features, targets = now["features"].double() - center, now["targets"]
     within = features - means[targets]
     unit, unit_of_frame = _inverse_length(means), _inverse_length(frame)
-    squares = within.square().sum(1)
-    # A class without a recorded feature has 0/0: NaN, which says so.
-    spreads = (
-        torch.zeros(num_classes).double().index_add(0, targets, squares)
-        / targets.bincount(minlength=num_classes)
-    ).sqrt()
 
     def seen(rows: Tensor, scale: float) -> Tensor:
         return _in_space(_magnification(num_classes) * scale * rows @ basis)
@@ -166,7 +159,7 @@ def _picture(now: Moment, nearest: Tensor) -> Picture:
         shares=(_share(means, basis), _share(within, basis), _share(frame, basis)),
         distances=(unit * means - nearest).norm(dim=1),
         cosines=torch.nn.functional.cosine_similarity(means, frame, dim=1),
-        spreads=unit * spreads,
+        spreads=unit * now["variances"].double().sqrt(),
     )
 
 
