@@ -87,7 +87,7 @@ def read_exploration(path: Path) -> dict[str, Any]:
     file = path / FILE if path.is_dir() else path
     require(
         file.is_file(),
-        f"{file} does not exist: python examples/collapse_study.py --explorer --out FOLDER records a training",
+        f"{file} does not exist: record a training by python examples/collapse_study.py --explorer",
     )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -115,7 +115,7 @@ def test_collapse_stands_in_the_corners(num_classes: int) -> None:
 def test_four_corners_are_a_regular_tetrahedron_and_six_an_octahedron() -> None:
     tetrahedron, octahedron = torch.pdist(corners(4)), torch.pdist(corners(6)).sort().values
     # On the unit sphere: edges sqrt(8/3); 12 edges sqrt(2) and 3 diagonals 2.
-    torch.testing.assert_close(tetrahedron, torch.full((6,), math.sqrt(8 / 3)).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(tetrahedron, torch.full((6,), math.sqrt(8 / 3), dtype=torch.float64), atol=1e-12, rtol=0)
     lengths = torch.tensor([math.sqrt(2)] * 12 + [2.0] * 3, dtype=torch.float64)
     torch.testing.assert_close(octahedron, lengths, atol=1e-12, rtol=0)
 

@@ -5,10 +5,10 @@
 const { trainings, classColors, headColors } = JSON.parse(document.getElementById("content").textContent);
 const byId = (id) => document.getElementById(id);
 const TEXT = "#1c1c1e", GREY = "#b4b4bc", PALE = "#cfcfd6";
-const REACH = 1.3; // what of space is sure to be seen, in lengths of a class mean
+const REACH = 1.12; // what of space is sure to be seen, in lengths of a class mean
 const MOST_LABELS = 20;
 const CURVES = ["nc1", "nc2", "nc3"];
-const CAMERA = { eye: { x: 1.06, y: 0.61, z: 0.32 }, center: { x: 0, y: 0, z: 0 }, up: { x: 0, y: 0, z: 1 } };
+const CAMERA = { eye: { x: 1.0, y: 0.57, z: 0.3 }, center: { x: 0, y: 0, z: 0 }, up: { x: 0, y: 0, z: 1 } };
 const SECONDS = 9; // in which a training plays, unless that makes an epoch very short or long
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const state = { training: trainings[0], run: trainings[0].runs[0], position: 0, playing: false };
@@ -64,7 +64,7 @@ function spaceTraces() {
     scatter(rays(frame), { mode: "lines", line: { width: 3, color: colors.flatMap((c) => [c, c, c]) } }),
     scatter(frame, { hoverinfo: "text",
       marker: { size: many ? 4 : 8, symbol: "diamond-open", color: colors, line: { width: 2, color: colors } } }),
-    scatter(between("means"), { hoverinfo: "text", mode: many ? "markers" : "markers+text", text: classes.map(plain),
+    scatter(between("means"), { hoverinfo: "text", mode: many ? "markers" : "markers+text", text: classes.map((name) => `${plain(name)}<br> `),
       textposition: "top center", textfont: labels,
       marker: { size: many ? 5 : 9, color: colors, line: { color: "#ffffff", width: 1 } } }),
   ];
@@ -108,7 +108,7 @@ function curveTraces(name) {
   return [
     ...others.map((run) => line(run, { line: { color: PALE, width: 1.5 }, hoverinfo: "skip" })),
     line(own, { line: { color, width: 2.5 }, hovertemplate: "epoch %{x}: %{y:.2g}<extra></extra>" }),
-    { type: "scatter", mode: "markers", x: [null], y: [null], hoverinfo: "skip",
+    { type: "scatter", mode: "markers", x: [null], y: [null], hoverinfo: "skip", cliponaxis: false,
       marker: { size: 12, color, line: { color: "#ffffff", width: 2 } } },
   ];
 }
@@ -120,18 +120,19 @@ function curveLayout(name) {
   const values = state.training.runs.flatMap((run) => positive(run.measures[name])).filter((value) => value !== null);
   const low = Math.min(...values), high = Math.max(...values);
   const decades = values.length ? [Math.log10(low / 1.25), Math.log10(high * 1.25)] : [-2, 0];
+  const epochs = state.run.epochs[last()], lengths = Math.max(0, Math.log10(epochs / 5));
   const grid = { gridcolor: "#ececf0", zeroline: false, fixedrange: true, tickfont: { color: "#5c5c63", size: 12 } };
   return {
     margin: { l: 44, r: 10, t: 6, b: 32 }, showlegend: false, dragmode: false, hovermode: "closest",
-    xaxis: { ...grid, range: [0, state.run.epochs[last()]], title: { text: "epoch", font: { size: 12 }, standoff: 4 } },
+    xaxis: { ...grid, range: [0, epochs], dtick: 10 ** Math.floor(lengths) * [1, 2, 5][Math.floor(3 * (lengths % 1))], title: { text: "epoch", font: { size: 12 }, standoff: 4 } },
     yaxis: { ...grid, type: "log", range: decades, tickmode: "array", ...ticks(...decades) },
     shapes: [{ type: "line", x0: 0, x1: 0, y0: 0, y1: 1, yref: "paper", line: { color: GREY, width: 1 } }],
   };
 }
 
 function ticks(from, to) {
-  // Few enough numbers to be read: 1, 2 and 5 of a short axis, every decade or every second one of a long one.
-  const steps = to - from < 1.6 ? [1, 2, 5] : [1], every = Math.ceil((to - from) / 5), tickvals = [];
+  // Few enough numbers to be read: 1, 2 and 5 of a short axis, decades or some of them of a long one.
+  const steps = to - from < 1.4 ? [1, 2, 5] : to - from < 2.5 ? [1, 3] : [1], every = Math.ceil((to - from) / 5), tickvals = [];
   for (let decade = Math.floor(from); decade <= Math.ceil(to); decade++)
     if (decade % every === 0) for (const step of steps) tickvals.push(step * 10 ** decade);
   return { tickvals, ticktext: tickvals.map((value) => Number(value.toPrecision(1)).toString()) };
@@ -153,11 +154,14 @@ function onCurve(name) {
 
 const PLAIN = { displayModeBar: false, responsive: true };
 
+let drawn = null; // the training that Plotly has
+
 function drawAll() {
-  // A new training or head: everything is drawn, the camera stays where it is.
-  const chosen = Math.min(state.position, last());
-  state.position = chosen;
-  Plotly.react("space", spaceTraces(), spaceLayout(), PLAIN);
+  // A new training or head: everything is drawn. The camera stays where it is for another head of the same training.
+  state.position = Math.min(state.position, last());
+  const draw = state.training === drawn ? Plotly.react : Plotly.newPlot;
+  drawn = state.training;
+  draw("space", spaceTraces(), spaceLayout(), PLAIN);
   for (const name of CURVES) Plotly.react(name, curveTraces(name), curveLayout(name), PLAIN);
   byId("epoch").max = last();
   showLayers();
@@ -170,13 +174,13 @@ function move() {
   const moving = { 2: between("features"), 4: between("frame"), 5: between("means") };
   moving[3] = rays(moving[4]);
   const axes = ["x", "y", "z"].map((axis, i) => [axis, MOVING.map((trace) => moving[trace][i])]);
-  const drawn = [Plotly.restyle("space", Object.fromEntries(axes), MOVING)];
+  const done = [Plotly.restyle("space", Object.fromEntries(axes), MOVING)];
   for (const name of CURVES) {
     const [x, y] = onCurve(name), marker = byId(name).data.length - 1;
-    drawn.push(Plotly.update(name, { x: [[x]], y: [[y]] }, { "shapes[0].x0": x, "shapes[0].x1": x }, [marker]));
+    done.push(Plotly.update(name, { x: [[x]], y: [[y]] }, { "shapes[0].x0": x, "shapes[0].x1": x }, [marker]));
   }
   tell();
-  return Promise.all(drawn);
+  return Promise.all(done);
 }
 
 let told = null; // the frame and run whose numbers stand on the page
@@ -210,11 +214,10 @@ function describe() {
   byId("exact").textContent = exact
     ? `This picture is exact for the class means: ${count} of them, less their average, span ${count - 1} dimensions, and all`
       + ` distances between them are kept. It turns with them, so that the simplex ETF nearest to the class means stands still.`
-      + ` Images and classifier rows appear as their shadow in this space. Of all squared lengths, the picture has at this epoch:`
+      + ` Images and classifier rows appear as their shadow in this space. Share of the variance that it shows at this epoch:`
     : `This picture is a shadow: ${count} class means, less their average, span ${count - 1} dimensions, and it shows 3 of them,`
       + ` the same at every epoch. They were chosen so that the corners of the simplex ETF nearest to the last class means lie`
-      + ` apart, on two rings. Of all squared lengths (of the means: of the variance between classes), the picture has at this`
-      + ` epoch:`;
+      + ` apart, on two rings. Share of the variance that it shows at this epoch:`;
   byId("alone").textContent = title(state.training);
   byId("space").setAttribute("aria-label", `${state.training.title}, head ${state.run.head}: class means, images and`
     + ` classifier rows in three dimensions`);
