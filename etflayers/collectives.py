@@ -90,6 +90,21 @@ class ClassShard:
         """Where the classes of this rank are in a tensor ``(K, ...)`` of all."""
         return slice(self.start, self.stop)
 
+    def among(self, classes: Tensor) -> ClassShard:
+        """The shard of this rank when only some classes count, which are numbered anew in their order.
+
+        Two numbers are read from ``classes``, for which an accelerator is waited for.
+
+        Args:
+            classes: their numbers in [0, K), ``(A,)``, ascending.
+
+        >>> ClassShard(num_classes=10, start=4, stop=8).among(torch.tensor([1, 4, 6, 9]))
+        ClassShard(num_classes=4, start=1, stop=3, process_group=None)
+        """
+        edges = torch.searchsorted(classes, torch.tensor([self.start, self.stop], device=classes.device))
+        start, stop = edges.tolist()
+        return ClassShard(len(classes), start, stop, self.process_group)
+
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -11,8 +11,8 @@
 
 The output folder gets the history of every run (HEAD-seedN.csv and .json), all numbers as one long table
 (measures.csv), a summary over the seeds (summary.csv and .json), figures, checkpoints and report.html, which
-shows all of it in a browser. Metrics are those of docs/metrics.md, in eval mode on the whole training and
-test set, at the start (epoch 0) and after each epoch.
+shows all of it in a browser. Metrics are those of docs/understand/metrics.md, in eval mode on the whole
+training and test set, at the start (epoch 0) and after each epoch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@
 
 The output folder of `images` gets the sets (seedN.safetensors, seedN-images.png), every outer step
 (seedN-history.csv), what networks trained on them and on the baselines make of the test images (seedN.json,
-summary.csv and .json), figures and checkpoints. What the studies have found: docs/distill-example.md.
+summary.csv and .json), figures and checkpoints. What the studies found: docs/evidence/distill-example.md.
 """
 
 from __future__ import annotations

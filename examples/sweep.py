@@ -1,6 +1,6 @@
 """Which options of the nearest head matter: train with one change at a time, the other options as given.
 
-    python examples/sweep.py                                               the sweep of docs/study.md
+    python examples/sweep.py                                               the sweep of docs/evidence/study.md
     python examples/sweep.py --head fixed --trials "lr 0.02" "lr 0.1" "lr 0.1, optimizer adamw"
     python examples/sweep.py --resume                                      continue what was killed
 

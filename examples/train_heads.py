@@ -111,7 +111,8 @@ def compare(settings: ComparisonSettings, console: Console) -> list[Trained]:
     seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
     head = {"head": "head"}
     console.print(summary_table(f"{title}, epochs: {settings.epochs}{seeds}", head, SUCCESS, rows))
-    console.print(summary_table("Neural collapse at the end (see docs/metrics.md)", head, COLLAPSE, rows))
+    title = "Neural collapse at the end (see docs/understand/metrics.md)"
+    console.print(summary_table(title, head, COLLAPSE, rows))
     results.tell()
     return runs
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
+from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
 from etflayers.distill.evaluation import accuracy, best_rate, evaluate, judged
@@ -44,6 +45,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AutoAdjoint",
     "DistilledSet",
     "FeatureKernel",
     "FixedInitialization",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from etflayers._torch import inside_transform
 from etflayers.checks import require, require_floating, require_values
 from etflayers.distill.adjoints import InnerAdjoint, StepAdjoint
+from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.layout import FlatLayout, trainable_parameters, under_first_names
 from etflayers.distill.objective import Buffers, InnerLoss, InnerObjective, cross_entropy
 from etflayers.distill.optimizers import SGD, InnerOptimizer, hyperparameters, require_rule
@@ -57,7 +59,7 @@ def unrolled_inner_loop(
     epochs: int = 1,
     loss: InnerLoss = cross_entropy,
     optimizer: InnerOptimizer | None = None,
-    adjoint: InnerAdjoint | None = None,
+    adjoint: InnerAdjoint | Literal["auto"] | None = None,
     window: range | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
@@ -83,7 +85,7 @@ def unrolled_inner_loop(
         loss: ``(model, images, labels) -> scalar`` for one batch, where ``model`` is called like the module.
             Augmentation, subsampling and targets for a head belong here.
         optimizer: the update rule; default :class:`SGD`.
-        adjoint: how the derivative flows; default :class:`StepAdjoint`.
+        adjoint: how the derivative flows; ``"auto"`` for :class:`AutoAdjoint`; default :class:`StepAdjoint`.
         window: steps through which it flows, ``range(start, stop)``; training ends at ``stop``. Default all.
         buffers: the initial buffers, by name, and values for parameters that are not trained; what is not
             given is the model's.
@@ -120,7 +122,7 @@ def unrolled_inner_loop(
         "torch.inference_mode() forbids the gradients that the inner loop takes: use torch.no_grad()",
     )
     optimizer = SGD() if optimizer is None else optimizer
-    adjoint = StepAdjoint() if adjoint is None else adjoint
+    adjoint = _adjoint_of(adjoint)
     _require_parts(model, loss, optimizer, adjoint)
     require(
         initializations is None or (isinstance(initializations, int) and initializations >= 1),
@@ -186,7 +188,7 @@ class UnrolledInnerLoop(nn.Module):
         *,
         loss: InnerLoss = cross_entropy,
         optimizer: InnerOptimizer | None = None,
-        adjoint: InnerAdjoint | None = None,
+        adjoint: InnerAdjoint | Literal["auto"] | None = None,
         epochs: int = 1,
     ) -> None:
         super().__init__()
@@ -194,7 +196,7 @@ class UnrolledInnerLoop(nn.Module):
         self.model = model
         self.loss = loss
         self.optimizer = SGD() if optimizer is None else optimizer
-        self.adjoint = StepAdjoint() if adjoint is None else adjoint
+        self.adjoint = _adjoint_of(adjoint)
         _require_parts(model, loss, self.optimizer, self.adjoint)
         self.epochs = epochs
 
@@ -232,6 +234,12 @@ class UnrolledInnerLoop(nn.Module):
         return f"optimizer={self.optimizer}, adjoint={self.adjoint}, epochs={self.epochs}"
 
 
+def _adjoint_of(adjoint: InnerAdjoint | Literal["auto"] | None) -> InnerAdjoint:
+    if adjoint is None:
+        return StepAdjoint()
+    return AutoAdjoint() if adjoint == "auto" else adjoint
+
+
 def _require_epochs(epochs: int) -> None:
     number = isinstance(epochs, int) and not isinstance(epochs, bool)
     require(number and epochs >= 1, f"epochs must be an integer >= 1, got {epochs!r}")
@@ -242,7 +250,7 @@ def _require_parts(model: object, loss: object, optimizer: object, adjoint: obje
     require_rule(optimizer)
     require(
         callable(adjoint) and not isinstance(adjoint, type),
-        f"adjoint must be StepAdjoint(), KeptGraph() or another object like them, got {adjoint!r}",
+        f"adjoint must be 'auto', StepAdjoint(), KeptGraph() or another object like them, got {adjoint!r}",
     )
     require(
         callable(loss) and _takes_a_model(loss),

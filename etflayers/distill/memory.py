@@ -2,66 +2,20 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from etflayers._torch import TorchDispatchMode, tree_iter
-from etflayers.distill.adjoints import StepAdjoint
+from etflayers.distill.adjoints import InnerAdjoint, StepAdjoint
+from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.inner_loop import UnrolledInnerLoop
 from etflayers.distill.layout import trainable_parameters
 from etflayers.distill.optimizers import hyperparameters
+from etflayers.distill.peak_memory import PeakMemory, extrapolated
 
-__all__ = ["PeakMemory", "memory_forecast"]
-
-_START = 2  # the first step has nothing before it: from the second on, each adds the same
-
-
-class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors made inside a ``with`` block that are alive at once, at most.
-
-    Attributes:
-        peak: bytes, on all devices together; without what an allocator rounds up and a kernel uses inside.
-        alive: bytes at this moment.
-
-    >>> with PeakMemory() as memory:
-    ...     for _ in range(3):
-    ...         value = torch.zeros(1000, dtype=torch.float64)
-    >>> memory.peak
-    16000
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self.alive = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operator and count the storages it has made."""
-        kwargs = kwargs or {}
-        given = {
-            id(value.untyped_storage()) for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)
-        }
-        result = func(*args, **kwargs)
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                if id(storage) not in given and id(storage) not in self._sizes:
-                    self._sizes[id(storage)] = storage.nbytes()
-                    self.alive += storage.nbytes()
-                    weakref.finalize(storage, self._release, id(storage))
-        self.peak = max(self.peak, self.alive)
-        return result
-
-    def _release(self, key: int) -> None:
-        self.alive -= self._sizes.pop(key)
+__all__ = ["memory_forecast"]
 
 
 def memory_forecast(
@@ -104,34 +58,41 @@ def memory_forecast(
     >>> 1000 * state < memory_forecast(loop, images, labels, lr=0.1) < 1020 * state
     True
     """
-    window = range(len(images) * loop.epochs) if window is None else window
-    if isinstance(loop.adjoint, StepAdjoint) and loop.adjoint.compile:
-        # Compiled code makes its tensors unseen, and not more of them.
-        eager = replace(loop.adjoint, compile=False)
-        loop = UnrolledInnerLoop(
-            loop.model, loss=loop.loss, optimizer=loop.optimizer, adjoint=eager, epochs=loop.epochs
-        )
-
-    def peak(steps: int) -> int:
-        with PeakMemory() as memory:
-            solution = loop(
-                images,
-                labels,
-                lr=lr,
-                params=params,
-                buffers=buffers,
-                window=range(steps),
-                initializations=initializations,
-                generator=torch.Generator().manual_seed(0),  # the global one is the caller's
-            )
-            loss = torch.stack([value.square().sum() for value in solution.params.values()]).sum()
-            torch.autograd.grad(loss, variables, allow_unused=True)
-        return int(memory.peak)
-
+    steps = len(images) * loop.epochs if window is None else len(window)
     start = trainable_parameters(loop.model) if params is None else params
     candidates = [images, labels, lr, *hyperparameters(loop.optimizer).values(), *start.values()]
     variables = [value for value in candidates if isinstance(value, Tensor) and value.requires_grad]
-    if len(window) <= _START:
-        return peak(len(window))
-    base = peak(_START)
-    return base + (loop.adjoint.held(len(window)) - _START) * (peak(_START + 1) - base)
+
+    def of(adjoint: InnerAdjoint) -> int:
+        run = UnrolledInnerLoop(
+            loop.model, loss=loop.loss, optimizer=loop.optimizer, adjoint=adjoint, epochs=loop.epochs
+        )
+
+        def peak(steps: int) -> int:
+            with PeakMemory() as memory:
+                solution = run(
+                    images,
+                    labels,
+                    lr=lr,
+                    params=params,
+                    buffers=buffers,
+                    window=range(steps),
+                    initializations=initializations,
+                    generator=torch.Generator().manual_seed(0),  # the global one is the caller's
+                )
+                loss = torch.stack([value.square().sum() for value in solution.params.values()]).sum()
+                torch.autograd.grad(loss, variables, allow_unused=True)
+            return int(memory.peak)
+
+        return extrapolated(peak, steps, adjoint.held(steps))
+
+    adjoint = loop.adjoint
+    if isinstance(adjoint, AutoAdjoint):
+        kept = of(adjoint.kept)
+        if adjoint.fits(kept):
+            return kept
+        adjoint = adjoint.rederived
+    if isinstance(adjoint, StepAdjoint) and adjoint.compile:
+        # Compiled code makes its tensors unseen, and not more of them.
+        adjoint = replace(adjoint, compile=False)
+    return of(adjoint)

@@ -31,6 +31,7 @@ from etflayers.collectives import (
     world_size,
 )
 from etflayers.errors import RanksDisagreeError
+from etflayers.functional.active import among_active
 from etflayers.functional.class_means import ignored_targets
 from etflayers.functional.cross_entropy import require_loss_options
 from etflayers.functional.reduction import Reduction, reduced
@@ -54,6 +55,7 @@ def class_parallel_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
+    classes: Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the logits ``s (W f + b)``, where each rank holds the rows of W of its own classes.
 
@@ -83,6 +85,8 @@ def class_parallel_cross_entropy(
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
         chunk_size: classes of this rank whose logits exist at a time; ``None``: as many as keep the device
             busy.
+        classes: ``(A,)``, ascending: the classes to choose among, the same on every rank, as in
+            :func:`~etflayers.functional.code_cross_entropy`; a rank may have none of them. Default: all.
 
     Returns:
         A scalar, or ``(...)`` for ``"none"`` with 0 for ignored samples; float32 for half precision.
@@ -118,6 +122,9 @@ def class_parallel_cross_entropy(
         f"got {None if bias is None else tuple(bias.shape)}",
     )
     require_loss_options(scale, label_smoothing, reduction, chunk_size)
+    if classes is not None:
+        targets, ignore_index = _targets_among(targets, classes, shard, ignore_index)
+        weight, bias, shard = _rows_among(weight, bias, classes, shard)
     dtype = linear_dtype(features.to(torch.promote_types(features.dtype, weight.dtype)))
     return _reduced_losses(
         features.to(dtype),
@@ -141,6 +148,7 @@ def class_parallel_etf_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
+    classes: Tensor | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the canonical simplex ETF over the classes of all ranks: no rank has a weight.
 
@@ -156,6 +164,7 @@ def class_parallel_etf_cross_entropy(
         ignore_index: as in :func:`class_parallel_cross_entropy`.
         reduction: as in :func:`class_parallel_cross_entropy`.
         chunk_size: as in :func:`class_parallel_cross_entropy`.
+        classes: as in :func:`class_parallel_cross_entropy`.
 
     Returns:
         As :func:`class_parallel_cross_entropy`.
@@ -179,8 +188,35 @@ def class_parallel_etf_cross_entropy(
         reflected = features.to(working_dtype(features.dtype)).unsqueeze(-1)
         features = centered_basis_adjoint(reflected).squeeze(-1)
     factor = scale * etf_radius(shard.num_classes)
+    if classes is not None:
+        targets, ignore_index = _targets_among(targets, classes, shard, ignore_index)
+        features, shard = features.index_select(-1, classes), shard.among(classes)
     return _reduced_losses(
         features, None, None, targets, shard, (factor, label_smoothing, chunk_size), ignore_index, reduction
+    )
+
+
+def _targets_among(
+    targets: Tensor, classes: Tensor, shard: ClassShard, ignore_index: int
+) -> tuple[Tensor, int]:
+    _refuse_soft(targets)
+    return among_active(targets, classes, shard.num_classes, ignore_index)
+
+
+def _rows_among(
+    weight: Tensor, bias: Tensor | None, classes: Tensor, shard: ClassShard
+) -> tuple[Tensor, Tensor | None, ClassShard]:
+    """What this rank has of these classes."""
+    part = shard.among(classes)
+    own = classes[part.rows] - shard.start
+    return weight.index_select(0, own), None if bias is None else bias.index_select(0, own), part
+
+
+def _refuse_soft(targets: Tensor) -> None:
+    require(
+        not are_soft(targets),
+        "targets must be integers (class indices): soft targets would be a matrix (B, K) of all classes, "
+        "which no rank is to hold",
     )
 
 
@@ -194,11 +230,7 @@ def _reduced_losses(
     ignore_index: int,
     reduction: Reduction,
 ) -> Tensor:
-    require(
-        not are_soft(targets),
-        "targets must be integers (class indices): soft targets would be a matrix (B, K) of all classes, "
-        "which no rank is to hold",
-    )
+    _refuse_soft(targets)
     require(
         targets.shape == features.shape[:-1],
         f"targets must have the leading shape of features, {tuple(features.shape[:-1])}, "

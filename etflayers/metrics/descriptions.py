@@ -1,8 +1,8 @@
 """What the measures are called, how they are defined and where they end at neural collapse, for people.
 
-Formulas in the notation of ``docs/metrics.md``: K classes, d features, N samples h of class y; M has the
-centered class means as rows, W the rows of the classifier, b its bias, C = I - 11'/K. Of generalized collapse
-(GNC) µ are the class means of the directions h/|h|, not centered.
+Formulas in the notation of ``docs/understand/metrics.md``: K classes, d features, N samples h of class y; M
+has the centered class means as rows, W the rows of the classifier, b its bias, C = I - 11'/K. Of generalized
+collapse (GNC) µ are the class means of the directions h/|h|, not centered.
 """
 
 from __future__ import annotations

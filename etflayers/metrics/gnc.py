@@ -88,7 +88,7 @@ def generalized_measures(
     """GNC2 of the class means; with a classifier GNC2 of its weight, and GNC3.
 
     GNC1 is ``nc1_trace`` (:func:`~etflayers.metrics.covariance_trace_ratio`) of the same statistics. Names
-    and formulas are listed in ``docs/metrics.md``.
+    and formulas are listed in ``docs/understand/metrics.md``.
 
     Args:
         statistics: of the *directions* of the features, K classes, any d.

@@ -36,7 +36,7 @@ def collapse_measures(
 
     A measure is there if it exists: traces of matrices need the within-class covariance, distances to the
     nearest ETF d >= K - 1, numerical ranks the covariance of each class. Names and formulas are listed in
-    ``docs/metrics.md``.
+    ``docs/understand/metrics.md``.
 
     Args:
         statistics: of the features, K classes.

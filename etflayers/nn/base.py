@@ -212,8 +212,8 @@ class CodeHead(nn.Module, ABC):
         require(
             not is_symbolic(features),
             f"torch.fx.symbolic_trace cannot look into {type(self).__name__}, which checks what it is given: "
-            "make it a leaf of the tracer (docs/heads.md), replace it by etflayers.restore_linear(model), or "
-            "use torch.export",
+            "make it a leaf of the tracer (docs/howto/heads.md), replace it by "
+            "etflayers.restore_linear(model), or use torch.export",
         )
         require_floating("features", features.dtype)
         if features.shape[-1:] != (self.in_features,):
@@ -241,7 +241,7 @@ class CodeHead(nn.Module, ABC):
                 f"{type(self).__name__} needs targets in training: call head(features, targets), wrap the "
                 "forward pass of the model in `with etflayers.provide_targets(model, targets):`, call "
                 "etflayers.capture_targets(model) once if it is the model that gets labels=..., or call "
-                ".eval(); for update_bn and loops of other libraries see docs/heads.md"
+                ".eval(); for update_bn and loops of other libraries see docs/howto/heads.md"
             )
         if self.active is not None:
             require_active(targets, self.active, ignore_index)

@@ -38,14 +38,17 @@ class ClassParallel(ColwiseParallel):
     features, needs no logits. For ``nn.Linear`` the function
     :func:`~etflayers.functional.class_parallel_cross_entropy` takes its weight and bias as they are.
 
+    Of a head that knows classes to come (:meth:`~etflayers.nn.CodeHead.deactivate`, before or after, on all
+    ranks) each rank has those of its own share, and may have none that is here.
+
     A mesh has another dimension for other samples: parallelize over ``mesh["classes"]``, then
     ``DistributedDataParallel(model, device_mesh=mesh["data"])``; make the optimizer afterwards.
     ``torch.distributed.checkpoint`` saves the head and loads it into another number of ranks, or into one.
 
     Raises:
         InvalidArgumentError: a module that is neither ``nn.Linear`` nor a ``CodeHead``, a head with a
-            ``forward`` of its own or with classes that come later, a mesh with several dimensions, or a
-            ``NearestETFHead`` whose class means would count each sample once a rank.
+            ``forward`` of its own, a mesh with several dimensions, or a ``NearestETFHead`` whose class means
+            would count each sample once a rank.
 
     Reference:
         Shoeybi, Patwary, Puri, LeGresley, Casper, Catanzaro (2019), arXiv 1909.08053, section 3.
@@ -69,11 +72,6 @@ class ClassParallel(ColwiseParallel):
         if not isinstance(module, CodeHead):
             raise InvalidArgumentError(f"module must be a CodeHead or nn.Linear, got {type(module).__name__}")
         require(not isinstance(module, ShardedHead), "the classes of this head have already been divided")
-        require(
-            module.active is None,
-            "module has classes that come later: a head whose classes are divided among ranks needs all of "
-            "them here",
-        )
         kind = sharded_kind(module)
         if isinstance(module, NearestETFHead):
             _count_samples_once(module, device_mesh)

@@ -334,6 +334,7 @@ class CodeCrossEntropy(KeepsPrecision, _HeadLoss):
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
             "chunk_size": self.chunk_size,
+            "classes": self.classes,
         }
         shard, added = head.class_shard, None
         if self.prior is not None:

@@ -59,9 +59,9 @@ class NearestETFHead(KeepsPrecision, ETFHead):
     head makes it one again before it uses it: the nearest ETF to the average (eagerly; a compiled eval pass
     takes the frame as it is).
 
-    The defaults come from a sweep on images and on free features (``docs/study.md``); those of the paper
-    are :meth:`published`. ``normalize=True`` with
-    ``scale=5`` collapses further at the same accuracy, and later; the other options matter less.
+    The defaults come from a sweep on images and on free features (``docs/evidence/study.md``); those of the
+    paper are :meth:`published`. ``normalize=True`` with ``scale=5`` collapses further at the same
+    accuracy, and later; the other options matter less.
 
     Args:
         in_features: d >= K - 1.
@@ -210,7 +210,7 @@ class NearestETFHead(KeepsPrecision, ETFHead):
         is ``<X / r, W> / K`` and, but for the direction of U that E does not see, ``<P, U>`` is
         ``(K - 1) <A, W> / K``. Both objectives then agree for ``proximity = delta (K - 1) / 2``.
 
-        See ``docs/migration.md`` for what differs on purpose.
+        See ``docs/moving/migration.md`` for what differs on purpose.
 
         Args:
             in_features: d >= K - 1.

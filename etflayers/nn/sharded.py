@@ -23,8 +23,9 @@ from torch import Tensor
 
 from etflayers._torch import is_concrete, stamp
 from etflayers.checks import require_values
-from etflayers.collectives import ClassShard, local_part, summed_backward
+from etflayers.collectives import ClassShard, all_reduce_sum, local_part, summed_backward
 from etflayers.errors import InvalidArgumentError, ManifoldError
+from etflayers.functional.active import DROP, require_active
 from etflayers.functional.logits import directions
 from etflayers.geometry import centered_basis_adjoint, etf_radius, simplex_etf
 from etflayers.geometry.tolerance import default_atol
@@ -67,7 +68,8 @@ class ShardedHead(CodeHead):
         from torch.distributed.tensor import DTensor, Shard
 
         features = gathered(features)
-        logits = self.local_logits(features, targets).to(linear_dtype(features)).contiguous()
+        logits = self.of_active_here(self.local_logits(features, targets), targets)
+        logits = logits.to(linear_dtype(features)).contiguous()
         shape = (*logits.shape[:-1], self.num_classes)
         stride = [1] * len(shape)
         for axis in range(len(shape) - 1, 0, -1):
@@ -99,12 +101,19 @@ class ShardedHead(CodeHead):
         rows = summed_backward(frame, self.class_shard.process_group)[self.class_shard.rows]
         return LogitTerms(inputs, rows, center)
 
-    def deactivate(self, classes: object) -> NoReturn:
-        """Refused: see :class:`~etflayers.nn.ClassParallel`."""
-        raise InvalidArgumentError(
-            "the classes of this head are divided among ranks, and all of them have to be here: a head with "
-            "classes that come later is not divided"
-        )
+    def of_active_here(self, logits: Tensor, targets: Tensor | None = None) -> Tensor:
+        """As :meth:`CodeHead.of_active`, for the logits ``(..., K_r)`` of this rank.
+
+        A class that is not here gets the mean of the active logits of all ranks, less D.
+        """
+        if self.active is None:
+            return logits
+        if self.training and targets is not None and not self.accepts_targets:
+            require_active(targets, self.active)
+        own = self.active[self.class_shard.rows]
+        total = torch.where(own, logits, 0).sum(-1, keepdim=True, dtype=working_dtype(logits.dtype))
+        mean = all_reduce_sum(total, self.class_shard.process_group) / self.active.sum()
+        return torch.where(own, logits, (mean - DROP).to(logits.dtype))
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise _refusal(self)

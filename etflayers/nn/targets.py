@@ -31,8 +31,8 @@ def provide_targets(model: nn.Module, targets: Tensor) -> Iterator[None]:
     are no part of state_dict, copies or pickles.
 
     ``torch.optim.swa_utils.update_bn`` calls a model without labels: give it a generator that yields inputs
-    from inside of such a block (``docs/heads.md``). ``nn.DataParallel`` trains on copies of a head that are
-    thrown away, and threads would share its class means: train a copy of the model in each, or under
+    from inside of such a block (``docs/howto/heads.md``). ``nn.DataParallel`` trains on copies of a head that
+    are thrown away, and threads would share its class means: train a copy of the model in each, or under
     ``DistributedDataParallel``.
 
     Args:

@@ -206,7 +206,7 @@ class CodeRun(EpochRun):
 
     @torch.no_grad()
     def collapse(self) -> Row:
-        """Generalized neural collapse of the training set: see docs/metrics.md."""
+        """Generalized neural collapse of the training set: see docs/understand/metrics.md."""
         self.model.eval()
         train = self.data.train
         parts = train.images.split(EVALUATION_BATCH)

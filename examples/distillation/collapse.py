@@ -31,7 +31,7 @@ from lab.progress import bar
 from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
 from lab.training import Progress, in_silence, threads
 
-# The measures that stand for NC1 to NC4 (docs/metrics.md has all of them).
+# The measures that stand for NC1 to NC4 (docs/understand/metrics.md has all of them).
 COLLAPSE = {
     "nc1_trace": "NC1: trace ratio",
     "nc2_etf_distance_means": "NC2: means to nearest ETF",

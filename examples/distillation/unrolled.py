@@ -26,6 +26,7 @@ from lab.options import Count, Free, Positive
 from lab.settings import DataName
 
 # The learning rate that the inner steps start with, where the command line gives none.
+ADJOINTS = {"auto": distill.AutoAdjoint, "steps": distill.StepAdjoint, "kept": distill.KeptGraph}
 RATES = {"sgd": 0.05, "momentum": 0.01, "adam": 0.003}
 PRETRAINING_BATCH, PRETRAINING_RATE = 64, 1e-3
 Fresh = Callable[[int], nn.Module]  # makes the i-th network
@@ -86,9 +87,9 @@ class ImagesSettings(NetworkSettings):
     """Real images in the outer loss."""
     networks: Count = 1
     """Networks that each update averages over."""
-    adjoint: Literal["steps", "kept"] = "steps"
+    adjoint: Literal["auto", "steps", "kept"] = "auto"
     """How the hypergradient flows. steps: training steps are derived again going back, which takes little
-    memory; kept: their graph is kept, which takes less time where it is small."""
+    memory; kept: their graph is kept, which takes less time; auto: it is kept where it is small enough."""
     together: bool = True
     """Train the networks of an update side by side, by vmap, where there are several; not with
     `--initialization online`."""
@@ -315,7 +316,7 @@ class Unrolled(OuterRun):
         self.clip = distill.RunningNormClip(factor=settings.clip)
         momentum = 0.9 if settings.optimizer == "momentum" else 0.0
         rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
-        adjoint = distill.StepAdjoint() if settings.adjoint == "steps" else distill.KeptGraph()
+        adjoint = ADJOINTS[settings.adjoint]()
         options: dict[str, Any] = {"optimizer": rule, "adjoint": adjoint, "epochs": settings.epochs}
         self.loop = distill.UnrolledInnerLoop(trainee, loss=inner_loss, **options)
         rates = {"inputs": settings.image_rate, "log_rates": settings.log_rate, "labels": settings.label_rate}

@@ -155,7 +155,7 @@ class LongTailRun(EpochRun):
 
     @torch.no_grad()
     def collapse(self) -> Row:
-        """Neural collapse of the training set, of all classes and of each group: see docs/metrics.md."""
+        """Neural collapse of the training set, of all and of each group: docs/understand/metrics.md."""
         train, head = self.data.train, self.model.head
         inputs = classifier_inputs(head, self.features(train))
         statistics = class_statistics(inputs, train.targets, self.data.num_classes, scatter="none")

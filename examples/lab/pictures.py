@@ -21,7 +21,7 @@ from lab.measures import MEASURES, PARTS, existing
 Runs = Sequence[Trained]
 
 NC2_DISTANCE = "train_nc2_etf_distance_means"
-# The measures that stand for NC1 to NC4 where there is room for four (docs/metrics.md has all of them).
+# The measures that stand for NC1 to NC4 where there is room for four (all: docs/understand/metrics.md).
 HEADLINES = ["train_nc1_trace", NC2_DISTANCE, "train_nc3_distance", "test_nc4_disagreement"]
 NC2 = ["train_nc2_equinorm_means", "train_nc2_equiangularity_mean_means", NC2_DISTANCE]
 NC4 = ["train_nc4_disagreement", "test_nc4_disagreement"]

@@ -21,6 +21,7 @@ from sessions.protocol import Episode, IncrementalSettings, distorted
 
 BaseName = Literal["linear", "cosine", "projector-linear", "etf", "etf-few", "etf-ce", "joint"]
 WIDTHS, BLOCKS, STEM_STRIDE = (16, 32, 128), (1, 1, 1), 2
+EVALUATION_BATCH = 512
 SLOPE = 0.1  # of the leaky ReLU
 
 
@@ -102,10 +103,11 @@ class BaseKey(NamedTuple):
 
     base: BaseName
     seed: int
+    lr: float
 
     @property
     def name(self) -> str:
-        return f"{self.base}-seed{self.seed}"
+        return f"{self.base}-lr-{self.lr:g}-seed{self.seed}"
 
 
 class BaseRun(EpochRun):
@@ -119,15 +121,17 @@ class BaseRun(EpochRun):
         self.model = model.to(self.device, memory_format=torch.channels_last)
         # The upper bound has all training images, of later classes too, of which others get a few.
         self.seen = settings.classes if key.base == "joint" else settings.base_classes
-        self.train = episode.train.where(episode.train.targets < self.seen)
+        self.train, self.validation = (
+            part.where(part.targets < self.seen) for part in (episode.train, episode.validation)
+        )
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), settings.lr, weight_decay=settings.weight_decay
+            self.model.parameters(), key.lr, weight_decay=settings.weight_decay
         )
         self.steps_per_epoch = steps_of_an_epoch(len(self.train), settings.batch_size)
         own = {**self.data.fingerprint, **key._asdict()}
         parts = {"model": self.model, "optimizer": self.optimizer}
         total = settings.epochs * self.steps_per_epoch
-        super().__init__(parts, settings.fingerprint() | own, total)
+        super().__init__(parts, settings.base_fingerprint() | own, total)
 
     def batches(self) -> Iterator[Split]:
         """The batches of the current epoch that are still to come."""
@@ -144,10 +148,20 @@ class BaseRun(EpochRun):
         with self.clock():
             batch = self.next_batch()
             loss = objective(self.key.base, self.model(batch.images), batch.targets, self.seen)
-            descend(self.optimizer, loss, self.settings.lr * rate_factor(self.step, self.total))
+            descend(self.optimizer, loss, self.key.lr * rate_factor(self.step, self.total))
         epoch = self.finished_epoch()
         if epoch is None:
             return None
         if not torch.isfinite(loss):
             raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
         return {**self.key._asdict(), "epoch": epoch, "loss": float(loss.detach())}
+
+    @torch.no_grad()
+    def validation_accuracy(self) -> float:
+        """Of the classes of the base session, by which a learning rate is chosen."""
+        self.model.eval()
+        held = self.validation
+        answers = [
+            self.model(part)[:, : self.seen].argmax(-1) for part in held.images.split(EVALUATION_BATCH)
+        ]
+        return float((torch.cat(answers) == held.targets).double().mean())

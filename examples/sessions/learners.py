@@ -13,14 +13,21 @@ from torch import Tensor, nn
 
 from etflayers import CodeHead, UnitRowHead
 from etflayers.functional import directions
-from etflayers.metrics import session_measures
+from etflayers.metrics import (
+    class_distance_normalized_variance,
+    class_statistics,
+    etf_distance,
+    session_measures,
+)
 from etflayers.nn import FeatureMemory, TransitHead, expand_classes
 from lab.data import Split
 from lab.files import Row
-from sessions.base import WIDTHS, BaseName, Network, objective
+from sessions.base import EVALUATION_BATCH, WIDTHS, BaseName, Network, objective
 from sessions.protocol import Episode, IncrementalSettings, Method, distorted
 
-EVALUATION_BATCH = 512
+# Neural collapse of the images that are tested, at the input of the head: how much images of one class differ
+# against how far classes are apart, and how far the class means are from an ETF.
+COLLAPSE = ("nc1_cdnv", "nc2_etf_distance")
 
 # After which base session each method goes on, where it has not the name of it.
 BASES: dict[Method, BaseName] = {
@@ -92,8 +99,12 @@ class Learner:
     def proceed(self, share: float) -> None:
         """What happens before a step, when this share of the session will be over."""
 
+    def inputs(self, features: Tensor) -> Tensor:
+        """What the head gets."""
+        return self.model.neck(features)
+
     def logits(self, features: Tensor) -> Tensor:
-        return self.model.head(self.model.neck(features))
+        return self.model.head(self.inputs(features))
 
 
 class FineTuned(Learner):
@@ -107,8 +118,8 @@ class FineTuned(Learner):
     def learn(self, shots: Split, seen: int) -> None:
         self.train(self.model.parameters(), shots.images, shots.targets, seen)
 
-    def logits(self, images: Tensor) -> Tensor:
-        return self.model(images)
+    def inputs(self, images: Tensor) -> Tensor:
+        return self.model.neck(self.model.body(images))
 
 
 class Imprinted(Learner):
@@ -156,13 +167,16 @@ class NearestMean(Learner):
 
     @torch.no_grad()
     def remember(self, split: Split) -> None:
-        self.memory.update(directions(self.model.neck(split.images)), split.targets)
+        self.memory.update(self.inputs(split.images), split.targets)
 
     def learn(self, shots: Split, seen: int) -> None:
         self.remember(shots)
 
+    def inputs(self, features: Tensor) -> Tensor:
+        return directions(super().inputs(features))
+
     def logits(self, features: Tensor) -> Tensor:
-        return directions(self.model.neck(features)) @ directions(self.memory.means).mT
+        return self.inputs(features) @ directions(self.memory.means).mT
 
 
 class Joint(Learner):
@@ -227,19 +241,21 @@ def rows_of(method: Method, model: Network, episode: Episode, settings: Incremen
     grid = product(settings.session_lr, settings.session_steps) if trained else [(0.0, 0)]
     budgets = [Budget(*pair) for pair in grid]
 
-    def measured(budget: Budget, held: Split) -> list[Row]:
-        return sessions(kind(model, base, settings, budget), sight, held, settings)
+    def measured(budget: Budget, held: Split, **options: bool) -> list[Row]:
+        return sessions(kind(model, base, settings, budget), sight, held, settings, **options)
 
     chosen = [measured(budget, sight.validation) for budget in budgets]
     best = max(range(len(budgets)), key=lambda number: chosen[number][-1]["accuracy_average"])
-    rows = measured(budgets[best], sight.test)
+    rows = measured(budgets[best], sight.test, collapse=True)
     for row, checked in zip(rows, chosen[best], strict=True):
         row |= {f"validation_{name}": checked[name] for name in ("accuracy", "accuracy_average")}
         row |= budgets[best]._asdict()
     return rows
 
 
-def sessions(learner: Learner, sight: Sight, held: Split, settings: IncrementalSettings) -> list[Row]:
+def sessions(
+    learner: Learner, sight: Sight, held: Split, settings: IncrementalSettings, *, collapse: bool = False
+) -> list[Row]:
     """Learn session after session, and be tested on all classes seen so far: one row after each."""
     learner.remember(sight.base)
     counts: list[tuple[Tensor, Tensor]] = []
@@ -251,6 +267,8 @@ def sessions(learner: Learner, sight: Sight, held: Split, settings: IncrementalS
         counts.append(hits(learner, held, seen, settings.base_classes))
         correct, total = (torch.stack(part) for part in zip(*counts, strict=True))
         measures = session_measures(correct, total)
+        if collapse:
+            measures |= collapse_of(learner, held, seen)
         rows.append({"session": session, "classes": seen} | {k: float(v) for k, v in measures.items()})
     return rows
 
@@ -262,3 +280,13 @@ def hits(learner: Learner, held: Split, seen: int, base_classes: int) -> tuple[T
     logits = torch.cat([learner.logits(part)[:, :seen] for part in here.images.split(EVALUATION_BATCH)])
     right, later = logits.argmax(-1) == here.targets, (here.targets >= base_classes).long()
     return torch.bincount(later[right], minlength=2), torch.bincount(later, minlength=2)
+
+
+@torch.no_grad()
+def collapse_of(learner: Learner, held: Split, seen: int) -> dict[str, Tensor]:
+    """Neural collapse of what is tested, of the classes seen so far."""
+    here = held.where(held.targets < seen)
+    inputs = torch.cat([learner.inputs(part) for part in here.images.split(EVALUATION_BATCH)])
+    statistics = class_statistics(inputs, here.targets, seen, scatter="none")
+    values = class_distance_normalized_variance(statistics), etf_distance(statistics.centered_means())
+    return dict(zip(COLLAPSE, values, strict=True))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from etflayers.checks import require
-from lab.data import ImageData, Split
+from etflayers.data import class_subset
+from lab.data import ImageData, Split, load
+from lab.data.images import joined
 from lab.data.sampling import affine_maps, transformed
 from lab.options import Count, Distinct, Free, NotNegative, Positive, at_least
 from lab.settings import DataName, DataSettings
@@ -38,18 +40,23 @@ class IncrementalSettings(DataSettings):
 
     data: DataName = "glyphs"
     """Which images: glyphs are the data of this study; for the others see examples/train_heads.py."""
+    more_data: DataName | None = None
+    """Other images whose classes come beside those of --data, of the same size: `--data fashion --more-data
+    mnist5k` has twenty classes. As many test images of each class are kept as the smallest has."""
+    per_class: Count | None = None
+    """Take this many training images of each class at most, the validation images of it included."""
     classes: Annotated[int, at_least(2)] = 100
     """All classes that ever come; the seed says in which order."""
     base_classes: Count = 60
     """Classes of the base session, with all of their training images."""
     new_classes: Count = 5
     """Classes that come in each later session."""
-    shots: Count = 1
-    """Training images of each class that comes later."""
+    shots: Free[Distinct[Count]] = (1, 5)
+    """Training images of each class that comes later: the sessions are run once with each number."""
     views: Count = 1
     """Distorted copies that are made of each of these images: the one image itself is not seen."""
     methods: Free[Distinct[Method]] = METHODS
-    """What is compared: see docs/incremental.md."""
+    """What is compared: see docs/evidence/incremental.md."""
     affine: NotNegative = 0.2
     """Turn, stretch, shear and move each image by up to about this, those of the test too."""
     noise: NotNegative = 0.25
@@ -60,8 +67,9 @@ class IncrementalSettings(DataSettings):
     """Passes over the training images in the base session."""
     batch_size: Count = 32
     """Images in a step of the base session; the remainder of an epoch is dropped."""
-    lr: Positive = 1e-2
-    """Peak learning rate of AdamW in the base session, after a linear warm-up and before a cosine."""
+    lr: Free[Distinct[Positive]] = (3e-3, 1e-2)
+    """Peak learning rates of AdamW in the base session, after a linear warm-up and before a cosine:
+    validation chooses one for each head and seed."""
     weight_decay: NotNegative = 5e-4
     """Decay of all parameters in the base session."""
     features: Annotated[int, at_least(2)] = 128
@@ -90,6 +98,16 @@ class IncrementalSettings(DataSettings):
             f"got {self.features}",
         )
 
+    def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
+        if self.per_class is None:
+            return None
+        return class_subset(targets, torch.bincount(targets, minlength=num_classes).clamp(max=self.per_class))
+
+    def base_fingerprint(self) -> dict[str, Any]:
+        """What decides the numbers of a base session: nothing that is only asked for later."""
+        later = ("views", "new_classes", "session_lr", "session_steps")
+        return {name: value for name, value in self.fingerprint().items() if name not in later}
+
     @property
     def seen(self) -> tuple[int, ...]:
         """How many classes have come with each session, the base session first."""
@@ -114,23 +132,36 @@ class Episode:
     test: Split
 
 
-def make_episode(seed: int, settings: IncrementalSettings, data: ImageData) -> Episode:
+def load_classes(settings: IncrementalSettings) -> ImageData:
+    """The images of the settings, of one or of two data sets."""
+    if settings.more_data is None:
+        return load(settings)
+    parts = [replace(settings, data=name, classes=None) for name in (settings.data, settings.more_data)]
+    whole = joined(*map(load, parts))
+    require(
+        whole.num_classes == settings.classes,
+        f"--classes {settings.classes}: {whole.name} have {whole.num_classes} classes, and all of them come",
+    )
+    return whole
+
+
+def make_episode(seed: int, shots: int, settings: IncrementalSettings, data: ImageData) -> Episode:
     """Number the classes and draw the shots by the seed; what is tested is distorted alike for all seeds."""
     generator = torch.Generator().manual_seed(seed)
     number = torch.randperm(data.num_classes, generator=generator)
     train, validation = (_renumbered(part, number) for part in data.held_out())
     later = train.where(train.targets >= settings.base_classes)
     later = later.where(torch.randperm(len(later), generator=generator).to(later.targets.device))
-    chosen = [torch.nonzero(later.targets == label)[: settings.shots, 0] for label in later.targets.unique()]
-    shots = later.where(torch.cat(chosen).repeat_interleave(settings.views))
+    chosen = [torch.nonzero(later.targets == label)[:shots, 0] for label in later.targets.unique()]
+    few = later.where(torch.cat(chosen).repeat_interleave(settings.views))
     require(
-        len(shots) == settings.views * settings.shots * (data.num_classes - settings.base_classes),
-        f"--shots {settings.shots}: some class of {data.name} has fewer training images",
+        len(few) == settings.views * shots * (data.num_classes - settings.base_classes),
+        f"--shots {shots}: some class of {data.name} has fewer training images",
     )
     return Episode(
         data,
         train,
-        Split(distorted(shots.images, settings, data, generator), shots.targets),
+        Split(distorted(few.images, settings, data, generator), few.targets),
         _copies(validation, settings, data, 0),
         _copies(_renumbered(data.test, number), settings, data, 1),
     )

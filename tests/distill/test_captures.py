@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from etflayers.distill import SGD, Adam, KeptGraph, StepAdjoint, UnrolledInnerLoop, unrolled_inner_loop
 from etflayers.distill.adjoints import InnerAdjoint
-from etflayers.distill.memory import PeakMemory
 from etflayers.distill.objective import InnerLoss
+from etflayers.distill.peak_memory import PeakMemory
 from etflayers.errors import InvalidArgumentError
 from etflayers.testing import relative_error
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from etflayers.distill import SGD, Adam, AdamW, KeptGraph, StepAdjoint, compiled, unrolled_inner_loop
 from etflayers.distill.adjoints import InnerAdjoint
-from etflayers.distill.memory import PeakMemory
 from etflayers.distill.objective import InnerLoss, cross_entropy
 from etflayers.distill.optimizers import InnerOptimizer
+from etflayers.distill.peak_memory import PeakMemory
 from etflayers.errors import InvalidArgumentError
 from etflayers.nn import FixedETFHead, NearestETFHead
 from etflayers.testing import relative_error

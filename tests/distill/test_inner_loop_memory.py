@@ -17,8 +17,8 @@ from etflayers.distill import (
     stack_states,
 )
 from etflayers.distill.adjoints import InnerAdjoint
-from etflayers.distill.memory import PeakMemory
 from etflayers.distill.optimizers import InnerOptimizer
+from etflayers.distill.peak_memory import PeakMemory
 
 ADJOINTS: dict[str, InnerAdjoint] = {
     "kept": KeptGraph(),

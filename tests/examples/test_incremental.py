@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from etflayers.errors import InvalidArgumentError
-from incremental import main
+from incremental import Study, main
 from lab.data import ImageData, Split, load
+from lab.data.images import joined
 from lab.files import Row
 from sessions import learners
 from sessions.base import BaseKey, BaseRun, Network
@@ -26,13 +30,13 @@ from sessions.learners import (
     hits,
     sights,
 )
-from sessions.protocol import METHODS, IncrementalSettings, make_episode
+from sessions.protocol import METHODS, IncrementalSettings, load_classes, make_episode
 
 CLASSES, BASE, NEW = 10, 6, 2
 SIZES = {"classes": CLASSES, "base_classes": BASE, "new_classes": NEW, "features": 12, "image_size": 8}
 SMALL = ["--classes", "10", "--base-classes", "6", "--new-classes", "2", "--features", "12"]
 SMALL += ["--image-size", "8", "--epochs", "2", "--batch-size", "8", "--copies", "1"]
-SMALL += ["--session-lr", "0.01", "0.001", "--session-steps", "3"]
+SMALL += ["--session-lr", "0.01", "0.001", "--session-steps", "3", "--lr", "0.003", "0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,8 @@ def test_all_methods_from_the_command_line(
 ) -> None:
     assert main([*SMALL, "--out", str(tmp_path), "--data-dir", str(data_dir)]) == 0
     runs, summary = rows_of(tmp_path / "runs.csv"), rows_of(tmp_path / "summary.csv")
-    assert [row["method"] for row in summary] == list(METHODS)
-    assert len(runs) == 3 * len(METHODS)
+    assert [(row["shots"], row["method"]) for row in summary] == list(product("15", METHODS))
+    assert len(runs) == 2 * 3 * len(METHODS)
     for row in runs:
         base, novel = float(row["accuracy_base"]), row["accuracy_novel"]
         assert (novel == "") == (row["session"] == "0")
@@ -71,17 +75,21 @@ def test_all_methods_from_the_command_line(
             later = (int(row["classes"]) - BASE) / int(row["classes"])
             assert float(row["accuracy"]) == pytest.approx((1 - later) * base + later * float(novel))
     for row in summary:
-        mine = [float(run["accuracy"]) for run in runs if run["method"] == row["method"]]
-        assert float(row["accuracy_average"]) == pytest.approx(sum(mine) / 3)
-        assert float(row["accuracy_drop"]) == pytest.approx(mine[0] - mine[-1])
-    assert (tmp_path / "sessions.png").stat().st_size > 10_000
+        mine = [run for run in runs if (run["shots"], run["method"]) == (row["shots"], row["method"])]
+        right = [float(run["accuracy"]) for run in mine]
+        assert float(row["accuracy_average"]) == pytest.approx(sum(right) / 3)
+        assert float(row["accuracy_drop"]) == pytest.approx(right[0] - right[-1])
+        assert float(row["forgetting"]) == pytest.approx(right[0] - float(mine[-1]["accuracy_base"]))
+        assert float(row["nc1_cdnv"]) > 0 < float(row["nc2_etf_distance"])
+    for shots in (1, 5):
+        assert (tmp_path / f"sessions-{shots}-shot.png").stat().st_size > 10_000
     assert "Test accuracy" in capsys.readouterr().out
 
 
 def test_an_episode_gives_later_classes_few_images_of_training_faces_alone(
     settings: IncrementalSettings, data: ImageData
 ) -> None:
-    episode, other = (make_episode(seed, settings, data) for seed in (3, 4))
+    episode, other = (make_episode(seed, 1, settings, data) for seed in (3, 4))
     assert episode.shots.targets.bincount().tolist() == [0] * BASE + [1] * (CLASSES - BASE)
     assert episode.test.targets.bincount().tolist() == [2 * settings.copies] * CLASSES
     # The same images are tested for every seed, under other numbers.
@@ -89,14 +97,15 @@ def test_an_episode_gives_later_classes_few_images_of_training_faces_alone(
     assert not torch.equal(episode.test.targets, other.test.targets)
     for part in (episode.train, episode.validation, episode.test):
         assert sorted(part.targets.unique().tolist()) == list(range(CLASSES))
-    five = make_episode(3, IncrementalSettings(**SIZES, shots=5, copies=2, data_dir=settings.data_dir), data)
+    five = make_episode(3, 5, settings, data)
+    assert torch.equal(five.train.images, episode.train.images)
     assert five.shots.targets.bincount().tolist() == [0] * BASE + [5] * (CLASSES - BASE)
 
 
 def test_bodies_of_a_seed_are_the_same(settings: IncrementalSettings, data: ImageData) -> None:
-    episode = make_episode(0, settings, data)
+    episode = make_episode(0, 1, settings, data)
     names = dict.fromkeys(BASES.get(method, method) for method in METHODS)
-    bodies = [BaseRun(BaseKey(name, 5), settings, episode).model.body for name in names]
+    bodies = [BaseRun(BaseKey(name, 5, 1e-2), settings, episode).model.body for name in names]
     for body in bodies[1:]:
         for ours, theirs in zip(body.parameters(), bodies[0].parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -105,7 +114,7 @@ def test_bodies_of_a_seed_are_the_same(settings: IncrementalSettings, data: Imag
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_session_changes(method: str, settings: IncrementalSettings, data: ImageData) -> None:
     """A frozen body stays, what is trained moves, reserved directions stay, and travelers arrive."""
-    episode = make_episode(0, settings, data)
+    episode = make_episode(0, 1, settings, data)
     base = BASES.get(method, method)
     torch.manual_seed(0)
     model = Network(base, settings, 1)
@@ -134,7 +143,7 @@ def state(module: nn.Module) -> Tensor:
 
 
 def test_the_nearest_mean_is_that_of_all_images_seen(settings: IncrementalSettings, data: ImageData) -> None:
-    episode = make_episode(0, settings, data)
+    episode = make_episode(0, 1, settings, data)
     torch.manual_seed(0)
     model = Network("linear", settings, 1)
     sight = sights(model, episode, settings)["features"]
@@ -158,10 +167,13 @@ def pair(split: Split) -> tuple[Tensor, Tensor]:
 def test_validation_chooses_the_budget_and_the_test_is_looked_at_once(
     settings: IncrementalSettings, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    episode = make_episode(0, settings, data)
+    episode = make_episode(0, 1, settings, data)
     looks: list[tuple[Budget, bool]] = []
 
-    def made_up(learner: Learner, sight: Sight, held: Split, _: IncrementalSettings) -> list[Row]:
+    def made_up(
+        learner: Learner, sight: Sight, held: Split, _: IncrementalSettings, *, collapse: bool = False
+    ) -> list[Row]:
+        assert collapse == (held is sight.test)
         looks.append((learner.budget, held is sight.test))
         good = 0.9 if learner.budget == Budget(1e-3, 40) else 0.5
         return [{"accuracy": 0.0, "accuracy_average": 1 - good if held is sight.test else good}]
@@ -188,9 +200,49 @@ def test_settings_that_cannot_be_run(change: dict[str, int], words: str) -> None
 
 
 def test_more_shots_than_images(settings: IncrementalSettings, data: ImageData) -> None:
-    many = IncrementalSettings(**SIZES, shots=9, data_dir=settings.data_dir)
     with pytest.raises(InvalidArgumentError, match="fewer training images"):
-        make_episode(0, many, data)
+        make_episode(0, 9, settings, data)
+
+
+def test_validation_chooses_the_learning_rate_of_the_base_session(
+    settings: IncrementalSettings, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of nearly nothing leaves the network as it was, so that the other one is taken."""
+    rates = {"lr": (1e-9, 1e-2), "epochs": 12, "batch_size": 8}
+    two = replace(settings, **rates, out=settings.data_dir / "rates")
+    study = Study(two, Console(quiet=True))
+    best = study._best_base("linear", 0, make_episode(0, 1, two, data))
+    assert best.key.lr == 1e-2
+    logits = best.model.eval()(best.validation.images)[:, :BASE]
+    right = (logits.argmax(-1) == best.validation.targets).double().mean()
+    assert best.validation_accuracy() == pytest.approx(float(right))
+    assert best.validation.targets.max() < BASE
+
+
+def test_two_data_sets_give_their_classes_one_after_the_other() -> None:
+    def made(name: str, classes: int, test: int, value: int) -> ImageData:
+        targets = torch.arange(classes).repeat_interleave(10)
+        tested = torch.arange(classes).repeat_interleave(test)
+        parts = [Split(torch.full((len(part), 1, 4, 4), value).byte(), part) for part in (targets, tested)]
+        return ImageData.of(name, *parts, tuple(f"{name}{k}" for k in range(classes)))
+
+    whole = joined(made("a", 3, 7, 10), made("b", 2, 4, 20))
+    assert whole.class_names == ("a0", "a1", "a2", "b0", "b1")
+    assert whole.test.targets.bincount().tolist() == [4] * 5
+    learned, held = whole.held_out()
+    assert learned.targets.bincount().tolist() == [8] * 5
+    assert held.targets.bincount().tolist() == [2] * 5
+    for part in (learned, held, whole.test):
+        assert torch.equal(part.images[:, 0, 0, 0] == 20, part.targets >= 3)
+    with pytest.raises(InvalidArgumentError, match="--image-size"):
+        joined(whole, whole.resized(8))
+
+
+def test_two_data_sets_need_room_for_all_of_their_classes(settings: IncrementalSettings) -> None:
+    both = replace(settings, data="digits", more_data="digits", classes=10)
+    with pytest.raises(InvalidArgumentError, match="have 20 classes"):
+        load_classes(both)
+    assert load_classes(replace(both, classes=20, per_class=7)).train.targets.bincount().max() <= 7
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from etflayers.distill.memory import PeakMemory
+from etflayers.distill.peak_memory import PeakMemory
 from etflayers.errors import EtfLayersError, InvalidArgumentError, NonFiniteError
 from etflayers.functional.class_means import class_means, class_sums
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etflayers.distill.memory import PeakMemory
+from etflayers.distill.peak_memory import PeakMemory
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import sampled_cross_entropy
 

@@ -57,7 +57,7 @@ class Module(lightning.LightningModule):  # type: ignore[misc]
 
 
 class Targets(lightning.Callback):  # type: ignore[misc]
-    """The callback of docs/heads.md, for a training step that keeps the labels to itself."""
+    """The callback of docs/howto/heads.md, for a training step that keeps the labels to itself."""
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.block = ExitStack()

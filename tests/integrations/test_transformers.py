@@ -77,7 +77,7 @@ def gpt2() -> nn.Module:
 
 
 def at_the_pooled_token(input_ids: Tensor, labels: Tensor, attention_mask: Tensor, **others: Any) -> Tensor:
-    """GPT2 applies its classifier to every token and takes the logits of the last: docs/heads.md."""
+    """GPT2 applies its classifier to every token and takes the logits of the last: docs/howto/heads.md."""
     last = (attention_mask * torch.arange(input_ids.shape[1])).argmax(-1)
     return torch.full_like(input_ids, -100).scatter(1, last[:, None], labels[:, None])
 

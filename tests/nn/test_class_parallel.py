@@ -258,11 +258,17 @@ def batch(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(8, width, generator=generator), torch.tensor([0, 1, 2, 3, 4, 1, 4, 0])
 
 
+HERE = [0, 2, 3]  # of two or four ranks the last has no class that is here
+
+
 def passes(head: nn.Module, world: int) -> dict[str, Any]:
     """Logits, and loss and gradients by way of the logits and without them."""
     parallel = world > 1
     found: dict[str, Any] = {}
     features, targets = batch(head.in_features)  # type: ignore[arg-type]
+    some = isinstance(head, CodeHead) and head.active is not None
+    if some:
+        targets = torch.tensor(HERE)[targets % len(HERE)]
     for way in ("logits", "features", "prior"):
         head.zero_grad()
         leaf = features.clone().requires_grad_()
@@ -280,6 +286,9 @@ def passes(head: nn.Module, world: int) -> dict[str, Any]:
         else:
             logits = head(leaf, targets) if isinstance(head, CodeHead) else head(leaf)
             found["logits"] = whole(logits.detach())
+            if some:  # the others are 1000 lower, which has fewer digits behind the point
+                found["masked"] = found["logits"][:, [1, 4]] / 1000
+                found["logits"] = found["logits"][:, HERE]
             if parallel and world == 2:
                 with loss_parallel():
                     loss = F.cross_entropy(logits, targets)
@@ -295,6 +304,8 @@ def passes(head: nn.Module, world: int) -> dict[str, Any]:
             found[f"{way}: {name}"] = whole(parameter.grad)
     head.eval()
     found["eval"] = whole(head(features).detach())
+    if some:
+        found["eval"] = found["eval"][:, HERE]
     if isinstance(head, CodeHead):
         found["frame"] = head.frame.detach()
     return found
@@ -327,11 +338,17 @@ def made(name: str, seed: int) -> nn.Module:
     return HEADS[name]()
 
 
-def heads(name: str, mesh: Any, rank: int) -> Pairs:
+def heads(name: str, mesh: Any, rank: int, *, some: bool = False) -> Pairs:
+    """A divided head and one of one process; ``some``: of the classes HERE only."""
     model = nn.ModuleDict({"head": made(name, seed=rank)})  # the ranks draw different numbers
+    others = sorted({*range(5)} - {*HERE})
+    if some and mesh.size() == 2:
+        model["head"].deactivate(others)
     if isinstance(model["head"], NearestETFHead | ClassMeanHead) and mesh.size() < WORLD:
         model["head"].averages.synchronize = False
     parallelize_module(model, mesh, {"head": ClassParallel()})
+    if some and mesh.size() == WORLD:
+        model["head"].deactivate(range(1, 5)).activate(HERE)
     start = {key: whole(tensor).clone() for key, tensor in model["head"].state_dict().items()}
     alone = made(name, seed=0)
     alone.load_state_dict(start)
@@ -365,6 +382,9 @@ def refused_heads(mesh: Any, both: Any) -> dict[str, str]:
         "overwritten": refusal(lambda: overwritten(torch.ones(1, 6))),
         "default group": refusal(lambda: parallelize_module(NearestETFHead(6, 5), both["classes"], style)),
         "same samples": refusal(lambda: parallelize_module(mine, both["classes"], style)),
+        "target that is not here": refusal(
+            lambda: parallelize_module(UnitRowHead(6, 5).deactivate([1]), mesh, style)(*batch(6))
+        ),
         "triton": refusal(lambda: ETFCrossEntropy(divided, impl="triton")(*batch(6))),
     }
 
@@ -508,6 +528,8 @@ def worker(rank: int, folder: str) -> None:
             results["loss", name, ranks] = losses(case, group, dist.get_rank(group))
         for name in HEADS:
             results["head", name, ranks] = heads(name, mesh, rank)
+            if name != "linear":
+                results["some", name, ranks] = heads(name, mesh, rank, some=True)
         for momentum in AVERAGED:
             results["average", momentum, ranks] = averages(group, momentum)
     for name in TRAINED:
@@ -565,6 +587,17 @@ def test_a_divided_head_is_the_head_of_one_process(
 ) -> None:
     for results in ranks:
         require_close(results["head", name, world], 2e-6)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "linear"])
+def test_a_divided_head_whose_classes_come_later_is_that_of_one_process(
+    ranks: list[dict[Any, Any]], name: str, world: int
+) -> None:
+    for results in ranks:
+        pairs = results["some", name, world]
+        require_close(pairs, 2e-6)
+        assert (pairs["masked"][0] < -0.9).all()
 
 
 def test_heads_that_were_divided_without_values_get_them(ranks: list[dict[Any, Any]]) -> None:
@@ -630,6 +663,7 @@ def test_heads_that_cannot_be_divided_say_why(ranks: list[dict[Any, Any]]) -> No
         "overwritten": "no part of a simplex ETF",
         "default group": "process_group of NearestETFHead must be",
         "same samples": "share the classes",
+        "target that is not here": "not here yet",
         "triton": "impl must not be 'triton'",
     }
     for results in ranks:
@@ -789,7 +823,7 @@ def test_bad_shards() -> None:
 @pytest.mark.slow
 @needs_fsdp
 def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "many-classes.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "howto" / "many-classes.md").read_text(encoding="utf-8")
     script, _, _ = text.partition("```py\n")[2].partition("```")
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]

@@ -1,4 +1,4 @@
-"""Which classes an untrained network with a fixed frame predicts: what docs/rare-classes.md says of it."""
+"""Which classes an untrained network with a fixed frame predicts: what docs/howto/rare-classes.md says."""
 
 from __future__ import annotations
 

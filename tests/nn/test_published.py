@@ -70,7 +70,7 @@ def test_the_weight_of_the_proximal_term_is_converted(size: tuple[int, int], del
 
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_the_direction_that_no_frame_shows_is_the_difference(size: tuple[int, int]) -> None:
-    """The figure of ``docs/migration.md``, for the published weight."""
+    """The figure of ``docs/moving/migration.md``, for the published weight."""
     published, ours = first_step(size, delta=1e-3)
     assert 1e-4 < float((ours - published).norm() / published.norm()) < 5e-3
 

@@ -221,7 +221,7 @@ def test_inside_ddp(tmp_path: Any) -> None:
 def test_update_bn_by_a_generator_inside_the_block() -> None:
     model = classifier()
     loader = [(IMAGES[:5], TARGETS[:5]), (IMAGES[5:], TARGETS[5:])]
-    with pytest.raises(MissingTargetsError, match=r"for update_bn .* see docs/heads\.md"):
+    with pytest.raises(MissingTargetsError, match=r"for update_bn .* see docs/howto/heads\.md"):
         update_bn(loader, model)
 
     def labeled() -> Any:

@@ -78,7 +78,7 @@ class TestAlignment(ObjectiveCase):
 
 
 def directions_only(means: Tensor, *, weights: Tensor, anchor: Tensor, proximity: float) -> Tensor:
-    """The rule of docs/heads.md, written for torch.compile and vmap: no class counts more for its length."""
+    """The rule of docs/howto/heads.md, for torch.compile and vmap: no class counts more for its length."""
     seen = (weights > 0).to(means.dtype)[:, None]
     center = (seen * means).sum(0) / seen.sum().clamp(min=1)
     rows = seen * (means - center)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etflayers.checks import require
+from etflayers.data import class_subset
 
 TEST_SHARE = VALIDATION_SHARE = 0.2
 
@@ -179,3 +180,32 @@ def with_test_share(name: str, images: Tensor, targets: Tensor, class_names: tup
         Split(images, targets), TEST_SHARE, lambda count: torch.from_numpy(random.permutation(count))
     )
     return ImageData.of(name, train, test, class_names)
+
+
+def joined(first: ImageData, second: ImageData) -> ImageData:
+    """The classes of both, those of the second after those of the first.
+
+    All classes get as many test images as the smallest has, so that a test is not one of the larger set.
+    """
+    require(
+        first.shape == second.shape,
+        f"{first.name} has images of shape {first.shape} and {second.name} of {second.shape}: give both one "
+        "--image-size",
+    )
+    test = _one_after_the_other(first.test, second.test, first.num_classes)
+    smallest = int(test.targets.bincount().min())
+    test = test.where(
+        class_subset(test.targets, torch.full((first.num_classes + second.num_classes,), smallest))
+    )
+    learned, chosen = zip(first.held_out(), second.held_out(), strict=True)
+    train, validation = (_one_after_the_other(*parts, first.num_classes) for parts in (learned, chosen))
+    names = (*first.class_names, *second.class_names)
+    return ImageData.of(f"{first.name} and {second.name}", train, test, names, validation)
+
+
+def _one_after_the_other(first: Split, second: Split, num_classes: int) -> Split:
+    images, targets = (
+        torch.cat((first.images, second.images)),
+        torch.cat((first.targets, second.targets + num_classes)),
+    )
+    return Split(images, targets)
