@@ -8,7 +8,7 @@ A simplex ETF W* with rows of length 1 has the Gram matrix ``W* W*' = c^2 (I - 1
 and they lie in the span of W*. So ``h -> B'(h - m)`` is the orthogonal projection onto r of the K - 1
 dimensions that W* spans, and the vertices of W* come to rest at ``W* B = c V``, whatever W* is.
 
-Class means less their mean m span K - 1 dimensions, and their nearest simplex ETF spans the same ones. With
+Class means less their mean m lie in K - 1 dimensions, which their nearest simplex ETF spans too. With
 K <= 4 classes ``r = K - 1``: nothing is lost of the class means, and W* may be another one at every epoch,
 which turns each picture such that the nearest ETF is always the same tetrahedron. With more classes
 something is lost, and B comes from the last class means for all epochs, so that what moves in the picture

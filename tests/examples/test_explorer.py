@@ -38,6 +38,8 @@ from lab.views import (
     pictures,
 )
 
+pytest.importorskip("plotly", reason="pip install 'etflayers[examples]'")
+
 QUICK: dict[str, Any] = {"data": "digits", "classes": 4, "per_class": 40, "epochs": 3, "batch_size": 40}
 
 
@@ -115,7 +117,9 @@ def test_collapse_stands_in_the_corners(num_classes: int) -> None:
 def test_four_corners_are_a_regular_tetrahedron_and_six_an_octahedron() -> None:
     tetrahedron, octahedron = torch.pdist(corners(4)), torch.pdist(corners(6)).sort().values
     # On the unit sphere: edges sqrt(8/3); 12 edges sqrt(2) and 3 diagonals 2.
-    torch.testing.assert_close(tetrahedron, torch.full((6,), math.sqrt(8 / 3), dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        tetrahedron, torch.full((6,), math.sqrt(8 / 3), dtype=torch.float64), atol=1e-12, rtol=0
+    )
     lengths = torch.tensor([math.sqrt(2)] * 12 + [2.0] * 3, dtype=torch.float64)
     torch.testing.assert_close(octahedron, lengths, atol=1e-12, rtol=0)
 

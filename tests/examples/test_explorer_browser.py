@@ -1,4 +1,4 @@
-"""The explorer in a browser without a window: it draws, says no error, loads nothing, and the slider moves it."""
+"""The explorer in a browser without a window: it draws without an error, loads nothing, can be moved."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import explorer
 from lab.explorer import read_exploration, write_page
 
+pytest.importorskip("plotly", reason="pip install 'etflayers[examples]'")
 pytestmark = pytest.mark.slow
 
 DESKTOP, PHONE = (1280, 800, False), (390, 844, True)
@@ -67,7 +68,8 @@ def shown(browser: Any, trace: int) -> list[float]:
     """The points that Plotly has of a trace in space, as the file has them."""
     script = """
         const trace = document.getElementById("space").data[arguments[0]];
-        return trace.x.flatMap((x, i) => [x, trace.y[i], trace.z[i]].map((value) => Math.round(1000 * value)));
+        const thousandths = (value) => Math.round(1000 * value);
+        return trace.x.flatMap((x, i) => [x, trace.y[i], trace.z[i]].map(thousandths));
     """
     return browser.execute_script(script, trace)
 
@@ -114,6 +116,11 @@ def test_keys_move_the_slider_and_the_slider_everything(opened: Any) -> None:
         assert slider.get_attribute("aria-valuetext") == f"epoch {epoch}"
         for trace, name in ((2, "features"), (4, "frame"), (5, "means")):
             assert shown(opened, trace) == run["frames"][number][name]
+        distance = run["frames"][number]["distances"][0]
+        text = opened.execute_script("return document.getElementById('space').data[5].hovertext[0]")
+        assert text.startswith(
+            f"mean of {first['classes'][0]}<br>distance from its corner {float(f'{distance:.2g}'):g}"
+        )
         for curve in ("nc1", "nc2", "nc3"):
             assert marker(opened, curve) == pytest.approx((epoch, run["measures"][curve][number]))
     assert errors(opened) == []

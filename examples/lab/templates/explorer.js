@@ -5,13 +5,13 @@
 const { trainings, classColors, headColors } = JSON.parse(document.getElementById("content").textContent);
 const byId = (id) => document.getElementById(id);
 const TEXT = "#1c1c1e", GREY = "#b4b4bc", PALE = "#cfcfd6";
-const REACH = 1.12; // what of space is sure to be seen, in lengths of a class mean
+const REACH = 1.25; // what of space is sure to be seen, in lengths of a class mean
 const MOST_LABELS = 20;
 const CURVES = ["nc1", "nc2", "nc3"];
 const CAMERA = { eye: { x: 1.0, y: 0.57, z: 0.3 }, center: { x: 0, y: 0, z: 0 }, up: { x: 0, y: 0, z: 1 } };
 const SECONDS = 9; // in which a training plays, unless that makes an epoch very short or long
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
-const state = { training: trainings[0], run: trainings[0].runs[0], position: 0, playing: false };
+const state = { training: trainings[0], run: trainings[0].runs[0], position: 0, playing: 0 };
 
 // Plotly reads a few tags in the texts that it draws, and names of classes may be names of folders.
 const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
@@ -217,7 +217,7 @@ function describe() {
       + ` Images and classifier rows appear as their shadow in this space. Share of the variance that it shows at this epoch:`
     : `This picture is a shadow: ${count} class means, less their average, span ${count - 1} dimensions, and it shows 3 of them,`
       + ` the same at every epoch. They were chosen so that the corners of the simplex ETF nearest to the last class means lie`
-      + ` apart, on two rings. Share of the variance that it shows at this epoch:`;
+      + ` apart. Share of the variance that it shows at this epoch:`;
   byId("alone").textContent = title(state.training);
   byId("space").setAttribute("aria-label", `${state.training.title}, head ${state.run.head}: class means, images and`
     + ` classifier rows in three dimensions`);
@@ -235,7 +235,7 @@ function fill(select, labels) {
   select.parentElement.hidden = labels.length < 2;
 }
 
-const title = (training) => `${training.title}, ${training.classes.length} classes`;
+const title = ({ title, classes }) => `${title.charAt(0).toUpperCase()}${title.slice(1)}, ${classes.length} classes`;
 const heads = () => [...new Set(state.training.runs.map((run) => run.head))];
 const seeds = () => [...new Set(state.training.runs.map((run) => run.seed))];
 
@@ -292,21 +292,23 @@ function go(position) {
 }
 
 function pause() {
-  state.playing = false;
+  state.playing = 0;
   byId("play").classList.remove("playing");
   byId("play").querySelector("b").textContent = "Play";
 }
 
+let plays = 0; // how often play was pressed: each press has its own loop, and only the last one goes on
+
 async function play() {
-  state.playing = true;
+  const mine = state.playing = ++plays;
   byId("play").classList.add("playing");
   byId("play").querySelector("b").textContent = "Pause";
   const start = state.position >= last() ? 0 : state.position;
   const perFrame = Math.max(150, Math.min(900, (1000 * SECONDS) / last()));
   const began = performance.now();
-  while (state.playing) {
+  while (state.playing === mine) {
     const now = await new Promise(requestAnimationFrame);
-    if (!state.playing) return;
+    if (state.playing !== mine) return;
     const position = Math.min(last(), start + Math.max(0, now - began) / perFrame);
     await go(still.matches ? Math.floor(position) : position);
     if (position >= last()) pause();
