@@ -8,7 +8,8 @@ const TEXT = "#1c1c1e", GREY = "#b4b4bc", PALE = "#cfcfd6";
 const REACH = 1.25; // what of space is sure to be seen, in lengths of a class mean
 const MOST_LABELS = 20;
 const CURVES = ["nc1", "nc2", "nc3"];
-const CAMERA = { eye: { x: 1.0, y: 0.57, z: 0.3 }, center: { x: 0, y: 0, z: 0 }, up: { x: 0, y: 0, z: 1 } };
+const FAR = window.innerWidth < 600 ? 1.12 : 1; // a small picture has less room for names beside the dots
+const CAMERA = { eye: { x: FAR, y: 0.57 * FAR, z: 0.3 * FAR }, center: { x: 0, y: 0, z: 0 }, up: { x: 0, y: 0, z: 1 } };
 const SECONDS = 9; // in which a training plays, unless that makes an epoch very short or long
 const still = window.matchMedia("(prefers-reduced-motion: reduce)");
 const state = { training: trainings[0], run: trainings[0].runs[0], position: 0, playing: 0 };
