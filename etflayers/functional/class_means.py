@@ -23,6 +23,7 @@ __all__ = [
     "require_class_indices",
     "require_same_device",
     "require_target_for_each",
+    "some_ignored",
 ]
 
 
@@ -172,6 +173,17 @@ def ignored_targets(targets: Tensor, num_classes: int, ignore_index: int) -> Ten
         f"targets must be class indices in [0, {num_classes}) or ignore_index={ignore_index}{received}",
     )
     return ignored
+
+
+def some_ignored(targets: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+    """:func:`ignored_targets`, or ``None`` where a look, at no cost, tells that nothing is ignored."""
+    require_class_indices(targets)
+    if reads_values(targets) and targets.numel() and not 0 <= ignore_index < num_classes:
+        lowest, highest = torch.aminmax(targets.long())  # one operation where the comparisons below are ten
+        if int(lowest) >= 0 and int(highest) < num_classes:
+            return None
+    ignored = ignored_targets(targets, num_classes, ignore_index)
+    return None if reads_values(ignored) and not bool(ignored.any()) else ignored
 
 
 def _require_summable(features: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from etflayers.checks import require_floating
 from etflayers.errors import InvalidArgumentError
-from etflayers.metrics.margins import cosines_of
+from etflayers.metrics.margins import projections_of
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = ["Classifier", "answers", "classifier_inputs", "read_classifier"]
@@ -53,6 +53,12 @@ def read_classifier(module: nn.Module) -> Classifier:
     >>> read_classifier(nn.Linear(4, 3, bias=False)).weight.shape
     torch.Size([3, 4])
     """
+    weight, bias = _weight_and_bias(module)
+    return Classifier(weight.clone(), None if bias is None else bias.clone())
+
+
+def _weight_and_bias(module: nn.Module) -> Classifier:
+    """:func:`read_classifier` without copies."""
     layer: Any = module
     if hasattr(module, "to_linear"):
         layer = layer.to_linear(normalized_inputs=True)
@@ -62,7 +68,7 @@ def read_classifier(module: nn.Module) -> Classifier:
             f"classifier must have a weight of shape (K, d), like nn.Linear; {type(module).__name__} has not"
         )
     require_floating("classifier.weight", weight.dtype)
-    return Classifier(weight.detach().clone(), bias.detach().clone() if isinstance(bias, Tensor) else None)
+    return Classifier(weight.detach(), bias.detach() if isinstance(bias, Tensor) else None)
 
 
 def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
@@ -83,31 +89,44 @@ def classifier_inputs(module: nn.Module, features: Tensor) -> Tensor:
     return head.inputs(features) if is_head else features
 
 
-@torch.no_grad()
-def answers(module: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and ``cos(h, w_k)`` of the classifier, both ``(B, K)``, from the same products.
+class Answers(NamedTuple):
+    """What a classifier makes of features h, and what its cosines are made of; both from the same products.
 
-    A canonical frame W has unit rows and products without a matrix, so its cosines are ``<h, s w_k> / s|h|``.
+    Attributes:
+        logits: ``(B, K)``.
+        projections: ``|h| cos(h, w_k)``, ``(B, K)``.
+        lengths: ``|h|``, ``(B,)``.
+    """
+
+    logits: Tensor
+    projections: Tensor
+    lengths: Tensor
+
+
+@torch.no_grad()
+def answers(module: nn.Module, features: Tensor) -> Answers:
+    """Logits and projections of the classifier; a class that is not here has a cosine of -1.
+
+    A canonical frame W has unit rows and products without a matrix: its projections are logits over s.
 
     Args:
         module: as in :func:`read_classifier`.
         features: h, ``(B, d)``, finite, as :func:`classifier_inputs` returns them.
     """
     features = features.detach().to(working_dtype(features.dtype))
-    if not getattr(module, "canonical", False):
-        weight, bias = read_classifier(module)
-        products = Classifier(weight).logits(features)
-        cosines = cosines_of(products, features, weight)
-        products = products if bias is None else products + bias.to(products)
-        return products, _of_active(module, cosines)
     head: Any = module
+    lengths = torch.linalg.vector_norm(features, dim=-1)
     with full_precision(features):
-        logits = head.forward(features)
-    lengths = head.scale * torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    return logits, _of_active(module, logits / torch.where(lengths > 0, lengths, 1))
-
-
-def _of_active(module: nn.Module, cosines: Tensor) -> Tensor:
-    """Cosines that are -1 for the classes that are not here yet: no other is nearer to a feature for it."""
+        if getattr(module, "canonical", False):
+            logits = head.forward(features)
+            projections = logits / head.scale
+        else:
+            weight, bias = _weight_and_bias(module)
+            # The samples of a class lie side by side, so that a maximum over classes compares whole vectors.
+            logits = (weight.to(features) @ features.mT).mT
+            projections = projections_of(logits, weight)
+            logits = logits if bias is None else logits.add_(bias.to(logits))
     active = getattr(module, "active", None)
-    return cosines if active is None else torch.where(active.to(cosines.device), cosines, -1)
+    if active is not None:  # no other class is nearer to a feature for one that is not here yet
+        projections = torch.where(active.to(projections.device), projections, -lengths.unsqueeze(-1))
+    return Answers(logits, projections, lengths)

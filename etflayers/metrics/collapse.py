@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from etflayers.checks import reads_values, require, require_finite, require_flag, require_module
+from etflayers.checks import require, require_flag, require_module
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import nearest_etf
-from etflayers.functional.class_means import ignored_targets
+from etflayers.functional.class_means import some_ignored
 from etflayers.functional.logits import directions
+from etflayers.metrics.centers import AboutCenters
 from etflayers.metrics.classifier import Classifier, answers, classifier_inputs, read_classifier
 from etflayers.metrics.gnc import generalized_measures
 from etflayers.metrics.margins import margins_of
@@ -21,17 +22,17 @@ from etflayers.metrics.measures import collapse_measures
 from etflayers.metrics.moments import (
     ClassMoments,
     Scatter,
+    add_batch,
     merge_packed,
     moments_size,
     require_features,
     unpack_moments,
     update_moments,
 )
-from etflayers.metrics.nc4 import decisions_of, nearest_center
+from etflayers.metrics.nc4 import confidences_of, largest_logits
 from etflayers.metrics.pictures import plot_measures
 from etflayers.metrics.shell import ExactMetric, Shared
 from etflayers.metrics.statistics import ClassStatistics, GlobalMean, Unseen, finish_moments
-from etflayers.metrics.whitening import between_whitening
 
 __all__ = ["NeuralCollapse"]
 
@@ -125,7 +126,7 @@ class NeuralCollapse(ExactMetric):
         self.num_classes = num_classes
         self.in_features = in_features
         self.centers = centers
-        self._whitening = None if centers is None else between_whitening(centers, global_mean=global_mean)
+        self._about = None if centers is None else AboutCenters(centers, global_mean)
         self.global_mean = global_mean
         self.scatter = scatter
         self.unseen = unseen
@@ -180,32 +181,29 @@ class NeuralCollapse(ExactMetric):
             update_moments(self.moments, measured, targets, ignore_index=self.ignore_index)
             return
         # What may be refused is computed before anything is changed.
-        features = classifier_inputs(module, features)
-        valid = ~ignored_targets(targets, self.num_classes, self.ignore_index)
-        # A slice is no copy, which costs a quarter of the product with the weight.
-        kept = slice(None) if reads_values(valid) and bool(valid.all()) else valid
-        rows, classes = features[kept], targets.long()[kept]
-        own_logits, cosines = answers(module, rows)
-        require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
-        margins = margins_of(cosines, classes)
-        logits = own_logits if logits is None else logits[kept].detach()
-        decisions = decisions_of(logits)
-        correct = decisions == classes
+        features, classes = classifier_inputs(module, features), targets.long()
+        ignored = some_ignored(targets, self.num_classes, self.ignore_index)
+        if ignored is not None:
+            features, classes = features[~ignored], classes[~ignored]
+            logits = None if logits is None else logits[~ignored]
+        answered = answers(module, features)
+        margins = margins_of(answered.projections, answered.lengths, classes)
+        logits = answered.logits if logits is None else logits.detach()
+        largest, decisions = largest_logits(logits)
         measured = self._measured(features)
-        if self.centers is not None and self._whitening is not None:
-            deviations = self._whitening.squared_deviations(measured[kept], classes).sum()
-            seen, centers = self.centers.classes.to(rows.device), self.centers.means.to(rows.device)
-            disagreements = (decisions != seen[nearest_center(measured[kept], centers)]).sum()
+        if self._about is not None:
+            deviations, disagreements = self._about.compare(measured, classes, decisions)
 
-        update_moments(self.moments, measured, targets, ignore_index=self.ignore_index)
-        self.samples += len(classes)
-        self.hits += correct.sum()
-        self.margins += margins.double().sum()
-        self.confidences.append(logits.float().softmax(-1).amax(-1))
+        add_batch(self.moments, measured, classes, None)
+        correct = decisions == classes
+        self.samples.add_(len(classes))  # not +=, by which nn.Module would assign the state anew
+        self.hits.add_(correct.sum())
+        self.margins.add_(margins.sum(dtype=torch.float64))
+        self.confidences.append(confidences_of(logits, largest))
         self.correct.append(correct.float())
-        if self.centers is not None:
-            self.deviations += deviations
-            self.disagreements += disagreements
+        if self._about is not None:
+            self.deviations.add_(deviations)
+            self.disagreements.add_(disagreements)
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all samples seen, float64 scalars by name.

@@ -50,8 +50,8 @@ def cosine_margins(
     >>> cosine_margins(5 * frame, torch.arange(3), frame)
     tensor([1.5000, 1.5000, 1.5000])
     """
-    cosines, targets = _cosines(features, targets, weight, center, ignore_index)
-    return margins_of(cosines, targets)
+    projections, lengths, targets = _projections(features, targets, weight, center, ignore_index)
+    return margins_of(projections, lengths, targets)
 
 
 @torch.no_grad()
@@ -82,14 +82,15 @@ def own_cosines(
     >>> own_cosines(torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0]), torch.eye(2))
     tensor([1.0000, 0.7071])
     """
-    cosines, targets = _cosines(features, targets, weight, center, ignore_index)
-    return cosines.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    projections, lengths, targets = _projections(features, targets, weight, center, ignore_index)
+    own = projections.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return _finite(_divided(own, lengths))
 
 
-def _cosines(
+def _projections(
     features: Tensor, targets: Tensor, weight: Tensor, center: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """``cos(h, w_k)``, ``(B', K)``, and the targets of the samples that are not ignored."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``|h| cos(h, w_k)``, ``(B', K)``, ``|h|`` and the targets of the samples that are not ignored."""
     require_rows("weight", weight)
     require_features(features, targets, weight.shape[1])
     valid = ~ignored_targets(targets, len(weight), ignore_index)
@@ -103,30 +104,53 @@ def _cosines(
         # In float64: a large mean need not be a number of the features' dtype, and would take their digits.
         features = features.double() - center.detach().to(features.device, torch.float64)
         rows = rows.double() - rows.double().mean(0)
-    cosines = row_cosines(features.to(dtype), rows)
-    require_finite(cosines, "features must be finite where they are not ignored: NaN has no angle")
-    return cosines, targets
+    features = features.to(dtype)
+    with full_precision(features):
+        products = features @ rows.to(features.device, dtype).mT
+    return projections_of(products, rows), torch.linalg.vector_norm(features, dim=-1), targets
 
 
 def row_cosines(features: Tensor, rows: Tensor) -> Tensor:
     """``cos(h, w_k)``, ``(B, K)``, and zero for zero vectors; rows in any dtype, not centered."""
     with full_precision(features):
         products = features @ rows.to(features.device, features.dtype).mT
-    return cosines_of(products, features, rows)
-
-
-def cosines_of(products: Tensor, features: Tensor, rows: Tensor) -> Tensor:
-    """``cos(h, w_k)``, ``(B, K)``, from the products ``<h, w_k>``; zero for zero vectors."""
-    # Lengths divide the products: two divisions of B K numbers instead of copies of features and rows. The
-    # rows may be in a wider dtype than their products.
     lengths = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    row_lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(products)
-    cosines = products / torch.where(lengths > 0, lengths, 1)
-    return cosines.div_(torch.where(row_lengths > 0, row_lengths, 1))
+    return _divided(projections_of(products, rows), lengths)
 
 
-def margins_of(cosines: Tensor, targets: Tensor) -> Tensor:
-    """What the cosine with the own class is ahead of the largest other, ``(B,)``."""
-    own = cosines.gather(-1, targets.unsqueeze(-1))
-    others = cosines.scatter(-1, targets.unsqueeze(-1), -torch.inf)
-    return (own - others.amax(-1, keepdim=True)).squeeze(-1)
+def projections_of(products: Tensor, rows: Tensor) -> Tensor:
+    """``<h, w_k> / |w_k| = |h| cos(h, w_k)``, ``(B, K)``, from ``<h, w_k>``; zero for zero rows.
+
+    Lengths divide the products, instead of rows in a copy. The rows may be in a wider dtype than these.
+    """
+    lengths = torch.linalg.vector_norm(rows.to(working_dtype(rows.dtype)), dim=-1)
+    return _divided(products, lengths.to(products))
+
+
+def margins_of(projections: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+    """What the cosine with the own class is ahead of the largest other, ``(B,)``; zero for a zero vector.
+
+    The length of h is a factor of all its projections, and divides one number instead of K.
+
+    Args:
+        projections: ``|h| cos(h, w_k)``, ``(B, K)``; overwritten.
+        lengths: ``|h|``, ``(B,)``.
+        targets: y, ``(B,)`` int64.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a sample.
+    """
+    targets = targets.unsqueeze(-1)
+    own = projections.gather(-1, targets)
+    others = projections.scatter_(-1, targets, -torch.inf).amax(-1, keepdim=True)
+    return _finite(_divided((own - others).squeeze(-1), lengths))
+
+
+def _divided(numbers: Tensor, lengths: Tensor) -> Tensor:
+    """``numbers / lengths``, and zero where both are."""
+    return numbers / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+
+
+def _finite(found: Tensor) -> Tensor:
+    require_finite(found, "features must be finite where they are not ignored: NaN has no angle")
+    return found

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from etflayers.checks import reads_values, require, require_finite, require_floating
 from etflayers.errors import InvalidArgumentError
-from etflayers.functional.class_means import ignored_targets, require_target_for_each
+from etflayers.functional.class_means import require_target_for_each, some_ignored
 from etflayers.precision import full_precision, working_dtype
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
 
 Scatter = Literal["pooled", "per_class", "none"]
 
-_BLOCK = 128  # columns at a time: small enough to skip most of the lower triangle, large enough for a product
+_BLOCK = 64  # columns at a time: small enough to skip most of the lower triangle, large enough for a product
 
 
 class ClassMoments(NamedTuple):
@@ -152,19 +152,37 @@ def update_moments(
     """
     num_classes, in_features = moments.shift.shape
     require_features(features, targets, in_features)
-    ignored = ignored_targets(targets, num_classes, ignore_index)
+    ignored = some_ignored(targets, num_classes, ignore_index)
+    add_batch(moments, features, targets.long(), ignored)
+
+
+def add_batch(moments: ClassMoments, features: Tensor, classes: Tensor, ignored: Tensor | None) -> None:
+    """:func:`update_moments` for who has checked shapes and targets.
+
+    Args:
+        moments: changed in place, and not at all if an argument is refused.
+        features: h, ``(B, d)``, finite where not ignored.
+        classes: y, ``(B,)`` int64, in [0, K) where not ignored.
+        ignored: ``(B,)`` bool, or ``None`` where nothing is.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or features so large that their squares overflow.
+    """
+    num_classes, in_features = moments.shift.shape
     by_class = moments.scatter.ndim == 3
     rows = features.detach().to(torch.float64 if by_class else working_dtype(features.dtype))
-    index = torch.where(ignored, 0, targets.long())
-    added = torch.zeros_like(moments.counts).index_add_(0, index, (~ignored).double())
+    index = classes if ignored is None else torch.where(ignored, 0, classes)
+    ones = moments.counts.new_ones(len(rows)) if ignored is None else (~ignored).double()
+    added = torch.zeros_like(moments.counts).index_add_(0, index, ones)
 
     # Of a large K a batch holds few classes: nothing below then makes K x d numbers, which takes seconds.
     many = num_classes > len(rows)
     shift = (moments.shift if many else moments.shift.to(rows.dtype)).index_select(0, index)
-    new = ((moments.counts == 0) & (added > 0)).index_select(0, index)
+    new = (moments.counts == 0) & (added > 0)
     started = None
     if not reads_values(new) or bool(new.any()):
-        shift = torch.where(new.unsqueeze(-1), _batch_means(rows, index, ignored, added), shift)
+        first = _batch_means(rows, index, ignored, added)
+        shift = torch.where(new.index_select(0, index).unsqueeze(-1), first, shift)
         started = shift.to(torch.float64, copy=True)
     residuals = _residuals(rows, shift.to(rows.dtype), ignored)
     squares = torch.linalg.vector_norm(residuals, dim=1).double().square_()
@@ -184,7 +202,8 @@ def update_moments(
     if many:
         moments.sums.index_add_(0, index, residuals.double())
     else:
-        moments.sums.add_(rows.new_zeros(num_classes, in_features).index_add_(0, index, residuals))
+        sums = rows.new_zeros(num_classes, in_features).index_add_(0, index, residuals)
+        moments.sums.add_(sums.double())
     with full_precision(residuals):
         if moments.scatter.ndim == 2:
             _add_gram(moments.scatter, residuals)
@@ -301,20 +320,20 @@ def require_features(features: Tensor, targets: Tensor, in_features: int) -> Non
     require_target_for_each(features, targets)
 
 
-def _residuals(rows: Tensor, shift: Tensor, ignored: Tensor) -> Tensor:
+def _residuals(rows: Tensor, shift: Tensor, ignored: Tensor | None) -> Tensor:
     """``h - c_y``, in the place of c_y; zero for ignored rows, which may hold anything, NaN too."""
     residuals = torch.sub(rows, shift, out=shift)
-    if not reads_values(ignored) or bool(ignored.any()):
-        residuals.masked_fill_(ignored.unsqueeze(-1), 0)
-    return residuals
+    return residuals if ignored is None else residuals.masked_fill_(ignored.unsqueeze(-1), 0)
 
 
-def _batch_means(rows: Tensor, index: Tensor, ignored: Tensor, counts: Tensor) -> Tensor:
+def _batch_means(rows: Tensor, index: Tensor, ignored: Tensor | None, counts: Tensor) -> Tensor:
     """For each row the mean of its class in the batch as float32 numbers; anything for a class without rows.
 
     Taken about the first sample of the class: of identical samples it is then that sample, exactly.
     """
-    position = torch.where(ignored, len(rows), torch.arange(len(rows), device=rows.device))
+    position = torch.arange(len(rows), device=rows.device)
+    if ignored is not None:
+        position = torch.where(ignored, len(rows), position)
     first = index.new_full((len(counts),), len(rows)).scatter_reduce_(0, index, position, "amin")
     first = first.index_select(0, index).clamp(max=len(rows) - 1)
     shift = rows.index_select(0, first).float()
@@ -328,7 +347,8 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     """Add the upper block triangle of R'R, little more than half of the product."""
     for start in range(0, rows.shape[1], _BLOCK):
         columns = slice(start, start + _BLOCK)
-        total[columns, start:].add_(rows[:, columns].mT @ rows[:, start:])
+        # Widened first: a sum of two dtypes takes PyTorch three times as long on a CPU.
+        total[columns, start:].add_((rows[:, columns].mT @ rows[:, start:]).double())
 
 
 def _upper(scatter: Tensor) -> Tensor:

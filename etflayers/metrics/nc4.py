@@ -5,6 +5,8 @@ Both are called "NC4" in the literature; here each has its own name.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -47,13 +49,38 @@ def nearest_center(features: Tensor, centers: Tensor) -> Tensor:
             "features and centers must have shapes (B, d) and (K, d), "
             f"got {tuple(features.shape)} and {tuple(centers.shape)}"
         )
-    dtype = working_dtype(features.dtype)
-    middle = float64_rows("centers", centers).mean(0).to(dtype)
-    around = (centers.detach().double() - middle.double()).to(dtype)
-    with full_precision(features):
-        scores = torch.addmm(around.square().sum(-1) / -2, features.detach().to(dtype) - middle, around.mT)
-    require_finite(scores, "features must be finite: nothing is nearest to NaN or infinity")
-    return scores.argmax(-1)
+    return prepared_centers(centers, working_dtype(features.dtype), features.device).nearest(features)
+
+
+class PreparedCenters(NamedTuple):
+    """Class centers as :func:`nearest_center` compares with them, in the precision of the features.
+
+    Attributes:
+        middle: their mean m, ``(d,)``.
+        around: ``m_k - m``, ``(K, d)``.
+        offsets: ``-|m_k - m|^2 / 2``, ``(K,)``.
+    """
+
+    middle: Tensor
+    around: Tensor
+    offsets: Tensor
+
+    @torch.no_grad()
+    def nearest(self, features: Tensor) -> Tensor:
+        """:func:`nearest_center` of features ``(B, d)``."""
+        with full_precision(features):
+            around = features.detach().to(self.middle.dtype) - self.middle
+            scores = torch.addmm(self.offsets, around, self.around.mT)
+        require_finite(scores, "features must be finite: nothing is nearest to NaN or infinity")
+        return scores.argmax(-1)
+
+
+def prepared_centers(centers: Tensor, dtype: torch.dtype, device: torch.device) -> PreparedCenters:
+    """What all batches of this dtype share."""
+    rows = float64_rows("centers", centers)
+    middle = rows.mean(0).to(dtype)
+    around = (rows - middle.double()).to(dtype)
+    return PreparedCenters(*(field.to(device) for field in (middle, around, around.square().sum(-1) / -2)))
 
 
 def center_disagreement(features: Tensor, logits: Tensor, centers: Tensor) -> Tensor:
@@ -129,10 +156,20 @@ def decisions_of(logits: Tensor) -> Tensor:
         InvalidArgumentError: logits that are not floating-point numbers.
         NonFiniteError: NaN, which ``argmax`` takes for the largest number, or plus infinity.
     """
+    return largest_logits(logits)[1]
+
+
+def largest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``max_k logits_k`` and its class, ``(B,)`` each; raises as :func:`decisions_of`."""
     require_floating("logits", logits.dtype)
     largest, decisions = logits.max(-1)
     require_finite(largest, "logits must not hold NaN or plus infinity: look at what produced them")
-    return decisions
+    return largest, decisions
+
+
+def confidences_of(logits: Tensor, largest: Tensor) -> Tensor:
+    """``max_k softmax(logits)_k = 1 / sum_k exp(logits_k - max logits)``, ``(B,)`` float32."""
+    return (logits.float() - largest.float().unsqueeze(-1)).exp_().sum(-1).reciprocal_()
 
 
 def bias_collapse(weight: Tensor, global_mean: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -53,18 +53,50 @@ class Whitening(NamedTuple):
             InvalidArgumentError: shapes or dtypes that do not fit, a target without a center.
         """
         require_features(features, targets, self.means.shape[1])
-        classes, means, basis = (field.to(features.device) for field in self)
-        position = torch.searchsorted(classes, targets.long()).clamp(max=len(classes) - 1)
+        prepared = self.prepared(working_dtype(features.dtype), features.device)
+        return prepared.squared_deviations(features, targets.long())
+
+    def prepared(self, dtype: torch.dtype, device: torch.device) -> PreparedWhitening:
+        """What all batches of this dtype share."""
+        shift = self.means.to(dtype)
+        offsets = (self.means - shift) @ self.basis.mT
+        fields = (self.classes, shift, self.basis.to(dtype), offsets.to(dtype))
+        return PreparedWhitening(*(field.to(device) for field in fields))
+
+
+class PreparedWhitening(NamedTuple):
+    """A :class:`Whitening` in the precision of features.
+
+    A center m need not be a number of their dtype. With c, which is m rounded to one,
+
+        B (h - m) = B (h - c) - B (m - c).
+
+    The difference h - c is rounded once, relative to itself, and the last term belongs to the center alone.
+
+    Attributes:
+        classes: ``(K,)``.
+        shift: c, ``(K, d)``.
+        basis: B, ``(r, d)``.
+        offsets: ``B (m - c)``, ``(K, r)``, from float64.
+    """
+
+    classes: Tensor
+    shift: Tensor
+    basis: Tensor
+    offsets: Tensor
+
+    @torch.no_grad()
+    def squared_deviations(self, features: Tensor, targets: Tensor) -> Tensor:
+        """As :meth:`Whitening.squared_deviations`, of targets in int64."""
+        position = torch.searchsorted(self.classes, targets).clamp(max=len(self.classes) - 1)
         require_values(
-            (classes[position] == targets).all(),
+            (self.classes[position] == targets).all(),
             "centers must hold every class in targets: measure them on data with all classes",
         )
-        # The difference is taken in float64, because a center need not be a number of the features' dtype.
-        dtype = working_dtype(features.dtype)
-        residuals = (features.detach().double() - means[position]).to(dtype)
+        residuals = features.detach().to(self.shift.dtype) - self.shift.index_select(0, position)
         with full_precision(features):
-            coordinates = residuals @ basis.to(dtype).mT
-        return row_lengths(coordinates).double().square_()
+            coordinates = residuals @ self.basis.mT
+        return row_lengths(coordinates - self.offsets.index_select(0, position)).double().square_()
 
 
 def between_whitening(statistics: ClassStatistics, *, global_mean: GlobalMean = "classes") -> Whitening:

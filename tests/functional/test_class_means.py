@@ -9,7 +9,7 @@ from torch import Tensor
 
 from etflayers.distill.peak_memory import PeakMemory
 from etflayers.errors import EtfLayersError, InvalidArgumentError, NonFiniteError
-from etflayers.functional.class_means import class_means, class_sums
+from etflayers.functional.class_means import class_means, class_sums, some_ignored
 
 IGNORE = -100
 
@@ -78,6 +78,22 @@ def test_an_ignore_index_that_wraps_around_uint8_ignores_nothing() -> None:
     _, counts = class_sums(torch.ones(2, 1), targets, 200)
 
     assert counts[156] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("ignore_index", [IGNORE, 1, 156])
+def test_a_look_at_the_extremes_tells_what_a_comparison_of_each_tells(
+    dtype: torch.dtype, ignore_index: int
+) -> None:
+    for targets in ([0, 2, 1], [0, 2], [], [ignore_index], [0, ignore_index]):
+        if min(targets, default=0) < 0 and dtype == torch.uint8:
+            continue
+        found = some_ignored(torch.tensor(targets, dtype=dtype), 3, ignore_index)
+        expected = [target == ignore_index for target in targets]
+        assert (found is None and not any(expected)) or (found is not None and found.tolist() == expected)
+    for wrong in (3, 255):
+        with pytest.raises(InvalidArgumentError, match=rf"got {wrong} \(1 of 2 out of range\)"):
+            some_ignored(torch.tensor([wrong, 0], dtype=dtype), 3, ignore_index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

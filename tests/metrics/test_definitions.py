@@ -15,9 +15,12 @@ from etflayers.metrics import (
     between_whitening,
     class_statistics,
     collapse_measures,
+    nearest_center,
     numerical_rank,
     variability_collapse_index,
 )
+from etflayers.metrics.centers import AboutCenters
+from etflayers.metrics.nc4 import confidences_of
 from etflayers.metrics.statistics import GlobalMean
 from tests.metrics.definitions import KINDS, Data, direct_measures, direct_statistics, ideal_data, make_data
 
@@ -139,6 +142,40 @@ def test_spread_of_other_data_about_centers() -> None:
     partial = class_statistics(train.features, train.targets % 3, 5, unseen="exclude")
     with pytest.raises(ValueError, match="centers must hold every class"):
         between_whitening(partial).squared_deviations(test.features, test.targets)
+
+
+def test_a_large_common_mean_takes_no_digits_of_a_second_pass() -> None:
+    """Centers of float32 features are no float32 numbers; the plain formula in float64 says what is lost."""
+    data = make_data("wide")
+    features = (data.features + 1e4).float()
+    centers = class_statistics(features, data.targets, 5)
+    whitening = between_whitening(centers)
+    residuals = features.double() - centers.means[data.targets]
+    expected = (residuals @ whitening.basis.mT).square().sum(-1)
+    torch.testing.assert_close(
+        whitening.squared_deviations(features, data.targets), expected, rtol=2e-5, atol=0.0
+    )
+    nearest = torch.cdist(features.double(), centers.means).argmin(-1)
+    assert torch.equal(nearest_center(features, centers.means), nearest)
+
+
+def test_a_second_pass_follows_the_dtype_of_its_batches() -> None:
+    data = make_data("wide")
+    about = AboutCenters(class_statistics(data.features, data.targets, 5), "classes")
+    expected = about.whitening.squared_deviations(data.features, data.targets).sum()
+    nearest = nearest_center(data.features, about.centers.means)
+    for features, rtol in ((data.features.float(), 1e-5), (data.features, 1e-14)):
+        deviations, disagreements = about.compare(features, data.targets, nearest)
+        torch.testing.assert_close(deviations, expected, rtol=rtol, atol=0.0)
+        assert disagreements == 0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e3])
+def test_confidence_is_the_largest_probability(scale: float) -> None:
+    logits = scale * torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = -torch.inf  # a class that is excluded
+    confidences = confidences_of(logits, logits.amax(-1))
+    torch.testing.assert_close(confidences.double(), logits.double().softmax(-1).amax(-1), rtol=1e-6, atol=0)
 
 
 def test_numerical_rank_of_centered_features() -> None:

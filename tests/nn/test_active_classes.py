@@ -466,7 +466,8 @@ def test_predict_and_topk_of_codes(name: str) -> None:
 
 def test_metrics_choose_among_the_classes_that_are_here(head: CodeHead) -> None:
     features, _ = batch(head.eval())
-    logits, cosines = answers(head, head.inputs(features))
+    logits, projections, lengths = answers(head, head.inputs(features))
+    cosines = projections / lengths.unsqueeze(-1)
     torch.testing.assert_close(logits, head(features), rtol=1e-6, atol=1e-6)
     assert (cosines[:, COMING] == -1).all()
     assert torch.isin(cosines.argmax(-1), torch.tensor(HERE)).all()
