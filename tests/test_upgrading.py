@@ -1,4 +1,4 @@
-"""docs/upgrading.md is right: every old name in it works with a warning or raises, and the new one works."""
+"""docs/moving/upgrading.md is right: every old name in it works with a warning or raises, and the new one works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from etflayers.geometry import centered_basis_adjoint, etf_radius
 from etflayers.metrics import CosineMargins, NeuralCollapse, class_statistics, cosine_margins, numerical_rank
 from etflayers.solvers import ConjugateGradients, GramEigh
 
-NOTE = (Path(__file__).parents[1] / "docs" / "upgrading.md").read_text(encoding="utf-8")
+NOTE = (Path(__file__).parents[1] / "docs" / "moving" / "upgrading.md").read_text(encoding="utf-8")
 CODE = re.compile(r"`([^`]+)`")
 
 
