@@ -158,7 +158,9 @@ def test_changelog_citation_and_package_agree_on_version_and_date(metadata: Mess
 
 
 def test_the_upgrade_note_leads_to_this_version() -> None:
-    before, now = re.search(r"^From (\S+) to (\S+)\. ", text("docs/moving/upgrading.md"), re.MULTILINE).groups()
+    before, now = re.search(
+        r"^From (\S+) to (\S+)\. ", text("docs/moving/upgrading.md"), re.MULTILINE
+    ).groups()
     releases = [version for version, _ in RELEASE.findall(text("CHANGELOG.md"))]
     assert releases.index(now) < releases.index(before)
     assert now.rpartition(".")[0] == VERSION.rpartition(".")[0]  # a patch renames nothing

@@ -1,4 +1,4 @@
-"""docs/moving/upgrading.md is right: every old name in it works with a warning or raises, and the new one works."""
+"""docs/moving/upgrading.md is right: every old name works with a warning or raises, and the new one works."""
 
 from __future__ import annotations
 

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING
 from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(Path(__file__).parent)]
 
 from papers import papers_page  # noqa: E402
 from reference import reference_pages  # noqa: E402
 from results import benchmarks_pages  # noqa: E402
+
+from explorer import DEMO  # noqa: E402
+from lab.explorer import page, read_exploration  # noqa: E402
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 # The target of [text](target#anchor), unless it is in the web or on the same page.
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 # What has a page even if no other links to it.
-DOCUMENTS = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 LANGUAGES = {".py": "python", ".sh": "sh", ".cff": "yaml", ".toml": "toml", ".yml": "yaml", ".json": "json"}
 
 _generated: set[str] = set()  # the pages that are not in docs/
@@ -84,6 +87,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = listing(text, path)
         add(uri, text, inclusion=InclusionLevel.UNDEFINED if path in DOCUMENTS else InclusionLevel.NOT_IN_NAV)
 
+    shown = page([read_exploration(path) for path in DEMO])
+    files.append(File.generated(config, "explorer.html", content=shown))
     files.append(File.generated(config, "site/tex-svg.js", abs_src_path=str(mathjax())))
     return files
 

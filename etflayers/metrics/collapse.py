@@ -118,6 +118,10 @@ class NeuralCollapse(ExactMetric):
             centers is None or classifier is not None,
             "centers need a classifier, whose decisions NC4 compares with the nearest center",
         )
+        require(
+            centers is None or isinstance(centers, ClassStatistics),
+            f"centers must be ClassStatistics, first.statistics(), got {type(centers).__name__}",
+        )
         if centers is not None and centers.means.shape[1] != in_features:
             raise InvalidArgumentError(
                 f"centers must have means of shape (K, in_features) = (K, {in_features}), "

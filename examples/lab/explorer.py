@@ -105,8 +105,8 @@ def read_exploration(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_page(path: Path, explorations: Sequence[Mapping[str, Any]]) -> Path:
-    """Write one HTML file that shows these, with plotly.js inside.
+def page(explorations: Sequence[Mapping[str, Any]]) -> str:
+    """One HTML page that shows these, with plotly.js inside.
 
     Raises:
         InvalidArgumentError: nothing to show.
@@ -118,7 +118,7 @@ def write_page(path: Path, explorations: Sequence[Mapping[str, Any]]) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     content = {"trainings": explorations, "classColors": CLASS_COLORS, "headColors": HEAD_COLORS}
-    text = environment.get_template("explorer.html").render(
+    return environment.get_template("explorer.html").render(
         style=(TEMPLATES / "explorer.css").read_text(encoding="utf-8"),
         most_features=MOST_FEATURES,
         script=(TEMPLATES / "explorer.js").read_text(encoding="utf-8"),
@@ -126,7 +126,11 @@ def write_page(path: Path, explorations: Sequence[Mapping[str, Any]]) -> Path:
         # A script element ends at "</script", wherever that stands; JSON can do without the "<".
         content=json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     )
-    return write_atomically(path, text.encode())
+
+
+def write_page(path: Path, explorations: Sequence[Mapping[str, Any]]) -> Path:
+    """Write :func:`page` as one file."""
+    return write_atomically(path, page(explorations).encode())
 
 
 def _run(run: Trained) -> dict[str, Any]:

@@ -352,6 +352,7 @@ def test_the_curve_of_margins(centered: bool) -> None:
         ({"classifier": nn.ReLU()}, "classifier must have a weight"),
         ({"classifier": nn.Linear(4, 5)}, "classifier must have a weight of shape"),
         ({"centers": class_statistics(torch.eye(2), torch.arange(2), 2)}, "centers need a classifier"),
+        ({"centers": torch.eye(2), "classifier": nn.Linear(2, 2)}, "centers must be ClassStatistics"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], match: str) -> None:
