@@ -11,7 +11,7 @@ PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
 NEWEST := .venv-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-all slow integrations bench lint format clean
+.PHONY: help demo docs test test-all slow integrations bench dist lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ bench: $(INSTALLED)  ## measure time and memory
 docs: $(INSTALLED)  ## the documentation as a site that needs no network: build/site/index.html
 	@echo "==> mkdocs: the site"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+
+# The same files come out of the same sources, so what the tests build and what is built here are alike.
+dist: $(INSTALLED)  ## build the wheel and the source distribution, and test what they hold
+	@echo "==> what the distributions hold"
+	@$(PYTEST) -m "slow or not slow" tests/test_package.py tests/test_distributions.py
+	@echo "==> building into dist"
+	@rm -rf dist
+	@$(BIN)/python -m build --quiet --no-isolation >/dev/null
+	@$(BIN)/twine check --strict dist/*
 
 lint: $(INSTALLED)  ## style, types and the order of imports
 	@echo "==> ruff: style"

@@ -32,6 +32,7 @@ SUITES = (
     "inner_loop",
     "learned",
     "step",
+    "metrics",
     "memory",
     "class_parallel",
     "codes",

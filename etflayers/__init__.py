@@ -37,7 +37,7 @@ from etflayers.nn import (
     restore_linear,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ClassMeanHead",

@@ -6,6 +6,7 @@
     python examples/collapse_study.py --data fashion                      or glyphs, digits, folder, ...
     python examples/collapse_study.py --devices 2                         two processes under torchrun
     python examples/collapse_study.py --resume                            continue what was killed
+    python examples/collapse_study.py --explorer                          and a page to watch the collapse on
     python examples/collapse_study.py --help                              everything else
 
 The output folder gets the history of every run (HEAD-seedN.csv and .json), all numbers as one long table
@@ -29,8 +30,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from etflayers.checks import require
+from etflayers.checks import require, require_module
 from lab.classifiers import Trained, load_and_tell, run_name, train_and_tell
+from lab.explorer import FILE, PAGE, exploration, write_exploration, write_page
 from lab.files import Row
 from lab.heads import HeadName
 from lab.loggers import WandbMode, loggers
@@ -82,6 +84,9 @@ class StudySettings(Settings):
     """Write event files for TensorBoard into OUT/tensorboard."""
     wandb: Free[WandbMode] = "off"
     """Log to Weights & Biases; offline into OUT/wandb, to be sent later with `wandb sync`."""
+    explorer: Free[bool] = False
+    """Record class means, some features and the classifier after each epoch, and write OUT/explorer.html,
+    which shows how they move in three dimensions."""
 
     def check(self) -> None:
         super().check()
@@ -94,6 +99,8 @@ class StudySettings(Settings):
             self.torch_device.type == "cpu" or self.devices <= torch.cuda.device_count(),
             f"--devices {self.devices}: PyTorch finds {torch.cuda.device_count()} CUDA devices here",
         )
+        if self.explorer:
+            require_module("plotly", extra="examples")  # before hours of training, not after
 
 
 def study(settings: StudySettings, console: Console, command: str) -> list[Trained]:
@@ -113,10 +120,15 @@ def study(settings: StudySettings, console: Console, command: str) -> list[Train
         runs, plain = [], settings.fingerprint()
         for seed, head in product(settings.seeds, settings.head):
             with loggers(settings.folder, run_name(head, seed), plain, **tracked) as log:
-                runs.append(train_and_tell(head, seed, settings, data, results.console, on_row=log))
+                recorded = settings.explorer
+                run = train_and_tell(head, seed, settings, data, results.console, log, recorded=recorded)
+                runs.append(run)
             if first:
                 results.run(runs[-1], plain)
         if first:
+            if settings.explorer:
+                content = exploration(runs, title, data.class_names)
+                write_page(write_exploration(settings.folder / FILE, content).with_name(PAGE), [content])
             _write(runs, settings, title, command, results)
     return runs
 
@@ -132,7 +144,7 @@ def _write(runs: list[Trained], settings: StudySettings, title: str, command: st
     results.console.print(
         headline_table(rows, f"{title}, epochs: {settings.epochs}, seeds: {len(settings.seeds)}")
     )
-    results.names = ["report.html"]  # which shows all the others
+    results.names = ["report.html"] + [PAGE] * settings.explorer  # which show all the others
     results.tell()
 
 

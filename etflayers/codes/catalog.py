@@ -147,7 +147,12 @@ def _read(cache: str | os.PathLike[str], asked: dict[str, object]) -> Tensor:
         held == asked and _ROWS in tensors,
         f"cache={str(cache)!r} holds {held or 'no code'}, not {asked}: take another file",
     )
-    return tensors[_ROWS]
+    rows = tensors[_ROWS]
+    require(
+        rows.shape == (asked["num_classes"], asked["in_features"]),
+        f"cache={str(cache)!r} holds {tuple(rows.shape)} numbers, which are not {asked}: take another file",
+    )
+    return rows
 
 
 def _automatic(num_classes: int, in_features: int) -> Kind:

@@ -76,7 +76,7 @@ def class_sums(
         require_same_device(features, targets)
         sums, counts = kernels.class_sums(features, targets, num_classes, ignore_index)
         return sums, counts
-    ignored = ignored_targets(targets, num_classes, ignore_index)
+    ignored = some_ignored(targets, num_classes, ignore_index)
     _require_summable(features)
     return kernels.class_sums_reference(features, targets, num_classes, ignored)
 
@@ -192,8 +192,11 @@ def _require_summable(features: Tensor) -> None:
     # One pass over the features: both extremes are NaN if any entry is. With 2B times the largest finite, no
     # sum of B rows can overflow, and no difference of two means.
     lowest, highest = torch.aminmax(features.detach())
-    largest = torch.maximum(-lowest, highest).to(working_dtype(features.dtype))
-    summable = torch.isfinite(largest * (2 * features.shape[0]))
+    dtype, terms = working_dtype(features.dtype), 2 * features.shape[0]
+    if reads_values(lowest) and max(-float(lowest), float(highest)) <= torch.finfo(dtype).max / terms:
+        return
+    largest = torch.maximum(-lowest, highest).to(dtype)
+    summable = torch.isfinite(largest * terms)
     received = ""
     if reads_values(summable) and not bool(summable):
         broken = int((~torch.isfinite(features)).sum())

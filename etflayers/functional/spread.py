@@ -39,7 +39,7 @@ def unit_spread(means: Tensor, weights: Tensor, *, rounding: float | None = None
     # In units of the largest entry no square overflows or vanishes. The unit is a constant: r takes it back.
     unit = means.detach().abs().amax().clamp(min=info.tiny)
     rows = means / unit
-    rows = rows - (column * rows).sum(0) / weights.sum().clamp(min=info.tiny)
+    rows = rows - weights @ rows / weights.sum().clamp(min=info.tiny)
     present = (weights > 0).sum().clamp(min=1).to(rows.dtype)
     spread = torch.linalg.vector_norm(column * rows) / present.sqrt()
     floor = (info.eps if rounding is None else rounding) * means.shape[-1] ** 0.5

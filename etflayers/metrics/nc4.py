@@ -70,9 +70,12 @@ class PreparedCenters(NamedTuple):
         """:func:`nearest_center` of features ``(B, d)``."""
         with full_precision(features):
             around = features.detach().to(self.middle.dtype) - self.middle
-            scores = torch.addmm(self.offsets, around, self.around.mT)
-        require_finite(scores, "features must be finite: nothing is nearest to NaN or infinity")
-        return scores.argmax(-1)
+            # Samples side by side: the maximum over classes then compares whole vectors.
+            scores = torch.addmm(self.offsets.unsqueeze(-1), self.around, around.mT).mT
+        # The rows of `around` sum to zero, so that infinity is in the largest score, too.
+        largest, nearest = scores.max(-1)
+        require_finite(largest, "features must be finite: nothing is nearest to NaN or infinity")
+        return nearest
 
 
 def prepared_centers(centers: Tensor, dtype: torch.dtype, device: torch.device) -> PreparedCenters:
@@ -169,7 +172,9 @@ def largest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def confidences_of(logits: Tensor, largest: Tensor) -> Tensor:
     """``max_k softmax(logits)_k = 1 / sum_k exp(logits_k - max logits)``, ``(B,)`` float32."""
-    return (logits.float() - largest.float().unsqueeze(-1)).exp_().sum(-1).reciprocal_()
+    behind = logits.float() - largest.float().unsqueeze(-1)
+    # The sum is at least 1, and e^-80 adds nothing to it; one that underflows takes 20 times as long.
+    return behind.clamp_(min=-80).exp_().sum(-1).reciprocal_()
 
 
 def bias_collapse(weight: Tensor, global_mean: Tensor, bias: Tensor | None = None) -> Tensor:

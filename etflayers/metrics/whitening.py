@@ -93,7 +93,8 @@ class PreparedWhitening(NamedTuple):
             (self.classes[position] == targets).all(),
             "centers must hold every class in targets: measure them on data with all classes",
         )
-        residuals = features.detach().to(self.shift.dtype) - self.shift.index_select(0, position)
+        residuals = self.shift.index_select(0, position)
+        torch.sub(features.detach().to(self.shift.dtype), residuals, out=residuals)
         with full_precision(features):
             coordinates = residuals @ self.basis.mT
         return row_lengths(coordinates - self.offsets.index_select(0, position)).double().square_()

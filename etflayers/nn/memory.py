@@ -345,10 +345,13 @@ class FeatureMemory(KeepsPrecision):
         """
         tensors, record = read_tensors(path)
         require(_KIND in record, f"{path} holds no FeatureMemory")
-        num_classes, in_features = tensors["means"].shape
-        dtype = tensors["means"].dtype
-        memory = cls(in_features, num_classes, **record[_KIND], device=device, dtype=dtype)
-        memory.load_state_dict(tensors)
+        try:
+            num_classes, in_features = tensors["means"].shape
+            dtype = tensors["means"].dtype
+            memory = cls(in_features, num_classes, **record[_KIND], device=device, dtype=dtype)
+            memory.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # what was never saved by a memory
+            raise InvalidArgumentError(f"{path} does not hold a FeatureMemory: {error}") from error
         return memory
 
     def extra_repr(self) -> str:

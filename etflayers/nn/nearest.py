@@ -352,7 +352,8 @@ class NearestETFHead(KeepsPrecision, ETFHead):
 
 def _mean_over(means: Tensor, seen: Tensor) -> Tensor:
     """Mean of the rows that have been seen; 0 if there are none."""
-    return (means * seen.unsqueeze(-1)).sum(0) / seen.sum().clamp(min=1)
+    share = seen.to(means.dtype)
+    return share @ means / share.sum().clamp(min=1)
 
 
 def _checked_anchor(anchor: Tensor, num_classes: int, in_features: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from etflayers.adjoints import Adjoint, as_adjoint
 from etflayers.checks import require_number, require_size
 from etflayers.functional.distances import huber_nearest_etf, mahalanobis_nearest_etf
-from etflayers.functional.nearest import checked_linear_form, frame_of, nearest_etf
+from etflayers.functional.nearest import check_pull, frame_of, linear_form, nearest_etf, require_means
 from etflayers.functional.spread import unit_spread
 from etflayers.nn.distributed import overwrite
 from etflayers.solvers import ByRegime, FrameSolver, StiefelSolver, as_frame_solver, as_stiefel_solver
@@ -80,8 +80,11 @@ class NearestETF(nn.Module):
         if proximity == 0:
             return nearest_etf(means, weights=weights, solver=self.solver, adjoint=self.adjoint)
         wide, omega, near = _widened(means, weights, anchor)
-        wide = unit_spread(wide, omega, rounding=torch.finfo(means.dtype).eps)
-        linear = checked_linear_form(wide, omega, near, proximity)
+        require_means(means)
+        check_pull(wide, omega, near, proximity)
+        # These are about their weighted mean already, which the linear form of weights would take off again.
+        spread = unit_spread(wide, omega, rounding=torch.finfo(means.dtype).eps)
+        linear = linear_form(omega.unsqueeze(-1) * spread, anchor=near, proximity=proximity)
         frame = frame_of(linear, solver=self.solver, adjoint=self.adjoint, precision=means.dtype)
         return frame.to(means.dtype)
 

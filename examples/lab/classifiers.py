@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from etflayers import capture_features
+from etflayers.checks import require
 from etflayers.data import balanced_order
 from etflayers.errors import ManifoldError, NonFiniteError
 from etflayers.functional import nearest_etf
@@ -34,6 +35,7 @@ from lab.training import (
     steps_of_an_epoch,
     synchronize,
 )
+from lab.views import Moment, is_kept, moment_of, require_room
 
 FITTED = 0.999  # train accuracy at which a run counts as fitted
 
@@ -50,6 +52,7 @@ class Trained:
             the samples of the training and the test set, ascending ``(N,)``; with four classes also
             features ``(N, d)`` and targets of the training set.
         model: in its last state.
+        recording: what the explorer shows of its epochs, if that was asked for.
     """
 
     head: HeadName
@@ -57,6 +60,7 @@ class Trained:
     history: list[Row]
     snapshots: dict[str, Tensor]
     model: nn.Module
+    recording: list[Moment] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -81,9 +85,13 @@ class Trainer(EpochRun):
 
     Everything random in an epoch, the order of the images and their augmentation, comes from a generator
     seeded by (seed, epoch): a continued run draws it again and skips the steps already taken.
+
+    With ``recorded`` it keeps what the explorer shows of each epoch. A run that has begun so goes on so.
     """
 
-    def __init__(self, head: HeadName, seed: int, settings: Settings, data: ImageData) -> None:
+    def __init__(
+        self, head: HeadName, seed: int, settings: Settings, data: ImageData, *, recorded: bool = False
+    ) -> None:
         self.settings, self.data, self.seed, self.device = settings, data, seed, settings.torch_device
         self.model = make_classifier(head, settings, data, seed).to(self.device)
         self.model = with_shared_statistics(self.model, self.device)
@@ -93,6 +101,9 @@ class Trainer(EpochRun):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
         self.snapshots: dict[str, Tensor] = {}
+        self.recording: list[Moment] | None = [] if recorded else None
+        if recorded:
+            require_room(data.num_classes, read_classifier(head_of(self.model)).weight.shape[1])
         parts = {"model": self.model, "random": GlobalStreams(self.device)}
         parts |= {f"optimizer{number}": part for number, part in enumerate(self.optimizers)}
         if self.scaler.is_enabled():
@@ -174,6 +185,9 @@ class Trainer(EpochRun):
             row["train_nc2_etf_drift_means"] = drift
         row["seconds"], self.seconds = round(self.seconds, 3), 0.0
         self._keep(train, test, ("first", "last") if epoch == 0 else ("last",))
+        if self.recording is not None and is_kept(epoch, self.settings.epochs):
+            frame = read_classifier(head_of(self.model)).weight
+            self.recording.append(moment_of(epoch, train.statistics, frame, train.features, train.targets))
         return row
 
     def _drift(self, class_means: Tensor) -> float | None:
@@ -200,23 +214,42 @@ class Trainer(EpochRun):
         return super().due(every) or self.step % self.steps_per_epoch == 0
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"snapshots": self.snapshots}
+        kept = {} if self.recording is None else {"recording": self.recording}
+        return super().state() | {"snapshots": self.snapshots} | kept
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        require(
+            self.recording is None or "recording" in state,
+            "--resume --explorer: the first epochs of this run were not recorded: leave out --explorer, or "
+            "train anew with --overwrite instead of --resume",
+        )
         super().restore(state)
+        if "recording" in state:
+            self.recording = [_on_cpu(now) for now in state["recording"]]
         self.snapshots = {name: tensor.cpu() for name, tensor in state["snapshots"].items()}
 
 
+def _on_cpu(now: Moment) -> Moment:
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in now.items()}
+
+
 def train(
-    head: HeadName, seed: int, settings: Settings, data: ImageData, *, progress: Progress = in_silence
+    head: HeadName,
+    seed: int,
+    settings: Settings,
+    data: ImageData,
+    *,
+    recorded: bool = False,
+    progress: Progress = in_silence,
 ) -> Trained:
     """Train a head, from its checkpoint where there is one and ``settings.resume`` asks for it.
 
     Raises:
-        InvalidArgumentError: a checkpoint of another run, or settings that do not fit the data.
+        InvalidArgumentError: a checkpoint of another run, settings that do not fit the data, or epochs that
+            were to be ``recorded`` and are over.
         NonFiniteError: training has diverged.
     """
-    trainer = Trainer(head, seed, settings, data)
+    trainer = Trainer(head, seed, settings, data, recorded=recorded)
     try:
         with reproducible(trainer.device):
             trainer.finish(
@@ -229,7 +262,9 @@ def train(
         raise NonFiniteError(
             f"training of the {head} head diverged in epoch {trainer.epoch}: take a smaller --lr ({error})"
         ) from error
-    return Trained(head, seed, trainer.history, trainer.snapshots, trainer.model)
+    return Trained(
+        head, seed, trainer.history, trainer.snapshots, trainer.model, recording=trainer.recording or []
+    )
 
 
 def train_and_tell(
@@ -239,6 +274,8 @@ def train_and_tell(
     data: ImageData,
     console: Console,
     on_row: Callable[[Row], None] = lambda row: None,
+    *,
+    recorded: bool = False,
 ) -> Trained:
     """Train a head, show how far it is, and call ``on_row`` after each epoch."""
     with bar(
@@ -250,7 +287,7 @@ def train_and_tell(
             if row is not None:
                 on_row(row)
 
-        run = train(head, seed, settings, data, progress=progress)
+        run = train(head, seed, settings, data, recorded=recorded, progress=progress)
     console.print(
         f"{head} (seed {seed}): train accuracy {run.last['train_accuracy']:.2%}, "
         f"test accuracy {run.last['test_accuracy']:.2%}, {shown.seconds:.0f} s",

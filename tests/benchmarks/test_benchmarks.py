@@ -26,6 +26,7 @@ from benchmarks import (
     bench_accuracy,
     bench_learned,
     bench_memory,
+    bench_metrics,
     bench_nearest_etf,
     bench_peers,
     bench_scaling,
@@ -106,6 +107,12 @@ def test_learned_suite(findings: Findings) -> None:
 def test_step_suite(findings: Findings) -> None:
     bench_step.test_step(findings, 4)
     assert_complete(findings)
+
+
+def test_metrics_suite(findings: Findings) -> None:
+    bench_metrics.test_update(findings, (16, 6, 4))
+    assert_complete(findings)
+    assert len(findings.report.checks) == 5
 
 
 def test_stiefel_suite(findings: Findings) -> None:

@@ -15,7 +15,7 @@ __all__ = ["class_averages_reference", "class_sums_reference"]
 
 
 def class_sums_reference(
-    features: Tensor, targets: Tensor, num_classes: int, ignored: Tensor
+    features: Tensor, targets: Tensor, num_classes: int, ignored: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Sums and counts of each class as one product with the one-hot matrix of the targets.
 
@@ -30,19 +30,22 @@ def class_sums_reference(
         features: F, ``(B, d)``, finite.
         targets: ``(B,)``, integers.
         num_classes: K.
-        ignored: ``(B,)`` bool.
+        ignored: ``(B,)`` bool, or ``None`` where nothing is.
 
     Returns:
         The sums ``(K, d)``, float32 or better, and the counts ``(K,)``, int64.
     """
     dtype = working_dtype(features.dtype)
     if num_classes > len(features) and features.device.type == "cpu":
-        index = torch.where(ignored, 0, targets.long())
-        rows = torch.where(ignored.unsqueeze(-1), 0, features.to(dtype))
-        counts = torch.zeros(num_classes, dtype=torch.int64).index_add(0, index, (~ignored).long())
+        index, rows, ones = targets.long(), features.to(dtype), torch.ones(len(features), dtype=torch.int64)
+        if ignored is not None:
+            index, ones = torch.where(ignored, 0, index), (~ignored).long()
+            rows = torch.where(ignored.unsqueeze(-1), 0, rows)
+        counts = torch.zeros(num_classes, dtype=torch.int64).index_add(0, index, ones)
         return rows.new_zeros(num_classes, rows.shape[-1]).index_add(0, index, rows), counts
     classes = torch.arange(num_classes, device=features.device)
-    members = torch.where(ignored, -1, targets.long()).unsqueeze(-1) == classes
+    labels = targets.long() if ignored is None else torch.where(ignored, -1, targets.long())
+    members = labels.unsqueeze(-1) == classes
     with full_precision(features):
         sums = members.to(dtype).mT @ features.to(dtype)
     return sums, members.sum(0)
