@@ -35,6 +35,9 @@ def benchmarks_pages(root: Path) -> dict[str, str]:
 def tables(folder: Path, name: str) -> str:
     record = json.loads((folder / "results" / name).read_text(encoding="utf-8"))
     text = "## " + to_markdown(record).partition("\n## ")[2]
+    # Numbers stay whole in a narrow column.
+    text = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
+    text = re.sub(r"(?<=\d), (?=\d)", ",\N{NO-BREAK SPACE}", text)
     for suite in record:
         title = f"## {suite.replace('_', ' ')}"
         text = text.replace(f"## {suite}\n", f"{title}\n\n{purpose(folder, suite)}\n", 1)
