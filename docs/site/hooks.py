@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # The target of [text](target#anchor), unless it is in the web or on the same page.
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+# The same where the text is the name of a file: that is for those who read the file.
+NAMED = re.compile(r"\[[\w/.-]+\.md\]\(([^)\s#]+)")
 # What has a page even if no other links to it.
 DOCUMENTS = ("DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 LANGUAGES = {".py": "python", ".sh": "sh", ".cff": "yaml", ".toml": "toml", ".yml": "yaml", ".json": "json"}
@@ -130,7 +132,16 @@ def relocated(text: str, path: str, uri: str) -> str:
         # Code may look like a link; what it would lead to does not exist.
         return relpath(place(target), folder(uri)) if (ROOT / target).is_file() else found[1]
 
-    return LINK.sub(link, text)
+    def titled(found: re.Match[str]) -> str:
+        target = ROOT / target_of(found, path)
+        return f"[{title(target)}]({found[1]}" if target.is_file() else found[0]
+
+    return LINK.sub(link, NAMED.sub(titled, text))
+
+
+def title(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(line.removeprefix("# ") for line in lines if line.startswith("# "))
 
 
 def target_of(found: re.Match[str], path: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 from benchmarks.record import to_markdown
@@ -34,6 +35,9 @@ def benchmarks_pages(root: Path) -> dict[str, str]:
 def tables(folder: Path, name: str) -> str:
     record = json.loads((folder / "results" / name).read_text(encoding="utf-8"))
     text = "## " + to_markdown(record).partition("\n## ")[2]
+    # Numbers stay whole in a narrow column.
+    text = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
+    text = re.sub(r"(?<=\d), (?=\d)", ",\N{NO-BREAK SPACE}", text)
     for suite in record:
         title = f"## {suite.replace('_', ' ')}"
         text = text.replace(f"## {suite}\n", f"{title}\n\n{purpose(folder, suite)}\n", 1)
@@ -42,8 +46,8 @@ def tables(folder: Path, name: str) -> str:
 
 def purpose(folder: Path, suite: str) -> str:
     """What a suite measures, in the words of its module."""
-    source = next(
-        path for path in (folder / f"bench_{suite}.py", folder / "gpu" / f"{suite}.py") if path.exists()
-    )
+    module = re.sub(r"\W", "_", suite)
+    candidates = (folder / f"bench_{module}.py", folder / "gpu" / f"{module}.py")
+    source = next(path for path in candidates if path.exists())
     docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.split("\n\n")[0].split())
