@@ -15,7 +15,7 @@ CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 # Pages that the site alone has: tests/test_site.py looks for them.
 GENERATED = re.compile(r"docs/(benchmarks|reference)/|docs/understand/papers\.md$")
 # A page named in prose, a docstring or a message.
-MENTION = re.compile(r"\bdocs/[\w./-]+\.md\b")
+MENTION = re.compile(r"\bdocs/[\w-]+/[\w./-]+\.md\b")
 
 
 def containing(text: str) -> list[Path]:

@@ -22,6 +22,17 @@ class Markdown(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
         self.rewrite(pkg)
+        self.prefer_functions(pkg)
+
+    def prefer_functions(self, package: griffe.Module) -> None:
+        """A name that a package offers is what can be imported from it, and not the module of that name."""
+        for name in package.exports or ():
+            module = package.members.get(str(name))
+            if isinstance(module, griffe.Module) and name in module.members:
+                package.members[name] = griffe.Alias(name, module.members[name], parent=package)
+        for member in list(package.members.values()):
+            if isinstance(member, griffe.Module):
+                self.prefer_functions(member)
 
     def rewrite(self, scope: griffe.Object) -> None:
         if scope.docstring is not None:
