@@ -7,6 +7,7 @@ which Markdown would take for quotations of quotations of quotations.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import griffe
@@ -21,18 +22,16 @@ class Markdown(griffe.Extension):
     """Rewrites every docstring of the package once all of it has been read."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: Any) -> None:
-        self.rewrite(pkg)
-        self.prefer_functions(pkg)
-
-    def prefer_functions(self, package: griffe.Module) -> None:
-        """A name that a package offers is what can be imported from it, and not the module of that name."""
-        for name in package.exports or ():
-            module = package.members.get(str(name))
-            if isinstance(module, griffe.Module) and name in module.members:
-                package.members[name] = griffe.Alias(name, module.members[name], parent=package)
-        for member in list(package.members.values()):
-            if isinstance(member, griffe.Module):
-                self.prefer_functions(member)
+        modules = list(modules_of(pkg))
+        shadowed = {module.path: module for module in modules if shares_its_name(module)}
+        for module in modules:
+            for name, path in module.imports.items():
+                # The function was imported from its package, or from its module by the package.
+                found = shadowed.get(path) or shadowed.get(path.rpartition(".")[0])
+                if found is not None and name == found.name:
+                    module.members[name] = griffe.Alias(name, found.members[name], parent=module)
+        for module in [pkg, *shadowed.values()]:
+            self.rewrite(module)
 
     def rewrite(self, scope: griffe.Object) -> None:
         if scope.docstring is not None:
@@ -40,6 +39,19 @@ class Markdown(griffe.Extension):
         for member in scope.members.values():
             if not member.is_alias:
                 self.rewrite(member)
+
+
+def modules_of(package: griffe.Module) -> Iterator[griffe.Module]:
+    yield package
+    for member in list(package.members.values()):
+        if isinstance(member, griffe.Module):
+            yield from modules_of(member)
+
+
+def shares_its_name(module: griffe.Module) -> bool:
+    """Whether its package offers a function of that name, which takes the name from the module."""
+    package = module.parent
+    return package is not None and package.imports.get(module.name) == f"{module.path}.{module.name}"
 
 
 def as_markdown(text: str, scope: griffe.Object) -> str:

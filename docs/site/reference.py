@@ -18,11 +18,12 @@ MODULES = ("etflayers.errors", "etflayers.status", "etflayers.testing.suites")
 
 @dataclass(frozen=True)
 class Module:
-    """A public module: its full name, what it is for in a sentence, and the names it offers."""
+    """A public module: its name, its purpose in a sentence, the names it offers, the modules among them."""
 
     name: str
     purpose: str
     names: tuple[str, ...]
+    modules: tuple[Module, ...]
 
     @property
     def page(self) -> str:
@@ -47,7 +48,11 @@ def read(name: str, root: Path) -> Module:
     ]
     (value,) = found
     purpose = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
-    return Module(name, purpose, tuple(ast.literal_eval(value)))
+    names = ast.literal_eval(value)
+    # What is imported from the package itself is a module of it.
+    own = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == name]
+    modules = [alias.name for node in own for alias in node.names if alias.name in names]
+    return Module(name, purpose, tuple(names), tuple(read(f"{name}.{module}", root) for module in modules))
 
 
 def reference_pages(root: Path = ROOT) -> dict[str, str]:
@@ -60,8 +65,19 @@ def reference_pages(root: Path = ROOT) -> dict[str, str]:
 
 
 def page_of(module: Module) -> str:
-    options = "".join(f"\n        - {name}" for name in module.names)
-    return f"# {module.name}\n\n::: {module.name}\n    options:\n      members:{options}\n"
+    parts = [f"# {module.name}\n", directive(module)]
+    parts += [
+        f"## {part.name} {{ #{part.name} }}\n\n{directive(part, heading_level=3)}" for part in module.modules
+    ]
+    return "\n".join(parts)
+
+
+def directive(module: Module, heading_level: int = 2) -> str:
+    """What mkdocstrings makes the descriptions of."""
+    modules = {part.name for part in module.modules}
+    names = [name for name in module.names if f"{module.name}.{name}" not in modules]
+    members = "".join(f"\n        - {name}" for name in names)
+    return f"::: {module.name}\n    options:\n      heading_level: {heading_level}\n      members:{members}\n"
 
 
 def top_level(module: Module, others: list[Module]) -> str:
