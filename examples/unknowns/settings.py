@@ -17,7 +17,7 @@ from lab.settings import DataName, DataSettings
 Head = Literal["linear", "fixed", "nearest", "code"]
 Variant = Literal["plain", "entropy", "projector", "both"]
 ENTROPIC, PROJECTED = ("entropy", "both"), ("projector", "both")
-KNOWN = {"fashion": 8, "glyphs": 100}  # of 10 and of 2103 classes
+KNOWN = {"fashion": 8, "glyphs": 62}  # of 10 and of 2103: of the latter letters and digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +30,26 @@ class UnknownSettings(DataSettings):
     """What the networks learn: fashion and glyphs are the data of this study; for the others see
     examples/train_heads.py."""
     known: Annotated[int, at_least(2)] | None = None
-    """Train on this many classes, the first ones; the others are held out (default: 8 of fashion, 100 of
-    glyphs, else all)."""
+    """Train on this many classes, the first ones; the others are held out (default: 8 of fashion, the 62
+    letters and digits of glyphs, else all)."""
     per_class: Count | None = None
     """Train on this many images of each class at most."""
     trained: Free[Path | None] = None
     """Train nothing: take the networks, and the data, that examples/collapse_study.py has left in this
     folder."""
     heads: Free[Distinct[Head]] = ("linear", "fixed", "nearest", "code")
-    """linear: nn.Linear; fixed, nearest: simplex ETFs; code: orthogonal words (an orthoplex), as the best code
-    for so few classes is the simplex again. All but the linear head read directions."""
+    """linear: nn.Linear; fixed, nearest: simplex ETFs; code: orthogonal words (an orthoplex), as the best
+    code for so few classes is the simplex. All but the linear head read directions."""
     variants: Free[Distinct[Variant]] = ("plain", "entropy", "projector", "both")
     """plain: the head reads the encoder; entropy: with EntropyRegularizer of the encoder's features;
     projector: with ETFProjector between encoder and head; both: with both."""
     penalty: NotNegative = 0.05
     """Weight of the entropy regularizer in the loss."""
-    features: Count = 128
+    features: Count = 64
     """Number of features d; a simplex ETF of K classes needs K - 1."""
     width: Positive = 1.0
-    """Factor to the channels of the network, 16, 32 and 64."""
+    """Factor to the channels of the network, 16, 32 and 64: with fewer of the last than features these lie in
+    a subspace, and their covariance has no inverse."""
     scale: Positive = 10.0
     """Scale of the logits of all heads but the linear one."""
     epochs: Count = 30
