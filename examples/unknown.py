@@ -62,6 +62,8 @@ def compare(settings: UnknownSettings, console: Console) -> list[Row]:
             f"{known.name}: {len(known.train)} images to train, {known.num_classes} classes; "
             f"unknown: {', '.join(world.unknown)}; transfer to {', '.join(world.tasks)}"
         )
+        for name, why in world.absent.items():
+            results.say(f"without {name}: {why}")
         for subject in subjects(settings, world, console):
             found = ask(subject, world, settings)
             spaces += found["spaces"]

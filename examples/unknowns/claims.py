@@ -6,6 +6,7 @@ A *place* is a space of a network: features in front of the head, or those of th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from statistics import fmean
 
 import numpy as np
@@ -18,6 +19,8 @@ PLACE = ("data", "head", "variant", "seed", "space")
 # The published scores that every place has, with a head or without: they can be compared over all places.
 EVERYWHERE = ("neco", "knn", "mahalanobis")
 VERTEX = "vertex"
+NC1 = ("nc1_trace", "nc1_quotient")
+ERRORS = {"detection": "auroc", "transfer": "transfer"}
 
 
 def detection_by_place(scores: Sequence[Row]) -> dict[tuple, Row]:
@@ -47,19 +50,18 @@ def claim_rows(places: Sequence[Row]) -> list[Row]:
 def collapse_rows(places: Sequence[Row]) -> list[Row]:
     """Pearson's correlation of the logarithm of NC1 with the errors of detection and of transfer.
 
-    Over all places of a seed. Published: .77 with the error of detection (stronger collapse detects better)
-    and -.60 with that of generalization to other data (and transfers worse).
+    Over all places of a seed, with both forms of NC1. Published: .77 with the error of detection (what has
+    collapsed detects better) and -.60 with that of generalization to other data (and transfers worse).
     """
     rows = []
     for (data, seed), same in grouped(places, "data", "seed").items():
         if len(same) < 3:
             continue
-        level = np.log10([row["nc1_trace"] for row in same])
-        errors = {"detection": "auroc", "transfer": "transfer"}
-        for name, measure in errors.items():
-            error = 1 - np.array([row[measure] for row in same])
-            value = float(np.corrcoef(level, error)[0, 1])
-            rows.append({"claim": f"NC1 and error of {name}", "data": data, "seed": seed, "value": value})
+        labels = {"data": data, "seed": seed, "places": len(same)}
+        for form, (name, measure) in product(NC1, ERRORS.items()):
+            level = np.log10([row[form] for row in same])
+            value = float(np.corrcoef(level, [1 - row[measure] for row in same])[0, 1])
+            rows.append({"claim": f"{form} and error of {name}", **labels, "value": value})
     return rows
 
 

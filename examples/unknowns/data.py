@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require
+from etflayers.errors import MissingDependencyError
 from lab.data import ImageData, Split, load
 from lab.settings import DataSettings
 
@@ -38,11 +39,13 @@ class World:
         known: the data that they learn, and on whose test set they are asked.
         unknown: images ``(N, C, H, W)`` by kind, as bytes of the same size.
         tasks: by name.
+        absent: data that are not there, and why.
     """
 
     known: ImageData
     unknown: dict[str, Tensor]
     tasks: dict[str, Task]
+    absent: dict[str, str]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def make_world(
     data = ImageData.of(
         whole.name, learned.train, learned.test, whole.class_names[:count], learned.validation
     )
-    others = _other_data(whole, settings)
+    others, absent = _other_data(whole, settings)
     unknown = {
         name: other.test.images for name, other in others.items() if not {whole.name, name} <= set(WRITTEN)
     }
@@ -85,17 +88,22 @@ def make_world(
     unknown["noise"] = torch.randint(256, (images, *data.shape), generator=generator, dtype=torch.uint8)
     unknown = {name: pictures[_some(len(pictures), images)] for name, pictures in unknown.items()}
     tasks = {name: _task(other, probe_images) for name, other in others.items()}
-    return World(data, unknown, tasks)
+    return World(data, unknown, tasks, absent)
 
 
-def _other_data(whole: ImageData, settings: DataSettings) -> dict[str, ImageData]:
-    side = whole.shape[-1]
-    found = {}
+def _other_data(whole: ImageData, settings: DataSettings) -> tuple[dict[str, ImageData], dict[str, str]]:
+    """All other data in the size of these, and why some are not there."""
+    side, folder = whole.shape[-1], settings.data_dir if settings.data != "folder" else None
+    found, absent = {}, {}
     for name, classes in OTHERS.items():
-        if name != whole.name:
-            folder = settings.data_dir if settings.data != "folder" else None
+        if name == whole.name:
+            continue
+        try:
             found[name] = load(DataSettings(data=name, classes=classes, image_size=side, data_dir=folder))
-    return found
+        except MissingDependencyError as error:
+            absent[name] = str(error)
+    require(bool(found), f"none of {', '.join(OTHERS)} is installed, and one is needed as unknown data")
+    return found, absent
 
 
 def _held_out(whole: ImageData, count: int) -> dict[str, Tensor]:
