@@ -20,7 +20,7 @@ PLACE = ("data", "head", "variant", "seed", "space")
 EVERYWHERE = ("neco", "knn", "mahalanobis")
 VERTEX = "vertex"
 NC1 = ("nc1_trace", "nc1_quotient")
-ERRORS = {"detection": "auroc", "transfer": "transfer"}
+ERRORS = {"detection": "auroc", "detection by energy": "auroc_energy", "transfer": "transfer"}
 
 
 def detection_by_place(scores: Sequence[Row]) -> dict[tuple, Row]:
@@ -50,17 +50,19 @@ def claim_rows(places: Sequence[Row]) -> list[Row]:
 def collapse_rows(places: Sequence[Row]) -> list[Row]:
     """Pearson's correlation of the logarithm of NC1 with the errors of detection and of transfer.
 
-    Over all places of a seed, with both forms of NC1. Published: .77 with the error of detection (what has
-    collapsed detects better) and -.60 with that of generalization to other data (and transfers worse).
+    Over the places of a seed that have the measure, with both forms of NC1. Published: .77 with the error of
+    detection (what has collapsed detects better) and -.60 with that of generalization to other data (and
+    transfers worse).
     """
     rows = []
     for (data, seed), same in grouped(places, "data", "seed").items():
-        if len(same) < 3:
-            continue
-        labels = {"data": data, "seed": seed, "places": len(same)}
         for form, (name, measure) in product(NC1, ERRORS.items()):
-            level = np.log10([row[form] for row in same])
-            value = float(np.corrcoef(level, [1 - row[measure] for row in same])[0, 1])
+            pairs = [(row[form], 1 - row[measure]) for row in same if measure in row]
+            if len(pairs) < 3:
+                continue
+            level, error = np.array(pairs).T
+            value = float(np.corrcoef(np.log10(level), error)[0, 1])
+            labels = {"data": data, "seed": seed, "places": len(pairs)}
             rows.append({"claim": f"{form} and error of {name}", **labels, "value": value})
     return rows
 
