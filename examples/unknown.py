@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 
 from rich.console import Console
@@ -76,10 +75,11 @@ def compare(settings: UnknownSettings, console: Console) -> list[Row]:
 
 
 def make_world_of(settings: UnknownSettings) -> World:
-    """Of the options, or of the study whose networks are taken."""
-    source = settings if settings.trained is None else settings_of(settings.trained)
-    known = settings.known_classes if settings.trained is None else None
+    """Of the options, or of the study whose networks are taken, which know all of their classes."""
+    own = settings.trained is None
+    source = settings if own else settings_of(settings)
     whole = load(source).to(settings.torch_device)
+    known = settings.known_classes if own else None
     return make_world(whole, known, settings.unknown_images, settings.probe_images, source)
 
 
@@ -99,9 +99,9 @@ def subjects(settings: UnknownSettings, world: World, console: Console) -> Itera
         return
     paths = sorted((settings.trained / "checkpoints").glob("*-seed*.pt"))
     require(bool(paths), f"--trained {settings.trained} has no checkpoint: let the study train first")
-    plain = replace(settings_of(settings.trained), device=settings.device)
+    source = settings_of(settings)
     for path in paths:
-        subject = Collapsed(path, plain, world.known)
+        subject = Collapsed(path, source, world.known)
         if subject.finished:
             yield subject
         else:

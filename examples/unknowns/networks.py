@@ -199,9 +199,10 @@ class Collapsed(Subject):
         return {ENCODER: classifier_inputs(self.head, captured[0])}
 
 
-def settings_of(folder: Path) -> Settings:
-    """What a study of collapse was asked for, as its folder says."""
-    plain = json.loads((folder / "run.json").read_text())["settings"]
+def settings_of(settings: UnknownSettings) -> Settings:
+    """What the study of collapse in the folder ``trained`` was asked for; places and device are ours."""
+    assert settings.trained is not None
+    plain = json.loads((settings.trained / "run.json").read_text())["settings"]
     known = {field.name for field in fields(Settings)}
     given = {name: value for name, value in plain.items() if name in known}
-    return Settings(**given, head=("linear",))
+    return Settings(**given | {"data_dir": settings.data_dir, "device": settings.device})

@@ -263,7 +263,7 @@ def test_networks_of_the_collapse_study_are_asked(tmp_path: Path) -> None:
     whole = load(trained)
     run = train("fixed", 0, trained, whole)
     write_json(folder / "run.json", {"study": "study", "settings": trained.fingerprint()})
-    settings = settings_of(folder)
+    settings = settings_of(UnknownSettings(trained=folder))
     assert settings.fingerprint() == trained.fingerprint()
     subject = Collapsed(folder / "checkpoints" / "fixed-seed0.pt", settings, whole)
     assert subject.finished
@@ -283,7 +283,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 COMMON = ["--data", "digits", "--known", "8", "--width", "0.25", "--features", "16", "--epochs", "2"]
 COMMON += ["--batch-size", "64", "--heads", "linear", "nearest", "--variants", "plain", "both"]
-COMMON += ["--probe-images", "100", "--probe-strengths", "0.1", "--unknown-images", "50"]
+COMMON += ["--probe-images", "200", "--probe-strengths", "0.1", "--unknown-images", "50"]
 
 
 @pytest.mark.slow
