@@ -14,13 +14,15 @@ import numpy as np
 from lab.files import Row
 from lab.results import grouped
 from unknowns.networks import ENCODER, PROJECTOR
+from unknowns.scores import SCORES
 
 PLACE = ("data", "head", "variant", "seed", "space")
 # The published scores that every place has, with a head or without: they can be compared over all places.
 EVERYWHERE = ("neco", "knn", "mahalanobis")
 VERTEX = "vertex"
 NC1 = ("nc1_trace", "nc1_quotient")
-ERRORS = {"detection": "auroc", "detection by energy": "auroc_energy", "transfer": "transfer"}
+ERRORS = {"detection": "auroc", "transfer": "transfer"}
+ERRORS |= {f"detection by {score}": f"auroc_{score}" for score in SCORES}
 
 
 def detection_by_place(scores: Sequence[Row]) -> dict[tuple, Row]:

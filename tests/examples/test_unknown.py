@@ -244,11 +244,13 @@ def test_claims_are_numbers_of_one_seed() -> None:
     ]
     rows = claim_rows(places)
     found = {(row["claim"], row["seed"]): row["value"] for row in rows if "best" not in row}
-    assert found == {
-        ("nc1_trace and error of detection", 0): pytest.approx(1.0),
-        ("nc1_trace and error of transfer", 0): pytest.approx(-1.0),
-        ("nc1_quotient and error of detection", 0): pytest.approx(1.0),
-        ("nc1_quotient and error of transfer", 0): pytest.approx(-1.0),
+    correlations = {"detection": 1.0, "detection by neco": 1.0, "detection by vertex": 1.0, "transfer": -1.0}
+    expected = {
+        (f"{form} and error of {name}", 0): pytest.approx(value)
+        for form in ("nc1_trace", "nc1_quotient")
+        for name, value in correlations.items()
+    }
+    assert found == expected | {
         ("two spaces, gain of detection", 0): pytest.approx(0.1),
         ("two spaces, gain of transfer", 0): pytest.approx(0.05),
     }
