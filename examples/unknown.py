@@ -1,6 +1,6 @@
 """What a network does with inputs of no class that it knows, and what its features are worth for other tasks.
 
-    python examples/unknown.py --seeds 0 1 2 --image-size 14 --per-class 600     see docs/unknown.md
+    python examples/unknown.py --seeds 0 1 2 --image-size 14 --per-class 600     see docs/evidence/unknown.md
     python examples/unknown.py --data glyphs --image-size 28    letters; other scripts are unknown
     python examples/unknown.py --trained runs/study             networks of examples/collapse_study.py
     python examples/unknown.py --resume                              continue what was killed
