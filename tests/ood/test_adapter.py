@@ -143,7 +143,8 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pytorch_ood", None)
+    for name in ("pytorch_ood", "pytorch_ood.detector"):  # where it is installed it may be loaded already
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'etflayers\[ood\]'"):
         PytorchOOD.from_head("ViM", head_of("linear"), d=2)
 

@@ -1,0 +1,1 @@
+"""What the study of unknown inputs trains, asks and judges."""
