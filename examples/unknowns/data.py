@@ -73,10 +73,10 @@ def make_world(
     require(whole.shape[0] == 1, f"--data {whole.name} has colors, and all that is unknown here is grey")
     count = whole.num_classes if known is None else known
     require(count <= whole.num_classes, f"--known {count}: {whole.name} has {whole.num_classes} classes")
-    learned = _classes(whole, lambda targets: targets < count)
-    data = ImageData.of(
-        whole.name, learned.train, learned.test, whole.class_names[:count], learned.validation
-    )
+    data = whole  # as it is, if all are known: trained networks expect the mean and deviation that it has
+    if count < whole.num_classes:
+        part = _classes(whole, lambda targets: targets < count)
+        data = ImageData.of(whole.name, part.train, part.test, whole.class_names[:count], part.validation)
     others, absent = _other_data(whole, settings)
     unknown = {
         name: other.test.images for name, other in others.items() if not {whole.name, name} <= set(WRITTEN)

@@ -259,10 +259,14 @@ def test_claims_are_numbers_of_one_seed() -> None:
     assert all(row["best"] == "neco" and row["value"] == pytest.approx(0.01) for row in vertex)
 
 
+@pytest.mark.usefixtures("others")
 def test_networks_of_the_collapse_study_are_asked(tmp_path: Path) -> None:
     folder = tmp_path / "study"
-    trained = Settings(data="digits", classes=4, width=0.25, epochs=1, normalize=True, out=folder)
-    whole = load(trained)
+    trained = Settings(
+        data="digits", classes=4, image_size=6, width=0.25, epochs=1, normalize=True, out=folder
+    )
+    world = make_world(load(trained), None, 7, 20, DataSettings())
+    whole = world.known
     run = train("fixed", 0, trained, whole)
     write_json(folder / "run.json", {"study": "study", "settings": trained.fingerprint()})
     settings = settings_of(UnknownSettings(trained=folder))
