@@ -1,14 +1,15 @@
 """Wrong labels: what networks memorize of them by loss and by head, and what that costs on test data.
 
-    python examples/label_noise.py --classes 2 --tune --seeds 0 1 2              the study of docs/label-noise.md
-    python examples/label_noise.py --data fashion --per-class 150 --epochs 40    ten classes, a quarter of an hour
-    python examples/label_noise.py --resume                                      continue what was killed
-    python examples/label_noise.py --help                                        everything else
+    python examples/label_noise.py --classes 2 --tune --seeds 0 1 2             two digits, half an hour
+    python examples/label_noise.py --data fashion --per-class 120 --tune        ten classes of clothes
+    python examples/label_noise.py --resume                                     continue what was killed
+    python examples/label_noise.py --help                                       everything else
 
-Every method gets the same network, the same noisy labels and the same batches; --tune chooses learning rate,
-its decay, weight decay and alpha of each by Ray Tune, on validation labels that are as noisy. The output folder
-gets every epoch of every run (runs.csv), means over the seeds (summary.csv), the corrupted samples
-(samples.csv), with --tune every trial and the choices (tuning.csv, choices.json), figures and checkpoints.
+Every method gets the same network, the same noisy labels and the same batches; --tune chooses learning
+rate, its decay, weight decay and alpha of each by Ray Tune, on validation labels that are as noisy. The
+output folder gets every epoch of every run (runs.csv), means over the seeds (summary.csv), the corrupted
+samples (samples.csv), with two classes what theory says (theory.csv), with --tune every trial and the choices
+(tuning.csv, choices.json), figures and checkpoints.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lab.options import command
 from lab.progress import bar, make_console
 from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
 from lab.training import reproducible, threads
+from noise.comparison import theory_rows
 from noise.data import with_noise
 from noise.figures import curves_figure, dilation_figure
 from noise.methods import Knobs, MethodName, own_knobs
@@ -122,8 +124,11 @@ class Study:
         results.names = ["runs.csv", *(["tuning.csv", "choices.json"] if settings.tune else [])]
         results.csv("summary", summary)
         results.csv("samples", self.samples)
+        theory = theory_rows(last) if self.data.num_classes == 2 else []
+        if theory:
+            results.csv("theory", theory)
         results.figures(
-            {"dilation": partial(dilation_figure, last), "by-noise": partial(curves_figure, last)}
+            {"dilation": partial(dilation_figure, last, theory), "by-noise": partial(curves_figure, last)}
         )
         seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
         for (eta,), same in grouped(summary, "eta").items():

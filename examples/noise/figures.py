@@ -20,11 +20,23 @@ PANELS = {
 SHARES = ("test_accuracy", "accuracy_wrong_labels")
 
 
-def dilation_figure(last: Sequence[Row]) -> Figure:
-    """Dilation over memorization, a path for each method from no noise to most: means, and each seed."""
+def dilation_figure(last: Sequence[Row], theory: Sequence[Row] = ()) -> Figure:
+    """Dilation over memorization, a path for each method from no noise to most: means, and each seed.
+
+    Crosses on a dotted path are what theory says of the same noise.
+    """
     figure = new_figure(6.4, 5)
     axes = figure.subplots()
+    computed = grouped(theory, "method")
     for ((method,), same), color in zip(grouped(last, "method").items(), PALETTE, strict=False):
+        said = computed.get((method,), [])
+        axes.plot(
+            [row["memorization"] for row in said],
+            [row["dilation"] for row in said],
+            color=color,
+            linestyle=":",
+            marker="x",
+        )
         points = [(row["memorization_relative"], row["dilation_relative"]) for row in same]
         axes.scatter(*zip(*points, strict=True), s=10, color=color, alpha=0.5)
         path = [

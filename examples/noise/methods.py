@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class Network(nn.Module):
         super().__init__()
         if name == "mlp":
             widths = [math.prod(shape), *[width] * (depth - 2), head.in_features]
-            layers = [nn.Flatten(), *(layer(*pair) for pair in zip(widths, widths[1:], strict=False))]
+            layers = [nn.Flatten(), *(layer(*pair) for pair in pairwise(widths))]
             self.body: nn.Module = nn.Sequential(*layers)
         else:
             resnet = ResNet(shape[0], 2, (max(1, width // 4), max(1, width // 2), width), (1, 1, 1), 2)

@@ -81,7 +81,7 @@ def _algorithm(settings: NoiseSettings) -> Any:
 
 
 def run_trial(method: MethodName, knobs: Knobs, settings: NoiseSettings) -> Row:
-    """Train once with these knobs; one that diverges has an accuracy of 0, and no reason to end the search."""
+    """Train once with these knobs; to diverge is an accuracy of 0, and no reason to end the search."""
     key = Key(settings.tune_eta, method, settings.tune_seed, knobs, trial=True)
     with threads(settings.threads), reproducible(settings.torch_device):
         run = NoiseRun(key, settings, _data_of(settings))

@@ -107,7 +107,7 @@ class NoiseRun(EpochRun):
         return None if epoch is None else self._row(epoch)
 
     def _row(self, epoch: int) -> Row:
-        """What an epoch has come to; all but the loss only at the end, and nothing but validation in a trial."""
+        """What an epoch has come to; all but the loss only at the end, the test set in no trial."""
         row: Row = {**self.key.row, "epoch": epoch, "train_loss": self.losses / self.steps_per_epoch}
         self.losses = 0.0
         if not math.isfinite(row["train_loss"]):
