@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from etflayers.checks import require_module
-from etflayers.errors import NonFiniteError
+from etflayers.errors import MissingDependencyError, NonFiniteError
 from lab.data import load
 from lab.files import Row
 from lab.training import reproducible, threads
@@ -42,9 +43,18 @@ def choose(settings: NoiseSettings) -> dict[MethodName, list[Row]]:
     Raises:
         MissingDependencyError: Ray, or with ``--search optuna`` Optuna, is not installed.
     """
+    require_search(settings)
     settings = replace(settings, out=settings.folder.resolve())  # a worker runs in another folder
     with local_ray(settings.jobs) as tune:
         return {method: _search(method, settings, tune) for method in settings.methods}
+
+
+def require_search(settings: NoiseSettings) -> None:
+    """Raise :class:`~etflayers.errors.MissingDependencyError` for a search that is not installed."""
+    if settings.search == "optuna" and find_spec("optuna") is None:
+        raise MissingDependencyError(
+            "--search optuna needs Optuna: pip install optuna, or take --search random"
+        )
 
 
 def _search(method: MethodName, settings: NoiseSettings, tune: Any) -> list[Row]:
@@ -75,7 +85,6 @@ def _algorithm(settings: NoiseSettings) -> Any:
     search = require_module("ray.tune.search", extra="sweeps")
     if settings.search == "random":
         return search.BasicVariantGenerator(random_state=settings.tune_seed)
-    require_module("optuna", extra="sweeps")
     optuna = require_module("ray.tune.search.optuna", extra="sweeps").OptunaSearch(seed=settings.tune_seed)
     return search.ConcurrencyLimiter(optuna, max_concurrent=settings.jobs)
 

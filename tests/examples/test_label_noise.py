@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from etflayers.errors import InvalidArgumentError
 from etflayers.functional import label_relaxation_loss
 from lab.data import ImageData, Split, load
+from lab.tuning import local_ray
 from label_noise import main
 from noise.data import NoisyData, with_noise
 from noise.methods import Knobs, MethodName
@@ -440,6 +441,28 @@ def test_a_killed_search_leaves_no_process_and_ends_at_the_same_choices(tmp_path
     for choice in choices[0]:
         same = [row for row in trials if row["method"] == choice["method"]]
         assert choice["lr"] == float(max(same, key=lambda row: float(row[METRIC]))["lr"])
+
+
+@pytest.mark.slow
+def test_ray_is_gone_afterwards() -> None:
+    pytest.importorskip("ray.tune", reason="pip install 'etflayers[sweeps]'")
+    before = os.environ.get("PYTHONPATH")
+    with local_ray(1):
+        children = family(os.getpid())
+        assert alive(children)
+    deadline = time.monotonic() + 60
+    while alive(children):
+        assert time.monotonic() < deadline, alive(children)
+        time.sleep(0.2)
+    assert os.environ.get("PYTHONPATH") == before
+
+
+def test_optuna_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("noise.search.find_spec", lambda name: None)
+    assert main([*SMALL, "--tune", "--search", "optuna", "--out", str(tmp_path)]) == 1
+    assert "pip install optuna" in capsys.readouterr().err
 
 
 @pytest.mark.slow
