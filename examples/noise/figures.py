@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import get_args
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from lab.figures import PALETTE, draw_band, in_percent, legend_below, new_figure
+from lab.figures import GREY, PALETTE, draw_band, in_percent, in_plain_numbers, legend_below, new_figure
 from lab.files import Row
 from lab.results import grouped
+from noise.theory import Loss
 
 PANELS = {
     "test_accuracy": "test accuracy",
@@ -25,31 +29,39 @@ def dilation_figure(last: Sequence[Row], theory: Sequence[Row] = ()) -> Figure:
 
     Crosses on a dotted path are what theory says of the same noise.
     """
-    figure = new_figure(6.4, 5)
-    axes = figure.subplots()
-    computed = grouped(theory, "method")
-    for ((method,), same), color in zip(grouped(last, "method").items(), PALETTE, strict=False):
-        said = computed.get((method,), [])
-        axes.plot(
-            [row["memorization"] for row in said],
-            [row["dilation"] for row in said],
-            color=color,
-            linestyle=":",
-            marker="x",
-        )
-        points = [(row["memorization_relative"], row["dilation_relative"]) for row in same]
-        axes.scatter(*zip(*points, strict=True), s=10, color=color, alpha=0.5)
-        path = [
-            (
-                fmean(row["memorization_relative"] for row in rows),
-                fmean(row["dilation_relative"] for row in rows),
-            )
-            for rows in grouped(same, "eta").values()
-        ]
-        axes.plot(*zip(*path, strict=True), color=color, label=method, marker="o", markersize=4)
-    axes.set(xlabel="memorization, in distances of two classes", ylabel="dilation of test data, likewise")
-    legend_below(figure, axes, columns=4)
+    figure = new_figure(10, 4.6)
+    colors = {method: color for (method,), color in zip(grouped(last, "method"), PALETTE, strict=False)}
+    panels = {
+        "losses": get_args(Loss),
+        "heads": ["ce", *(name for name in colors if name not in get_args(Loss))],
+    }
+    for axes, (title, shown) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for method, same in (
+            (name, rows) for (name,), rows in grouped(last, "method").items() if name in shown
+        ):
+            _draw_path(axes, same, "memorization_relative", "dilation_relative", colors[method])
+        if title == "losses":
+            for (method,), said in grouped(theory, "method").items():
+                path = [(row["memorization"], row["dilation"]) for row in said]
+                axes.plot(*zip(*path, strict=True), color=colors[method], linestyle=":", marker="x")
+        axes.set(title=title, xlabel="memorization / distance of two classes")
+    figure.axes[1].set_yscale("log")  # heads may fail, and then classes are all spread and no distance
+    in_plain_numbers(figure.axes[1])
+    figure.axes[0].set_ylabel("dilation / distance")
+    lines = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
+    if theory:
+        lines.append(Line2D([], [], color=GREY, linestyle=":", marker="x", label="theory"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     return figure
+
+
+def _draw_path(axes: Axes, rows: Sequence[Row], across: str, up: str, color: str) -> None:
+    """A point for each row, and a line through the means of each eta."""
+    axes.scatter([row[across] for row in rows], [row[up] for row in rows], s=10, color=color, alpha=0.4)
+    means = [
+        [fmean(row[name] for row in same) for name in (across, up)] for same in grouped(rows, "eta").values()
+    ]
+    axes.plot(*zip(*means, strict=True), color=color, marker="o", markersize=4)
 
 
 def curves_figure(last: Sequence[Row]) -> Figure:
@@ -61,8 +73,10 @@ def curves_figure(last: Sequence[Row]) -> Figure:
             if runs:
                 curves = [[row[measure] for row in run] for run in runs]
                 draw_band(axes, [row["eta"] for row in runs[0]], curves, color=color, label=method)
-        axes.set(title=title, xlabel="eta")
+        axes.set(title=title, xlabel="eta", yscale="log" if measure == "dilation_relative" else "linear")
         if measure in SHARES:
             in_percent(axes)
+        else:
+            in_plain_numbers(axes)
     legend_below(figure, figure.axes[0], columns=4)
     return figure
