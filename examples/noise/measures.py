@@ -46,48 +46,38 @@ def measure(head: nn.Module, features: Features, noisy: NoisyData) -> tuple[Row,
         training set, its label, its class and the distance of its feature from the test mean of its class.
     """
     data, classes = noisy.data, noisy.data.num_classes
-    test_features = features(data.test)
+    test_features, train_features = features(data.test), features(data.train)
     test = class_statistics(classifier_inputs(head, test_features), data.test.targets, classes)
-    raw = features(data.train)
-    inputs, logits, targets, originals = (
-        classifier_inputs(head, raw),
-        head(raw),
-        data.train.targets,
-        noisy.originals,
-    )
+    inputs, logits = classifier_inputs(head, train_features), head(train_features)
+    labels = (data.train.targets, noisy.originals)
     metric = LabelNoise(classes, inputs.shape[1], centers=test).to(inputs.device)
-    metric.update(inputs, targets, originals, logits)
-    row: Row = {"test_accuracy": _share(head(test_features).argmax(1) == data.test.targets)}
+    metric.update(inputs, *labels, logits)
+    row: Row = {"test_accuracy": float((head(test_features).argmax(1) == data.test.targets).double().mean())}
     row |= {name: float(value) for name, value in metric.compute().items()}
 
     spread, distance = dilation(test), float(torch.pdist(test.means).mean())
     row |= {"dilation_nc1": float(spread.nc1), "dilation_trace": float(spread.trace), "distance": distance}
     row["dilation_relative"] = row["dilation_trace"] ** 0.5 / distance
     # Summed over the corrupted samples and divided by all of them, so that it is 0 without noise.
-    row["memorization_relative"] = row["memorization"] / len(targets) / distance
-    found = memorization(inputs, targets, originals, test)
+    row["memorization_relative"] = row["memorization"] / len(inputs) / distance
     corrupted = noisy.corrupted
-    probabilities = logits.double().softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
-    row["probability_right_labels"] = float(probabilities[~corrupted].mean())
-    row["accuracy_right_labels"] = float(
-        label_accuracies(logits[~corrupted], targets[~corrupted], originals[~corrupted]).noisy
-    )
+    said = logits.double().softmax(1).gather(1, labels[0].unsqueeze(1)).squeeze(1)
+    for name, part in {"right": ~corrupted, "wrong": corrupted}.items():
+        if part.any():
+            agreed = label_accuracies(logits[part], *(values[part] for values in labels))
+            row[f"accuracy_{name}_labels"] = float(agreed.noisy)
+            row[f"probability_{name}_labels"] = float(said[part].mean())
+    found = memorization(inputs, *labels, test)
     if corrupted.any():
-        wrong = label_accuracies(logits[corrupted], targets[corrupted], originals[corrupted])
-        row |= {"accuracy_wrong_labels": float(wrong.noisy), "recovered": float(wrong.clean)}
-        row["probability_wrong_labels"] = float(probabilities[corrupted].mean())
+        row["recovered"] = float(agreed.clean)  # of the last part, the corrupted one
         row["memorization_mean_relative"] = row["memorization_mean"] / distance
         row["corruption_bias_relative"] = row["corruption_bias"] / distance
         row |= {f"memorization_class{k}": float(value) for k, value in enumerate(found.class_means)}
     samples = {
         "index": corrupted.nonzero().squeeze(1),
-        "label": targets[corrupted],
-        "class": originals[corrupted],
+        "label": labels[0][corrupted],
+        "class": labels[1][corrupted],
         "distance": found.distances,
         "distance_relative": found.distances / distance,
     }
     return row, {name: value.cpu() for name, value in samples.items()}
-
-
-def _share(hits: Tensor) -> float:
-    return float(hits.double().mean())

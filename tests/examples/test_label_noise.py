@@ -27,6 +27,7 @@ from etflayers.functional import label_relaxation_loss
 from lab.data import ImageData, Split, load
 from lab.tuning import local_ray
 from label_noise import main
+from noise.comparison import theory_rows
 from noise.data import NoisyData, with_noise
 from noise.methods import Knobs, MethodName
 from noise.search import METRIC, run_trial
@@ -352,6 +353,29 @@ def test_what_the_model_says_of_noise_and_losses() -> None:
         for own, plain in zip(curves[kind][1:], curves["ce"][1:], strict=True):
             assert own.memorization < plain.memorization
             assert own.dilation < plain.dilation
+
+
+def test_two_numbers_of_the_theory_are_read_off_and_the_rest_is_computed() -> None:
+    """Rows that the model itself has made give its numbers back."""
+    decay, slope = 4e-5, 0.25
+    rows = []
+    for method, alpha in (("ce", None), ("smoothing", 0.2)):
+        for eta in (0.0, 0.1, 0.4):
+            rate = eta / 2
+            ratio, given = rate / (1 - rate), {"slope": slope, "decay": decay, "alpha": alpha or 0.0}
+            point = equilibrium(method, eta=ratio, **given)
+            rows.append({"method": method, "alpha": alpha, "eta": eta, "noise_rate": rate})
+            rows[-1] |= {"probability_right_labels": probability("ce", 0.0, decay)}
+            rows[-1] |= {"memorization_relative": point.memorization * (1 - rate)}
+            rows[-1] |= {"dilation_relative": point.dilation}
+    found = theory_rows([*rows, rows[0] | {"method": "fixed"}])
+    assert [row["method"] for row in found] == ["ce"] * 3 + ["smoothing"] * 3
+    for row, made in zip(found, rows, strict=True):
+        assert row["decay"] == pytest.approx(decay)
+        assert row["slope"] == pytest.approx(slope, rel=1e-5)
+        assert row["memorization"] == pytest.approx(made["memorization_relative"], abs=1e-4)
+        assert row["dilation"] == pytest.approx(made["dilation_relative"], abs=1e-3)
+    assert theory_rows(rows[1:]) == []  # without noise there is nothing to read lambda from
 
 
 def test_bad_input_of_the_theory_is_named() -> None:
