@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
+from math import nan
 
 from rich.console import Console
 
@@ -113,8 +114,9 @@ class Study:
             checkpoint = settings.checkpoint(name)
             run.finish(checkpoint, resume=settings.resume, every=settings.checkpoint_every, progress=shown)
         row = run.history[-1]
-        text = f"{name}: test {row['test_accuracy']:.1%}, dilation {row['dilation_relative']:.3f}"
-        self.results.say(f"{text}, memorization {row['memorization_relative']:.3f}, {shown.seconds:.0f} s")
+        memorized, spread = (row.get(f"{name}_relative", nan) for name in ("memorization", "dilation"))
+        text = f"{name}: test {row['test_accuracy']:.1%}, memorization {memorized:.3f}, dilation {spread:.3f}"
+        self.results.say(f"{text}, {shown.seconds:.0f} s")
 
     def finish(self) -> list[Row]:
         """Write and print means over the seeds."""

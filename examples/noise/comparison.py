@@ -25,7 +25,7 @@ def theory_rows(last: Sequence[Row]) -> list[Row]:
         Of each method and eta memorization and dilation, as ``memorization_relative`` and
         ``dilation_relative`` are measured, and lambda and slope. None where there is nothing to read from.
     """
-    plain = grouped((row for row in last if row["method"] == "ce"), "eta")
+    plain = grouped((row for row in last if row["method"] == "ce" and "dilation_relative" in row), "eta")
     noisy = sorted(eta for (eta,) in plain if eta > 0)
     if not noisy or (0.0,) not in plain:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from statistics import fmean
 from typing import get_args
 
@@ -36,10 +37,9 @@ def dilation_figure(last: Sequence[Row], theory: Sequence[Row] = ()) -> Figure:
         "heads": ["ce", *(name for name in colors if name not in get_args(Loss))],
     }
     for axes, (title, shown) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for method, same in (
-            (name, rows) for (name,), rows in grouped(last, "method").items() if name in shown
-        ):
-            _draw_path(axes, same, "memorization_relative", "dilation_relative", colors[method])
+        for (method,), same in grouped(last, "method").items():
+            if method in shown:
+                _draw_path(axes, same, "memorization_relative", "dilation_relative", colors[method])
         if title == "losses":
             for (method,), said in grouped(theory, "method").items():
                 path = [(row["memorization"], row["dilation"]) for row in said]
@@ -56,12 +56,13 @@ def dilation_figure(last: Sequence[Row], theory: Sequence[Row] = ()) -> Figure:
 
 
 def _draw_path(axes: Axes, rows: Sequence[Row], across: str, up: str, color: str) -> None:
-    """A point for each row, and a line through the means of each eta."""
+    """A point for each row that has both measures, and a line through the means of each eta."""
+    rows = [row for row in rows if across in row and up in row]
     axes.scatter([row[across] for row in rows], [row[up] for row in rows], s=10, color=color, alpha=0.4)
     means = [
         [fmean(row[name] for row in same) for name in (across, up)] for same in grouped(rows, "eta").values()
     ]
-    axes.plot(*zip(*means, strict=True), color=color, marker="o", markersize=4)
+    axes.plot([mean[0] for mean in means], [mean[1] for mean in means], color=color, marker="o", markersize=4)
 
 
 def curves_figure(last: Sequence[Row]) -> Figure:
@@ -69,10 +70,9 @@ def curves_figure(last: Sequence[Row]) -> Figure:
     figure = new_figure(10, 6.4)
     for axes, (measure, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for ((method,), same), color in zip(grouped(last, "method").items(), PALETTE, strict=False):
-            runs = list(grouped((row for row in same if measure in row), "seed").values())
-            if runs:
-                curves = [[row[measure] for row in run] for run in runs]
-                draw_band(axes, [row["eta"] for row in runs[0]], curves, color=color, label=method)
+            runs = list(grouped(same, "seed").values())
+            curves = [[row.get(measure, nan) for row in run] for run in runs]
+            draw_band(axes, [row["eta"] for row in runs[0]], curves, color=color, label=method)
         axes.set(title=title, xlabel="eta", yscale="log" if measure == "dilation_relative" else "linear")
         if measure in SHARES:
             in_percent(axes)

@@ -42,8 +42,9 @@ def measure(head: nn.Module, features: Features, noisy: NoisyData) -> tuple[Row,
     Returns:
         ``test_accuracy``, the dictionary of :class:`~etflayers.metrics.LabelNoise`, dilation, both relative
         to D, memorization of each class; accuracies on the right and on the wrong training labels. Measures
-        of corrupted samples are not there where no label is wrong. Of each corrupted sample its place in the
-        training set, its label, its class and the distance of its feature from the test mean of its class.
+        of corrupted samples are not there where no label is wrong, and relative ones where D is 0. Of each
+        corrupted sample its place in the training set, its label, its class and the distance of its feature
+        from the test mean of its class.
     """
     data, classes = noisy.data, noisy.data.num_classes
     test_features, train_features = features(data.test), features(data.train)
@@ -57,27 +58,29 @@ def measure(head: nn.Module, features: Features, noisy: NoisyData) -> tuple[Row,
 
     spread, distance = dilation(test), float(torch.pdist(test.means).mean())
     row |= {"dilation_nc1": float(spread.nc1), "dilation_trace": float(spread.trace), "distance": distance}
-    row["dilation_relative"] = row["dilation_trace"] ** 0.5 / distance
-    # Summed over the corrupted samples and divided by all of them, so that it is 0 without noise.
-    row["memorization_relative"] = row["memorization"] / len(inputs) / distance
     corrupted = noisy.corrupted
+    found = memorization(inputs, *labels, test)
     said = logits.double().softmax(1).gather(1, labels[0].unsqueeze(1)).squeeze(1)
     for name, part in {"right": ~corrupted, "wrong": corrupted}.items():
         if part.any():
             agreed = label_accuracies(logits[part], *(values[part] for values in labels))
             row[f"accuracy_{name}_labels"] = float(agreed.noisy)
             row[f"probability_{name}_labels"] = float(said[part].mean())
-    found = memorization(inputs, *labels, test)
     if corrupted.any():
         row["recovered"] = float(agreed.clean)  # of the last part, the corrupted one
-        row["memorization_mean_relative"] = row["memorization_mean"] / distance
-        row["corruption_bias_relative"] = row["corruption_bias"] / distance
         row |= {f"memorization_class{k}": float(value) for k, value in enumerate(found.class_means)}
     samples = {
         "index": corrupted.nonzero().squeeze(1),
         "label": labels[0][corrupted],
         "class": labels[1][corrupted],
         "distance": found.distances,
-        "distance_relative": found.distances / distance,
     }
+    if distance > 0:  # a network that has died puts all classes into one place
+        row["dilation_relative"] = row["dilation_trace"] ** 0.5 / distance
+        # Summed over the corrupted samples and divided by all of them, so that it is 0 without noise.
+        row["memorization_relative"] = row["memorization"] / len(inputs) / distance
+        for name in ("memorization_mean", "corruption_bias"):
+            if name in row:
+                row[f"{name}_relative"] = row[name] / distance
+        samples["distance_relative"] = found.distances / distance
     return row, {name: value.cpu() for name, value in samples.items()}

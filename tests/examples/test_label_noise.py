@@ -29,6 +29,8 @@ from lab.tuning import local_ray
 from label_noise import main
 from noise.comparison import theory_rows
 from noise.data import NoisyData, with_noise
+from noise.figures import curves_figure, dilation_figure
+from noise.measures import measure
 from noise.methods import Knobs, MethodName
 from noise.search import METRIC, run_trial
 from noise.settings import NoiseSettings
@@ -166,6 +168,17 @@ def test_a_network_without_noise_has_nothing_corrupted(digits: ImageData) -> Non
     row = run.history[-1]
     assert row["memorization_relative"] == 0
     assert not {"accuracy_wrong_labels", "recovered", "corruption_bias"} & set(row)
+
+
+def test_a_network_that_has_died_has_no_relative_measures(noisy: NoisyData) -> None:
+    run = NoiseRun(Key(0.4, "ce", 3, SETTINGS.given), SETTINGS, noisy)
+    row, samples = measure(run.model.eval().head, lambda split: torch.zeros(len(split), 3), noisy)
+    assert row["distance"] == row["dilation_trace"] == row["memorization"] == 0
+    assert not any("relative" in name for name in (*row, *samples))
+    rows = [{**row, "eta": 0.4, "method": "ce", "seed": 3, "alpha": None}]
+    assert theory_rows(rows) == []
+    for figure in (dilation_figure(rows), curves_figure(rows)):
+        assert len(figure.axes) >= 2
 
 
 def test_a_trial_sees_neither_test_data_nor_true_labels(noisy: NoisyData) -> None:
