@@ -10,6 +10,7 @@ from typing import get_args
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from lab.figures import GREY, PALETTE, draw_band, in_percent, in_plain_numbers, legend_below, new_figure
 from lab.files import Row
@@ -45,8 +46,7 @@ def dilation_figure(last: Sequence[Row], theory: Sequence[Row] = ()) -> Figure:
                 path = [(row["memorization"], row["dilation"]) for row in said]
                 axes.plot(*zip(*path, strict=True), color=colors[method], linestyle=":", marker="x")
         axes.set(title=title, xlabel="memorization / distance of two classes")
-    figure.axes[1].set_yscale("log")  # heads may fail, and then classes are all spread and no distance
-    in_plain_numbers(figure.axes[1])
+    _in_decades(figure.axes[1])
     figure.axes[0].set_ylabel("dilation / distance")
     lines = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
     if theory:
@@ -65,6 +65,13 @@ def _draw_path(axes: Axes, rows: Sequence[Row], across: str, up: str, color: str
     axes.plot([mean[0] for mean in means], [mean[1] for mean in means], color=color, marker="o", markersize=4)
 
 
+def _in_decades(axes: Axes) -> None:
+    """A logarithmic axis for dilation: where a head has failed, classes are all spread and no distance."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    in_plain_numbers(axes)
+
+
 def curves_figure(last: Sequence[Row]) -> Figure:
     """Four measures over eta: the mean over the seeds, and a band from the lowest to the highest."""
     figure = new_figure(10, 6.4)
@@ -73,10 +80,10 @@ def curves_figure(last: Sequence[Row]) -> Figure:
             runs = list(grouped(same, "seed").values())
             curves = [[row.get(measure, nan) for row in run] for run in runs]
             draw_band(axes, [row["eta"] for row in runs[0]], curves, color=color, label=method)
-        axes.set(title=title, xlabel="eta", yscale="log" if measure == "dilation_relative" else "linear")
+        axes.set(title=title, xlabel="eta")
         if measure in SHARES:
             in_percent(axes)
-        else:
-            in_plain_numbers(axes)
+        if measure == "dilation_relative":
+            _in_decades(axes)
     legend_below(figure, figure.axes[0], columns=4)
     return figure
