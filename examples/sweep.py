@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import tyro
 from rich.console import Console
 
-from etflayers.checks import require, require_module
+from etflayers.checks import require
 from etflayers.errors import NonFiniteError
 from lab.classifiers import train
 from lab.data import load
@@ -32,6 +32,7 @@ from lab.progress import make_console
 from lab.results import Results, grouped
 from lab.settings import Settings
 from lab.training import threads
+from lab.tuning import local_ray
 
 EARLY = 2  # the epoch at which the first accuracy is read
 UNCHANGED = "as given"
@@ -122,21 +123,17 @@ def sweep(settings: SweepSettings, console: Console) -> list[Row]:
 
 def in_parallel(plan: Sequence[tuple[str, int]], settings: SweepSettings) -> list[Row]:
     """The row of each trial of a plan, in its order."""
-    ray, tune = require_module("ray", extra="sweeps"), require_module("ray.tune", extra="sweeps")
 
     def trainable(config: Mapping[str, Any]) -> Row:
         return {"row": run_trial(*plan[config["number"]], settings)}
 
-    ray.init(num_cpus=settings.jobs, include_dashboard=False, log_to_driver=False)
-    try:
+    with local_ray(settings.jobs) as tune:
         results = tune.Tuner(
             trainable,
             param_space={"number": tune.grid_search(list(range(len(plan))))},
             tune_config=tune.TuneConfig(reuse_actors=True),
             run_config=tune.RunConfig(storage_path=str(settings.folder / "ray"), verbose=0),
         ).fit()
-    finally:
-        ray.shutdown()
     for result in results:
         if result.error is not None:
             raise result.error
