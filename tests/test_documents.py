@@ -80,6 +80,8 @@ def test_code_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_there_is_something_to_run() -> None:
     some = {"README.md", "docs/howto/heads.md", "docs/understand/metrics.md"}
     assert some <= set(map(name, containing(BLOCK)))
+    assert len(SCRIPTS) > 15
+    assert SCRIPTS.keys() >= SLOW
 
 
 @pytest.mark.parametrize(
