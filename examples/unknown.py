@@ -136,7 +136,11 @@ def finish(places: list[Row], settings: UnknownSettings, results: Results) -> li
     title = f"{places[0]['data']}, " + (f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed")
     results.console.print(summary_table(title, labels, COLUMNS, summary, plus_minus="\n±"))
     shown = [column for column in SCORE_COLUMNS if any(column.measure in row for row in summary)]
-    means = [{name: row[name] for name in row if not name.endswith("_std")} for row in summary]
+    means = [
+        {name: row[name] for name in row if not name.endswith("_std")}
+        | {"head": row["head"].replace("-", "-\n")}
+        for row in summary
+    ]
     results.console.print(summary_table("AUROC by score, mean over unknown inputs", labels, shown, means))
     results.tell()
     return summary
