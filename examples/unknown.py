@@ -43,8 +43,10 @@ COLUMNS = (
     Column("AUROC", "auroc"),
     Column("transfer %", "transfer", ".1f", percent=True),
 )
-SHORT = {"max-logit": "logit", "mahalanobis": "Mahal."}  # a row has to fit on a screen
-SCORE_COLUMNS = tuple(Column(SHORT.get(score, score), f"auroc_{score}", ".2f") for score in SCORES)
+SHORT = {"max-logit": "max", "vertex": "vert.", "mahalanobis": "Mah."}  # a row has to fit on a screen
+SCORE_COLUMNS = tuple(
+    Column(SHORT.get(score, score), f"auroc_{score}", ".0f", percent=True) for score in SCORES
+)
 
 
 def compare(settings: UnknownSettings, console: Console) -> list[Row]:
@@ -141,7 +143,9 @@ def finish(places: list[Row], settings: UnknownSettings, results: Results) -> li
         | {"head": row["head"].replace("-", "-\n")}
         for row in summary
     ]
-    results.console.print(summary_table("AUROC by score, mean over unknown inputs", labels, shown, means))
+    results.console.print(
+        summary_table("AUROC by score in %, mean over unknown inputs", labels, shown, means)
+    )
     results.tell()
     return summary
 
