@@ -43,7 +43,10 @@ COLUMNS = (
     Column("AUROC", "auroc"),
     Column("transfer %", "transfer", ".1f", percent=True),
 )
-SCORE_COLUMNS = tuple(Column(score, f"auroc_{score}", ".2f") for score in SCORES)
+SHORT = {"max-logit": "max", "vertex": "vert.", "mahalanobis": "Mah."}  # a row has to fit on a screen
+SCORE_COLUMNS = tuple(
+    Column(SHORT.get(score, score), f"auroc_{score}", ".0f", percent=True) for score in SCORES
+)
 
 
 def compare(settings: UnknownSettings, console: Console) -> list[Row]:
@@ -133,9 +136,16 @@ def finish(places: list[Row], settings: UnknownSettings, results: Results) -> li
     labels = {"head": "head", "variant": "variant", "space": "space"}
     seeds = len({row["seed"] for row in places})
     title = f"{places[0]['data']}, " + (f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed")
-    results.console.print(summary_table(title, labels, COLUMNS, summary))
+    results.console.print(summary_table(title, labels, COLUMNS, summary, plus_minus="\n±"))
     shown = [column for column in SCORE_COLUMNS if any(column.measure in row for row in summary)]
-    results.console.print(summary_table("AUROC by score, mean over unknown inputs", labels, shown, summary))
+    means = [
+        {name: row[name] for name in row if not name.endswith("_std")}
+        | {"head": row["head"].replace("-", "-\n")}
+        for row in summary
+    ]
+    results.console.print(
+        summary_table("AUROC by score in %, mean over unknown inputs", labels, shown, means)
+    )
     results.tell()
     return summary
 
