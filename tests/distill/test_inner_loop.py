@@ -491,7 +491,7 @@ def test_a_learned_rotation_leaves_its_manifold_under_an_ordinary_rule() -> None
         ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, "optimizer must be.*torch.optim.adam.Adam"),
         ({"optimizer": SGD}, "optimizer must be an update rule.*Got the class SGD"),
         ({"optimizer": "sgd"}, "optimizer must be an update rule"),
-        ({"adjoint": StepAdjoint}, r"adjoint must be StepAdjoint\(\)"),
+        ({"adjoint": StepAdjoint}, r"adjoint must be 'auto', StepAdjoint\(\)"),
         ({"adjoint": "kept"}, r"adjoint must be .*got 'kept'"),
         ({"loss": nn.CrossEntropyLoss()}, r"loss must be a function of \(model, images, labels\)"),
         ({"loss": F.cross_entropy}, r"loss must be a function of \(model, images, labels\)"),

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ from etflayers.metrics import NeuralCollapse
 from etflayers.metrics.classifier import answers
 from etflayers.nn import (
     ClassMeanHead,
-    ClassParallel,
     CodeHead,
     FixedCodeHead,
     FixedETFHead,
@@ -34,7 +32,6 @@ from etflayers.nn import (
     NearestETFHead,
     UnitRowHead,
 )
-from etflayers.nn.sharded import ShardedHead
 
 HERE, COMING = [0, 2, 3, 5], [1, 4, 6]
 HEADS: dict[str, Callable[..., CodeHead]] = {
@@ -376,14 +373,6 @@ def test_meta_and_moves() -> None:
         made = FixedETFHead(8, 7).deactivate([6])
     made.to_empty(device="cpu").reset_parameters()
     assert made.active_classes.tolist() == list(range(7))
-
-
-def test_heads_that_are_divided_among_ranks_need_all_classes() -> None:
-    mesh: Any = SimpleNamespace(ndim=1)
-    with pytest.raises(InvalidArgumentError, match="module has classes that come later"):
-        ClassParallel()._apply(make("haar").deactivate([1]), mesh)
-    with pytest.raises(InvalidArgumentError, match="all of them have to be here"):
-        ShardedHead.deactivate(make("haar"), [1])  # type: ignore[arg-type]
 
 
 # --- torch.compile, torch.func ----------------------------------------------------------------------------
