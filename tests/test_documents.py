@@ -50,7 +50,13 @@ SCRIPTS = {
 }
 
 # A C++ compiler runs for most of a minute.
-SLOW = {"docs/recipes/compile-and-export.md: compiled.py"}
+SLOW = {
+    "docs/recipes/compile-and-export.md: compiled.py",
+    "docs/recipes/logging-and-search.md: wandb_log.py",
+    "docs/recipes/several-processes.md: ddp.py",
+    "docs/recipes/several-processes.md: divided_classes.py",
+    "docs/recipes/several-processes.md: fsdp.py",
+}
 
 
 def comment(script: str, start: str) -> list[str]:
