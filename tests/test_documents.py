@@ -49,7 +49,7 @@ SCRIPTS = {
     for file, script in SCRIPT.findall(document.read_text(encoding="utf-8"))
 }
 
-# A C++ compiler runs for most of a minute.
+# A C++ compiler runs for most of a minute, and each process of several imports PyTorch.
 SLOW = {
     "docs/recipes/compile-and-export.md: compiled.py",
     "docs/recipes/logging-and-search.md: wandb_log.py",
