@@ -150,14 +150,12 @@ class CodeRun(EpochRun):
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the current epoch that are still to come."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed((self.key.seed << 32) + epoch)
-        train, size = self.data.train, self.settings.batch_size
-        order = torch.randperm(len(train), generator=generator).to(self.device)
+        train = self.data.train
+        order, generator = self.shuffled(self.key.seed, len(train))
         maps = affine_maps(len(train), self.settings.affine, generator)
-        for start in range(done * size, self.steps_per_epoch * size, size):
-            chosen = order[start : start + size]
-            images = transformed(train.images[chosen], maps[chosen.cpu()].to(self.device))
+        for part in self.batch_slices(self.settings.batch_size):
+            chosen = order[part].to(self.device)
+            images = transformed(train.images[chosen], maps[order[part]].to(self.device))
             yield self.data.normalized(images), train.targets[chosen]
 
     def advance(self) -> Row | None:

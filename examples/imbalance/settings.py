@@ -13,7 +13,7 @@ from etflayers.errors import InvalidArgumentError
 from imbalance.data import End, Kind
 from imbalance.methods import KNOBS, Knobs, MethodName
 from lab.options import Count, Distinct, Free, MoreThanOne, NotNegative, Positive, Seed
-from lab.settings import DataName, DataSettings
+from lab.settings import DataName, DataSettings, require_fair_choices
 
 GLYPH_VIEWS = 25
 
@@ -79,15 +79,8 @@ class LongTailSettings(DataSettings):
     def check(self) -> None:
         super().check()
         require(self.batch_size >= 2, "--batch-size must be at least 2: batch normalization needs two images")
-        require(
-            not (self.tune and self.choices),
-            "--tune makes the choices that --choices reads: give one of them",
-        )
-        require(
-            not (self.tune and self.tune_seed in self.seeds),
-            f"--tune-seed {self.tune_seed} must not be one of --seeds: a training that has won a choice "
-            "looks better than it is",
-        )
+        if self.tune:
+            require_fair_choices(self.tune_seed, self.seeds, self.choices)
 
     @property
     def number_of_views(self) -> int:

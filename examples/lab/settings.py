@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +51,16 @@ class DataSettings(Options):
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
         """The training images to keep of those with these classes; default: all."""
         return None
+
+
+def require_fair_choices(tune_seed: int, seeds: Sequence[int], choices: Path | None) -> None:
+    """Raise if settings are chosen by trainings that are reported, or chosen and read from a file as well."""
+    require(choices is None, "--tune makes the choices that --choices reads: give one of them")
+    require(
+        tune_seed not in seeds,
+        f"--tune-seed {tune_seed} must not be one of --seeds: a training that has won a choice looks better "
+        "than it is",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

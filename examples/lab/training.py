@@ -162,6 +162,20 @@ class EpochRun(Run):
     def batches(self) -> Iterator[Any]:
         """The batches of the current epoch that are still to come."""
 
+    def shuffled(self, seed: int, count: int) -> tuple[Tensor, torch.Generator]:
+        """Numbers of the samples in the order of the current epoch, and the generator after drawing them.
+
+        Both come from the seed and the epoch alone, so that a continued run draws the same ones.
+        """
+        generator = torch.Generator().manual_seed((seed << 32) + self.step // self.steps_per_epoch)
+        return torch.randperm(count, generator=generator), generator
+
+    def batch_slices(self, size: int) -> Iterator[slice]:
+        """Where in that order the batches of the current epoch are that are still to come."""
+        done = self.step % self.steps_per_epoch
+        for start in range(done * size, self.steps_per_epoch * size, size):
+            yield slice(start, start + size)
+
     def next_batch(self) -> Any:
         """The batch of this step."""
         if self._to_come is None:

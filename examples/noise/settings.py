@@ -14,7 +14,7 @@ from etflayers.checks import require
 from etflayers.data import class_subset
 from etflayers.errors import InvalidArgumentError
 from lab.options import Count, Distinct, Free, NotNegative, Positive, Rule, Seed, at_least
-from lab.settings import DataSettings
+from lab.settings import DataSettings, require_fair_choices
 from noise.methods import Knobs, MethodName, ModelName, own_knobs
 
 Eta = Annotated[float, Rule(lambda value: 0 <= value <= 1, "lie in [0, 1]")]
@@ -89,15 +89,8 @@ class NoiseSettings(DataSettings):
     def check(self) -> None:
         super().check()
         require(self.batch_size >= 2, "--batch-size must be at least 2: batch normalization needs two images")
-        require(
-            not (self.tune and self.choices),
-            "--tune makes the choices that --choices reads: give one of them",
-        )
-        require(
-            not (self.tune and self.tune_seed in self.seeds),
-            f"--tune-seed {self.tune_seed} must not be one of --seeds: a training that has won a choice "
-            "looks better than it is",
-        )
+        if self.tune:
+            require_fair_choices(self.tune_seed, self.seeds, self.choices)
 
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
         if self.per_class is None:

@@ -135,14 +135,11 @@ class BaseRun(EpochRun):
 
     def batches(self) -> Iterator[Split]:
         """The batches of the current epoch that are still to come."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed((self.key.seed << 32) + epoch)
-        size, train = self.settings.batch_size, self.train
-        order = torch.randperm(len(train), generator=generator).to(self.device)
-        inputs = distorted(train.images[order], self.settings, self.data, generator)
-        targets = train.targets[order]
-        for start in range(done * size, self.steps_per_epoch * size, size):
-            yield Split(inputs[start : start + size], targets[start : start + size])
+        order, generator = self.shuffled(self.key.seed, len(self.train))
+        shuffled = self.train.where(order.to(self.device))
+        inputs = distorted(shuffled.images, self.settings, self.data, generator)
+        for part in self.batch_slices(self.settings.batch_size):
+            yield Split(inputs[part], shuffled.targets[part])
 
     def advance(self) -> Row | None:
         with self.clock():

@@ -129,13 +129,11 @@ class UnknownRun(EpochRun, Subject):
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the current epoch that are still to come."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-        train, size, affine = self.data.train, self.settings.batch_size, self.settings.affine_size
-        order = torch.randperm(len(train), generator=generator)
+        train, affine = self.data.train, self.settings.affine_size
+        order, generator = self.shuffled(self.seed, len(train))
         maps = affine_maps(len(train), affine, generator)
-        for start in range(done * size, self.steps_per_epoch * size, size):
-            chosen = order[start : start + size]
+        for part in self.batch_slices(self.settings.batch_size):
+            chosen = order[part]
             images = train.images[chosen.to(self.device)]
             if affine:
                 images = transformed(images, maps[chosen].to(self.device))
