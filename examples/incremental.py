@@ -25,7 +25,7 @@ from lab.figures import PALETTE, draw_band, in_percent, new_figure
 from lab.files import Row, kept
 from lab.options import command
 from lab.progress import bar, make_console
-from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
+from lab.results import Column, Results, Section, grouped, mean_and_deviation, percent
 from lab.training import reproducible, threads
 from sessions.base import BaseKey, BaseName, BaseRun
 from sessions.learners import BASES, COLLAPSE, rows_of
@@ -127,7 +127,8 @@ class Study:
         of_seeds = f", mean ± deviation of {seeds} seeds" if seeds > 1 else ""
         for (shots,), rows in grouped(summary, "shots").items():
             title = f"Test accuracy in %, {shots} image(s) of each later class{of_seeds}"
-            self.console.print(summary_table(title, {"method": "method"}, COLUMNS, rows))
+            self.results.table(Section(title, {"method": "method"}, COLUMNS, rows))
+        self.results.report(f"Classes of {self.data.name} that come later", self.settings)
         self.results.tell()
         return summary
 

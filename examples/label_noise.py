@@ -26,7 +26,7 @@ from lab.data import ImageData, load
 from lab.files import Row
 from lab.options import command
 from lab.progress import bar, make_console
-from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
+from lab.results import Column, Results, Section, grouped, mean_and_deviation
 from lab.training import reproducible, threads
 from noise.comparison import theory_rows
 from noise.data import with_noise
@@ -50,6 +50,7 @@ MORE = (
     *("corruption_bias_relative", "dilation_trace", "distance", "nc1_trace_noisy", "nc1_trace_clean"),
     *("nc1_trace_logits", "probability_right_labels", "probability_wrong_labels"),
 )
+KNOB_COLUMNS = tuple(Column(name.replace("_", " "), name, "g") for name in Knobs._fields)
 
 
 def compare(settings: NoiseSettings, console: Console) -> list[Row]:
@@ -135,7 +136,11 @@ class Study:
         seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
         for (eta,), same in grouped(summary, "eta").items():
             title = f"{self.data.name}, eta {eta:g}, epochs: {settings.epochs}{seeds}"
-            self.console.print(summary_table(title, {"method": "method"}, COLUMNS, same))
+            results.table(Section(title, {"method": "method"}, COLUMNS, same))
+        if settings.tune:
+            rows = choice_rows(self.chosen)
+            results.sections.append(Section("Chosen by the search", {"method": "method"}, KNOB_COLUMNS, rows))
+        results.report(f"Label noise, {self.data.name}", settings)
         results.tell()
         return summary
 

@@ -32,7 +32,7 @@ from lab.figures import BLUE, GREY, new_figure
 from lab.files import Row
 from lab.options import command
 from lab.progress import bar, make_console
-from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
+from lab.results import Column, Results, Section, grouped, mean_and_deviation
 from lab.training import reproducible, threads
 
 Case = tuple[Kind, float, MethodName]  # what knobs are chosen for
@@ -41,6 +41,7 @@ COLUMNS = (
     *(Column(f"{group} %", f"test_accuracy_{group}", ".1f", percent=True) for group in GROUPS),
     Column("merged", "minority_collapse_means_few", ".2f"),
 )
+KNOB_COLUMNS = tuple(Column(name.replace("_", " "), name, "g") for name in Knobs._fields)
 
 
 def compare(settings: LongTailSettings, console: Console) -> list[Row]:
@@ -127,7 +128,12 @@ class Study:
         seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
         for (kind, ratio), same in grouped(summary, "kind", "ratio").items():
             title = f"{self.balanced.name}, {kind} {ratio:g}, epochs: {settings.epochs}{seeds}"
-            self.console.print(summary_table(title, {"method": "method"}, COLUMNS, same))
+            self.results.table(Section(title, {"method": "method"}, COLUMNS, same))
+        if settings.tune:
+            labels = {"tail": "kind", "ratio": "ratio", "method": "method"}
+            chosen = Section("Chosen on the validation set", labels, KNOB_COLUMNS, choice_rows(self.chosen))
+            self.results.sections.append(chosen)
+        self.results.report(f"Long tails of {self.balanced.name}", settings)
         self.results.tell()
         return summary
 

@@ -25,7 +25,7 @@ from lab.figures import PALETTE, in_percent, legend_beside, new_figure
 from lab.files import Row
 from lab.options import command
 from lab.progress import bar, make_console
-from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
+from lab.results import Column, Results, Section, grouped, mean_and_deviation
 from lab.training import reproducible, threads
 
 COLUMNS = (
@@ -63,7 +63,8 @@ def compare(settings: ManyClassesSettings, console: Console) -> list[Row]:
     seeds = f", mean ± deviation of {len(settings.seeds)} seeds" if len(settings.seeds) > 1 else ""
     labels = {"features": "features", "head": "method"}
     title = f"{data.num_classes} classes of {data.name}, epochs: {settings.epochs}{seeds}"
-    console.print(summary_table(title, labels, COLUMNS, summary))
+    results.table(Section(title, labels, COLUMNS, summary))
+    results.report(f"{data.num_classes} classes of {data.name}", settings)
     results.tell()
     return summary
 

@@ -26,7 +26,7 @@ from lab.data import load
 from lab.files import Row, kept
 from lab.options import command
 from lab.progress import bar, make_console
-from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
+from lab.results import Column, Results, Section, grouped, mean_and_deviation
 from lab.training import reproducible, threads
 from unknowns.claims import claim_rows, joined
 from unknowns.data import World, make_world
@@ -136,16 +136,15 @@ def finish(places: list[Row], settings: UnknownSettings, results: Results) -> li
     labels = {"head": "head", "variant": "variant", "space": "space"}
     seeds = len({row["seed"] for row in places})
     title = f"{places[0]['data']}, " + (f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed")
-    results.console.print(summary_table(title, labels, COLUMNS, summary, plus_minus="\n±"))
+    results.table(Section(title, labels, COLUMNS, summary), plus_minus="\n±")
     shown = [column for column in SCORE_COLUMNS if any(column.measure in row for row in summary)]
     means = [
         {name: row[name] for name in row if not name.endswith("_std")}
         | {"head": row["head"].replace("-", "-\n")}
         for row in summary
     ]
-    results.console.print(
-        summary_table("AUROC by score in %, mean over unknown inputs", labels, shown, means)
-    )
+    results.table(Section("AUROC by score in %, mean over unknown inputs", labels, shown, means))
+    results.report(f"What is unknown to classifiers of {places[0]['data']}", settings)
     results.tell()
     return summary
 

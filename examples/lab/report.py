@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import torch
-
-import etflayers
 from lab.classifiers import Trained
 from lab.files import Row, write_atomically
 from lab.measures import MEASURES, PARTS
+from lab.pages import rendered
 from lab.pictures import DECADES
 from lab.results import Column
 
@@ -58,24 +51,16 @@ def write_report(
         title: of the study.
         command: what made it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.4g}"
     table: dict[str, dict[str, Row]] = {}
     for row in rows:
         table.setdefault(row["head"], {})[row["measure"]] = row
-    pictures = [(path.stem, CAPTIONS[path.stem], base64.b64encode(path.read_bytes())) for path in figures]
-    text = environment.get_template("report.html").render(
+    text = rendered(
+        "report.html",
+        figures,
+        captions=CAPTIONS,
         title=title,
         command=command,
         settings=settings,
-        versions=_versions(),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         seeds=sorted({run.seed for run in runs}),
         epochs=int(runs[0].last["epoch"]),
         columns=columns,
@@ -85,7 +70,6 @@ def write_report(
         measures=MEASURES,
         parts=PARTS,
         decades=DECADES,
-        figures=[(name, caption, picture.decode()) for name, caption, picture in pictures],
     )
     return write_atomically(folder / "report.html", text.encode())
 
@@ -94,13 +78,3 @@ def flat(measures: Mapping[str, Row]) -> Row:
     """Means and deviations of statistics by measure, as columns take them."""
     means = {name: row["mean"] for name, row in measures.items()}
     return means | {f"{name}_std": row["std"] for name, row in measures.items()}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "etflayers": etflayers.__version__,
-        "torch": torch.__version__,
-        **{name: version(name) for name in ("torchmetrics", "numpy", "matplotlib")},
-        "Python": platform.python_version(),
-        "system": platform.platform(),
-    }

@@ -7,11 +7,11 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -22,8 +22,19 @@ from rich.table import Table
 from lab.classifiers import Trained
 from lab.figures import write_figure
 from lab.files import Row, write_atomically, write_csv, write_json
+from lab.options import Options
+from lab.pages import rendered
 
 LONGEST = 32  # characters of a word in a figure
+
+
+class Section(NamedTuple):
+    """A table: rows with means and deviations, and ``labels``, headings of what tells the rows apart."""
+
+    title: str
+    labels: Mapping[str, str]
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
 
 
 class Results:
@@ -33,6 +44,8 @@ class Results:
         self.folder, self.console = folder, console
         self.started = time.perf_counter()
         self.names: list[str] = []
+        self.sections: list[Section] = []
+        self.pictures: list[Path] = []
 
     def csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self._note(write_csv(self.folder / f"{name}.csv", rows))
@@ -61,7 +74,19 @@ class Results:
             ]
         for path in paths:
             self._note(path)
+        self.pictures += paths
         return paths
+
+    def table(self, section: Section, plus_minus: str = " ± ") -> None:
+        """Print a table, and keep it for the report."""
+        self.sections.append(section)
+        self.console.print(summary_table(*section, plus_minus))
+
+    def report(self, title: str, settings: Options) -> None:
+        """Write all tables and figures so far, and the settings, into one HTML file."""
+        shown = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        page = rendered("study.html", self.pictures, title=title, sections=self.sections, settings=shown)
+        self.text("report.html", page)
 
     def say(self, text: str) -> None:
         """Print a line as it is."""

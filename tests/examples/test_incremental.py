@@ -84,6 +84,9 @@ def test_all_methods_from_the_command_line(
     for shots in (1, 5):
         assert (tmp_path / f"sessions-{shots}-shot.png").stat().st_size > 10_000
     assert "Test accuracy" in capsys.readouterr().out
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert report.count("<table>") == 2 + 2
+    assert report.count("<img") == 2
 
 
 def test_an_episode_gives_later_classes_few_images_of_training_faces_alone(
