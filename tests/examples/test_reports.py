@@ -1,4 +1,4 @@
-"""The report of a study: all tables and figures in one file that loads nothing and takes names as they are."""
+"""The report of a study: all tables and figures in one file that loads nothing; names stay as they are."""
 
 from __future__ import annotations
 
