@@ -22,8 +22,8 @@ class AutoAdjoint:
 
     :class:`KeptGraph` runs each step once and :class:`StepAdjoint` twice, so that the first is faster as long
     as there is memory for it. How much it takes is found from runs of two and of three steps, once for each
-    kind of model and sizes. The limit is a number of bytes, and not what happens to be free, so that a run
-    that is continued chooses as it did before: the two agree to rounding only.
+    kind of model and optimizer and for each size. The limit is a number of bytes, and not what happens to be
+    free, so that a run that is continued chooses as it did before: the two agree to rounding only.
 
     Args:
         memory: bytes that the graph of all steps may take.
@@ -85,9 +85,9 @@ class AutoAdjoint:
     ) -> InnerAdjoint:
         if not window:
             return self.kept  # of nothing
-        model = type(problem.objective.model).__qualname__
+        kinds = tuple(type(part).__qualname__ for part in (problem.objective.model, problem.optimizer))
         sizes = tuple((value.shape, value.dtype, value.requires_grad) for value in (theta, *controls))
-        key = (model, problem.objective.copies, len(window), sizes)
+        key = (kinds, problem.objective.copies, len(window), sizes)
         if key not in self._fits:
 
             def peak(steps: int) -> int:

@@ -336,7 +336,10 @@ class CodeHead(nn.Module, ABC):
             return logits
         if self.training and targets is not None and not self.accepts_targets:
             require_active(targets, self.active)
-        return masked_logits(logits, self.active)
+        return self._masked(logits, self.active)
+
+    def _masked(self, logits: Tensor, active: Tensor) -> Tensor:
+        return masked_logits(logits, active)
 
     def _note(self) -> None:
         """Read the numbers of the active classes from the buffer."""

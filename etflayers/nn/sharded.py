@@ -25,7 +25,7 @@ from etflayers._torch import is_concrete, stamp
 from etflayers.checks import require_values
 from etflayers.collectives import ClassShard, all_reduce_sum, local_part, summed_backward
 from etflayers.errors import InvalidArgumentError, ManifoldError
-from etflayers.functional.active import DROP, require_active
+from etflayers.functional.active import DROP
 from etflayers.functional.logits import directions
 from etflayers.geometry import centered_basis_adjoint, etf_radius, simplex_etf
 from etflayers.geometry.tolerance import default_atol
@@ -68,7 +68,7 @@ class ShardedHead(CodeHead):
         from torch.distributed.tensor import DTensor, Shard
 
         features = gathered(features)
-        logits = self.of_active_here(self.local_logits(features, targets), targets)
+        logits = self.of_active(self.local_logits(features, targets), targets)
         logits = logits.to(linear_dtype(features)).contiguous()
         shape = (*logits.shape[:-1], self.num_classes)
         stride = [1] * len(shape)
@@ -101,18 +101,11 @@ class ShardedHead(CodeHead):
         rows = summed_backward(frame, self.class_shard.process_group)[self.class_shard.rows]
         return LogitTerms(inputs, rows, center)
 
-    def of_active_here(self, logits: Tensor, targets: Tensor | None = None) -> Tensor:
-        """As :meth:`CodeHead.of_active`, for the logits ``(..., K_r)`` of this rank.
-
-        A class that is not here gets the mean of the active logits of all ranks, less D.
-        """
-        if self.active is None:
-            return logits
-        if self.training and targets is not None and not self.accepts_targets:
-            require_active(targets, self.active)
-        own = self.active[self.class_shard.rows]
+    def _masked(self, logits: Tensor, active: Tensor) -> Tensor:
+        """Logits ``(..., K_r)`` of this rank: the mean, of which D is subtracted, is that of all ranks."""
+        own = active[self.class_shard.rows]
         total = torch.where(own, logits, 0).sum(-1, keepdim=True, dtype=working_dtype(logits.dtype))
-        mean = all_reduce_sum(total, self.class_shard.process_group) / self.active.sum()
+        mean = all_reduce_sum(total, self.class_shard.process_group) / active.sum()
         return torch.where(own, logits, (mean - DROP).to(logits.dtype))
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
