@@ -18,7 +18,6 @@ from etflayers import (
 )
 from etflayers.checks import require
 from etflayers.codes import find_code
-from etflayers.errors import NonFiniteError
 from etflayers.functional import directions
 from etflayers.metrics import (
     class_statistics,
@@ -35,7 +34,7 @@ from lab.models import ResNet
 from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
 from lab.schedules import rate_factor
 from lab.settings import DataName, DataSettings
-from lab.training import EpochRun, GlobalStreams, descend, steps_of_an_epoch
+from lab.training import GlobalStreams, LossRun, descend, steps_of_an_epoch
 
 Method = Literal["linear", "cosine", "class-means", "code", "code-arranged", "roots"]
 
@@ -130,7 +129,7 @@ class Network(nn.Module):
         return self.head(features) if targets is None else self.head(features, targets)
 
 
-class CodeRun(EpochRun):
+class CodeRun(LossRun):
     """One training: batches come from (seed, epoch), so that a continued run draws the same ones."""
 
     def __init__(self, key: Key, settings: ManyClassesSettings, data: ImageData) -> None:
@@ -143,7 +142,7 @@ class CodeRun(EpochRun):
         decay = settings.weight_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), settings.lr, weight_decay=decay)
         self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
-        self.losses = self.hits = 0.0
+        self.hits = 0.0
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
         own = {**data.fingerprint, "method": key.method, "features": key.features, "seed": key.seed}
         super().__init__(parts, settings.fingerprint() | own, settings.epochs * self.steps_per_epoch)
@@ -174,11 +173,8 @@ class CodeRun(EpochRun):
     def _row(self, epoch: int) -> Row:
         """What an epoch has come to; the test set only at the end."""
         row: Row = {**self.key._asdict(), "epoch": epoch}
-        row["train_loss"] = self.losses / self.steps_per_epoch
-        row["train_accuracy"] = self.hits / self.steps_per_epoch
-        self.losses = self.hits = 0.0
-        if not row["train_loss"] < float("inf"):
-            raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
+        row["train_loss"] = self.mean_loss(self.key.name)
+        row["train_accuracy"], self.hits = self.hits / self.steps_per_epoch, 0.0
         validation = self.data.held_out()[1]
         row["validation_accuracy"] = self.accuracy(validation)
         if self.key.method == "code-arranged" and epoch == self.settings.settle:
@@ -228,8 +224,8 @@ class CodeRun(EpochRun):
         return {"head_megabytes": (learned + sum(buffer.nbytes for buffer in head.buffers())) / 2**20}
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"losses": self.losses, "hits": self.hits}
+        return super().state() | {"hits": self.hits}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.losses, self.hits = state["losses"], state["hits"]
+        self.hits = state["hits"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
-from etflayers.errors import NonFiniteError
 from etflayers.metrics import (
     by_group,
     class_statistics,
@@ -25,7 +23,7 @@ from lab.data import ImageData, Split
 from lab.files import Row
 from lab.models import RESNETS, ResNet
 from lab.schedules import rate_factor
-from lab.training import EpochRun, GlobalStreams, descend, steps_of_an_epoch
+from lab.training import GlobalStreams, LossRun, descend, steps_of_an_epoch
 
 EVALUATION_BATCH = 512
 # Options that say where knobs come from; a run is what it is by the knobs themselves.
@@ -77,7 +75,7 @@ class Network(nn.Module):
         self.head = head
 
 
-class LongTailRun(EpochRun):
+class LongTailRun(LossRun):
     """One training: batches come from (seed, epoch), so that a continued run draws the same ones."""
 
     def __init__(self, key: Key, settings: LongTailSettings, data: ImageData) -> None:
@@ -98,7 +96,6 @@ class LongTailRun(EpochRun):
         parameters, decay = self.model.parameters(), key.knobs.weight_decay
         self.optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=decay)
         self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
-        self.losses = 0.0
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
         shared = {name: value for name, value in settings.fingerprint().items() if name not in KNOB_OPTIONS}
         own = {**data.fingerprint, **key.row, "trial": key.trial, "epochs": self.epochs}
@@ -125,10 +122,7 @@ class LongTailRun(EpochRun):
 
     def _row(self, epoch: int) -> Row:
         """What an epoch has come to; all but the loss only at the end, the test set in no trial."""
-        row: Row = {**self.key.row, "epoch": epoch, "train_loss": self.losses / self.steps_per_epoch}
-        self.losses = 0.0
-        if not math.isfinite(row["train_loss"]):
-            raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
+        row: Row = {**self.key.row, "epoch": epoch, "train_loss": self.mean_loss(self.key.name)}
         row["ms_per_step"] = 1e3 * self.seconds / self.steps_per_epoch
         self.seconds = 0.0
         if epoch == self.epochs:
@@ -160,10 +154,3 @@ class LongTailRun(EpochRun):
         groups = {"all": torch.arange(self.data.num_classes), **self.groups}
         found = by_group(statistics, groups, classifier=read_classifier(head))
         return {f"{name}_{group}": float(found[group][name]) for group in found for name in MEASURES}
-
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"losses": self.losses}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        self.losses = state["losses"]

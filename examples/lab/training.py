@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from etflayers.checks import require
+from etflayers.errors import NonFiniteError
 from lab import files
 from lab.files import Row
 from lab.ranks import gathered, rank
@@ -190,6 +192,34 @@ class EpochRun(Run):
             return None
         self._to_come = None
         return epoch
+
+
+class LossRun(EpochRun):
+    """An epoch run that notes the mean loss of each epoch.
+
+    Attributes:
+        losses: the sum of those of the current epoch.
+    """
+
+    losses = 0.0
+
+    def mean_loss(self, name: str) -> float:
+        """Of the epoch that ends with this step; the next one counts from zero.
+
+        Raises:
+            NonFiniteError: the training of this name has diverged.
+        """
+        mean, self.losses = self.losses / self.steps_per_epoch, 0.0
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"training of {name} diverged: take a smaller --lr")
+        return mean
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"losses": self.losses}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self.losses = state["losses"]
 
 
 def steps_of_an_epoch(images: int, batch_size: int) -> int:

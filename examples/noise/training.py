@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 
 from etflayers.checks import require
-from etflayers.errors import NonFiniteError
 from lab.data import Split
 from lab.files import Row
-from lab.training import EpochRun, GlobalStreams, descend, steps_of_an_epoch
+from lab.training import GlobalStreams, LossRun, descend, steps_of_an_epoch
 from noise.data import NoisyData
 from noise.measures import Samples, measure
 from noise.methods import Knobs, MethodName, Network, make_head, make_loss, own_knobs
@@ -49,7 +47,7 @@ class Key(NamedTuple):
         return {"eta": self.eta, "method": self.method, "seed": self.seed, **own}
 
 
-class NoiseRun(EpochRun):
+class NoiseRun(LossRun):
     """One training: batches come from (seed, epoch), so that a continued run draws the same ones.
 
     Attributes:
@@ -76,7 +74,6 @@ class NoiseRun(EpochRun):
         options = {"momentum": MOMENTUM, "weight_decay": key.knobs.weight_decay}
         self.optimizer = torch.optim.SGD(self.model.parameters(), key.knobs.lr, **options)
         self.steps_per_epoch = steps_of_an_epoch(len(self.data.train), settings.batch_size)
-        self.losses = 0.0
         self.samples: Samples = {}
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
         shared = {name: value for name, value in settings.fingerprint().items() if name not in KNOB_OPTIONS}
@@ -106,10 +103,7 @@ class NoiseRun(EpochRun):
 
     def _row(self, epoch: int) -> Row:
         """What an epoch has come to; all but the loss only at the end, the test set in no trial."""
-        row: Row = {**self.key.row, "epoch": epoch, "train_loss": self.losses / self.steps_per_epoch}
-        self.losses = 0.0
-        if not math.isfinite(row["train_loss"]):
-            raise NonFiniteError(f"training of {self.key.name} diverged: take a smaller --lr")
+        row: Row = {**self.key.row, "epoch": epoch, "train_loss": self.mean_loss(self.key.name)}
         row["ms_per_step"] = 1e3 * self.seconds / self.steps_per_epoch
         self.seconds = 0.0
         if epoch == self.epochs:
@@ -133,8 +127,8 @@ class NoiseRun(EpochRun):
         return float((logits.argmax(1) == split.targets).double().mean())
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"losses": self.losses, "samples": self.samples}
+        return super().state() | {"samples": self.samples}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.losses, self.samples = state["losses"], state["samples"]
+        self.samples = state["samples"]

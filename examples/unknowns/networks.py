@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import fields
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from etflayers import FixedCodeHead, FixedETFHead, NearestETFHead, capture_features
 from etflayers.checks import require
-from etflayers.errors import NonFiniteError
 from etflayers.functional.logits import directions
 from etflayers.metrics import classifier_inputs
 from etflayers.nn import EntropyRegularizer, ETFProjector
@@ -28,7 +26,7 @@ from lab.heads import LinearHead, head_of
 from lab.models import RESNETS, ResNet, make_classifier
 from lab.schedules import rate_factor
 from lab.settings import Settings
-from lab.training import EpochRun, GlobalStreams, descend, steps_of_an_epoch
+from lab.training import GlobalStreams, LossRun, descend, steps_of_an_epoch
 from unknowns.settings import ENTROPIC, PROJECTED, Head, UnknownSettings, Variant
 
 EVALUATION_BATCH = 500
@@ -96,7 +94,7 @@ def make_head(name: Head, features: int, classes: int, scale: float) -> nn.Modul
     )
 
 
-class UnknownRun(EpochRun, Subject):
+class UnknownRun(LossRun, Subject):
     """One training, then a subject: all of a seed have the same encoder at the start and the same batches."""
 
     def __init__(
@@ -121,7 +119,6 @@ class UnknownRun(EpochRun, Subject):
             self.model.parameters(), settings.lr, weight_decay=settings.weight_decay
         )
         self.steps_per_epoch = steps_of_an_epoch(len(data.train), settings.batch_size)
-        self.losses = 0.0
         parts = {"model": self.model, "optimizer": self.optimizer, "random": GlobalStreams(self.device)}
         own = {**data.fingerprint, **self.labels, "affine": settings.affine_size}
         total = settings.epochs * self.steps_per_epoch
@@ -153,11 +150,7 @@ class UnknownRun(EpochRun, Subject):
         epoch = self.finished_epoch()
         if epoch is None:
             return None
-        row: Row = {**self.labels, "epoch": epoch, "loss": self.losses / self.steps_per_epoch}
-        self.losses = 0.0
-        if not math.isfinite(row["loss"]):
-            raise NonFiniteError(f"training of {self.name} diverged: take a smaller --lr")
-        return row
+        return {**self.labels, "epoch": epoch, "loss": self.mean_loss(self.name)}
 
     def spaces(self, inputs: Tensor) -> dict[str, Tensor]:
         features = self.model.eval().encoder(inputs)
@@ -165,13 +158,6 @@ class UnknownRun(EpochRun, Subject):
             return {ENCODER: classifier_inputs(self.head, features)}
         read = classifier_inputs(self.head, self.model.projector(features))
         return {ENCODER: directions(features), PROJECTOR: read}
-
-    def state(self) -> dict[str, Any]:
-        return super().state() | {"losses": self.losses}
-
-    def restore(self, state: Any) -> None:
-        super().restore(state)
-        self.losses = state["losses"]
 
 
 class Collapsed(Subject):
