@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from distillation.validation import Validation
 from etflayers.distill import DistilledSet, Lesson, kmeans_centers, partial_means, random_samples
 from etflayers.distill.lessons import UpdateRule
 from lab.data import ImageData
@@ -114,6 +115,7 @@ class OuterRun(Run):
         distilled: the set before it is learned.
         generator: of all that is random.
         rates: Adam's at the start, by the name of what they learn.
+        validation: says which of the sets is kept and when to stop; without one, the last set is.
         own: what else tells the run from others.
         parts: what else changes.
     """
@@ -128,15 +130,18 @@ class OuterRun(Run):
         distilled: DistilledSet,
         generator: torch.Generator,
         rates: Mapping[str, float],
+        validation: Validation | None = None,
         own: Mapping[str, Any] | None = None,
         **parts: Any,
     ) -> None:
         self.settings, self.seed, self.data = settings, seed, data
         self.distilled, self.generator, self.device = distilled, generator, data.device
+        self.validation = validation or Validation(lambda: 0.0, every=0, patience=None)
         learned = dict(distilled.named_parameters())  # hard labels are none
         self.rates = [rate for name, rate in rates.items() if name in learned]
         self.optimizer = torch.optim.Adam({"params": [learned[name]]} for name in rates if name in learned)
         parts |= {"distilled": distilled, "optimizer": self.optimizer, "generator": Stream(generator)}
+        parts["validation"] = self.validation
         fingerprint = {**settings.fingerprint(), **data.fingerprint, **(own or {}), "seed": seed}
         super().__init__(parts, fingerprint, settings.outer_steps)
 
@@ -145,7 +150,13 @@ class OuterRun(Run):
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * cosine(self.step, self.total)
             self.optimizer.zero_grad()
-            return self.update()
+            row = self.update()
+        self.validation.look(self.step + 1, self.total, self.distilled)
+        return row
+
+    @property
+    def over(self) -> bool:
+        return super().over or self.validation.gives_up
 
     @abstractmethod
     def update(self) -> Row:
@@ -156,10 +167,12 @@ class OuterRun(Run):
         settings = self.settings
         options = {"resume": settings.resume, "every": settings.checkpoint_every, "progress": progress}
         self.finish(settings.checkpoint(name), **options)
+        self.validation.restore_best(self.distilled)
 
     def tell(self, row: Row) -> str:
         """What people see of a step."""
-        return f"loss {row['loss']:.3f}, {self.headline} {row[self.headline]:.1%}"
+        seen = f", validation {self.validation.curve[-1][1]:.1%}" if self.validation.curve else ""
+        return f"loss {row['loss']:.3f}, {self.headline} {row[self.headline]:.1%}{seen}"
 
     def learn_and_write(self, name: str, results: Results) -> None:
         """The same in sight of people; writes the set, and what each step has noted."""

@@ -90,6 +90,9 @@ class Study:
             f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last "
             f"{run.tell(run.history[-1])} on its {settings.outer_batch} training images"
         )
+        if run.validation.curve:
+            step, score = run.validation.best
+            self.results.say(f"  kept: that of step {step}, {run.headline} {score:.1%} in validation")
         distilled = run.distilled
         # Every pixel as a square, or small images could not be seen.
         picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
@@ -102,7 +105,12 @@ class Study:
         for outcome in outcomes:
             self.results.say(f"  {outcome_text(outcome)}")
         content: Row = {"settings": settings.fingerprint(), "evaluation": asked, "seed": seed}
-        content |= {"seconds": run.seconds, "rates": distilled.rates.tolist(), "history": run.history}
+        content |= {
+            "seconds": run.seconds,
+            "validation": run.validation.curve,
+            "rates": distilled.rates.tolist(),
+            "history": run.history,
+        }
         content["outcomes"] = [
             {**o, "networks": len(o["each"]), **mean_and_deviation(o["each"], o["each"][0])} for o in outcomes
         ]

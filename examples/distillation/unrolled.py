@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from statistics import fmean
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, inner_loss
+from distillation.validation import Validation
 from etflayers import distill
 from etflayers.checks import require
 from etflayers.distill.evaluation import Measures, accuracy
@@ -22,7 +24,7 @@ from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
 from lab.networks import Factory, NetworkName, make_factory, seeded
-from lab.options import Count, Free, Positive
+from lab.options import Count, Free, Natural, Positive
 from lab.settings import DataName
 
 # The learning rate that the inner steps start with, where the command line gives none.
@@ -31,7 +33,8 @@ RATES = {"sgd": 0.05, "momentum": 0.01, "adam": 0.003}
 PRETRAINING_BATCH, PRETRAINING_RATE = 64, 1e-3
 Fresh = Callable[[int], nn.Module]  # makes the i-th network
 # Far from the seeds of the runs, and from each other: no network of one kind is ever one of another.
-POOL_SEEDS, FRESH_SEEDS = 10**6, 2 * 10**6
+POOL_SEEDS, FRESH_SEEDS, VALIDATION_SEEDS = 10**6, 2 * 10**6, 3 * 10**6
+VALIDATION_NETWORKS = 5  # that each look trains, where it is not one known network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,13 @@ class ImagesSettings(NetworkSettings):
     window_length: int | None = None
     """Steps in the window (default: half of them)."""
 
+    validate_every: Natural = 0
+    """Outer steps from one look at a validation set to the next. It is a fifth of the training images, which
+    are then not learned from; the set that was best there is kept. 0: all training images are learned from,
+    and the last set is kept."""
+    patience: Count | None = None
+    """Looks without a better one after which learning stops (default: it takes all its steps)."""
+
     evaluations: Free[Count] = 20
     """Fresh networks that are trained on the images when these are finished."""
     other_networks: Free[tuple[NetworkName, ...]] = ()
@@ -139,6 +149,10 @@ class ImagesSettings(NetworkSettings):
             1 <= self.window_steps <= self.inner_steps,
             f"--window-length must lie in [1, {self.inner_steps}], the number of inner steps, got "
             f"{self.window_length}",
+        )
+        require(
+            self.patience is None or self.validate_every > 0,
+            "--patience counts looks at a validation set: add --validate-every",
         )
         require(
             self.source is None or self.initialization == "pretrained",
@@ -226,20 +240,23 @@ def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:
     return make_factory(settings.network, data, head=settings.head, width=settings.width, norm=settings.norm)
 
 
-def unseen(factory: Factory, seed: int) -> Fresh:
+def unseen(factory: Factory, seed: int, stream: int = FRESH_SEEDS) -> Fresh:
     """Networks that no run has seen."""
-    return lambda index: seeded(factory, FRESH_SEEDS + 1000 * seed + index)
+    return lambda index: seeded(factory, stream + 1000 * seed + index)
 
 
 class Starts(NamedTuple):
     """The source of initial states for learning, and ``fresh(i)``, the i-th network to judge by.
 
     That network has not been seen while learning; with ``--initialization fixed`` it is the one that
-    the images are for.
+    the images are for. ``watched(i)`` is the i-th network of the looks on the way, of which there are
+    ``looks``: again others, but where trained networks are needed those of the pool.
     """
 
     source: Callable[[torch.Generator], distill.InitialState] | distill.OnlinePool
     fresh: Fresh
+    watched: Fresh
+    looks: int = VALIDATION_NETWORKS
 
 
 def make_starts(settings: ImagesSettings, data: ImageData, source: ImageData, seed: int) -> Starts:
@@ -249,27 +266,36 @@ def make_starts(settings: ImagesSettings, data: ImageData, source: ImageData, se
         InvalidArgumentError: a network that does not fit the data.
     """
     factory = main_factory(settings, data)
-    fresh = unseen(factory, seed)
+    fresh, watched = unseen(factory, seed), unseen(factory, seed, VALIDATION_SEEDS)
     if settings.initialization == "fixed":
-        one = distill.FixedInitialization(seeded(factory, seed))
-        return Starts(one, lambda index: seeded(factory, seed))
+
+        def known(index: int) -> nn.Module:
+            return seeded(factory, seed)
+
+        return Starts(distill.FixedInitialization(known(0)), known, known, looks=1)
     if settings.initialization == "random":
-        return Starts(distill.RandomInitialization(factory), fresh)
+        return Starts(distill.RandomInitialization(factory), fresh, watched)
     if settings.initialization == "pool":
         networks = (seeded(factory, POOL_SEEDS + 1000 * seed + index) for index in range(settings.pool))
-        return Starts(distill.StoredPool([distill.InitialState.of(network) for network in networks]), fresh)
+        states = [distill.InitialState.of(network) for network in networks]
+        return Starts(distill.StoredPool(states), fresh, watched)
     if settings.initialization == "online":
         generator = torch.Generator().manual_seed(POOL_SEEDS + seed)
         max_age = settings.max_age * settings.inner_steps
         pool = distill.OnlinePool(factory, size=settings.pool, max_age=max_age, generator=generator)
-        return Starts(pool, fresh)
+        return Starts(pool, fresh, watched)
 
     @cache
     def trained(first: int, index: int) -> nn.Module:
         return _pretrained(factory, first + 1000 * seed + index, settings, source)
 
     states = [distill.InitialState.of(trained(POOL_SEEDS, index)) for index in range(settings.pool)]
-    return Starts(distill.StoredPool(states), lambda index: deepcopy(trained(FRESH_SEEDS, index)))
+    return Starts(
+        distill.StoredPool(states),
+        lambda index: deepcopy(trained(FRESH_SEEDS, index)),
+        lambda index: deepcopy(trained(POOL_SEEDS, index)),
+        looks=min(VALIDATION_NETWORKS, settings.pool),
+    )
 
 
 def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: ImageData) -> nn.Module:
@@ -309,6 +335,9 @@ class Unrolled(OuterRun):
         self, settings: ImagesSettings, seed: int, data: ImageData, starts: Starts, objective: Objective
     ) -> None:
         self.source, self.objective, self.headline = starts.source, objective, objective.headline
+        if settings.validate_every:
+            train, held = data.held_out()
+            data = replace(data, train=train, validation=held)
         # Two networks of one kind: steps are re-derived in the mode they were taken in, training, while the
         # outer loss sees the trained network as its user would.
         factory = main_factory(settings, data)
@@ -322,7 +351,20 @@ class Unrolled(OuterRun):
         rates = {"inputs": settings.image_rate, "log_rates": settings.log_rate, "labels": settings.label_rate}
         parts = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator, distilled = torch.Generator().manual_seed(seed), set_before(settings, data, seed)
-        super().__init__(settings, seed, data, distilled, generator, rates, clip=self.clip, **parts)
+
+        every, patience = settings.validate_every, settings.patience
+        validation = Validation(partial(self._score, starts), every, patience)
+        super().__init__(
+            settings, seed, data, distilled, generator, rates, validation, clip=self.clip, **parts
+        )
+
+    def _score(self, starts: Starts) -> float:
+        """What networks trained on the set make of the validation images."""
+        _, held = self.data.held_out()
+        lesson = distill.Lesson.of(self.distilled, self.settings.steps, self.settings.optimizer)
+        how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge, "loss": inner_loss}
+        curves = distill.evaluate([lesson], starts.watched, held.images, held.targets, **how)
+        return fmean(curve[-1][1][self.headline] for curve in curves)
 
     def update(self) -> Row:
         """The mean hypergradient over some networks, clipped, and a step of Adam."""

@@ -48,15 +48,19 @@ class Shown:
         self.progress, self.name, self.tell = progress, name, tell
         self.task = progress.add_task(name, row="", total=None)
         self.started = self.spoken = time.perf_counter()
+        self.first: int | None = None  # the steps that a continued run had taken before
         self.part, self.row = 0, ""
 
     def __call__(self, step: int, total: int, row: Row | None = None) -> None:
         self.row = self.row if row is None else self.tell(row)
+        self.first = step if self.first is None else self.first
         self.progress.update(self.task, completed=step, total=total, row=self.row)
         part = PARTS * step // max(total, 1)
         if self.progress.disable and part > self.part and time.perf_counter() - self.spoken >= PAUSE:
             self.part, self.spoken = part, time.perf_counter()
             line = f"{self.name}: {step} of {total}, {self.seconds:.0f} s"
+            if self.first < step < total:
+                line += f", {self.seconds * (total - step) / (step - self.first):.0f} s left"
             self.progress.console.print(
                 f"{line}, {self.row}" if self.row else line, highlight=False, soft_wrap=True
             )

@@ -88,9 +88,14 @@ class Run(ABC):
         """What there is to note before the first step."""
         return None
 
+    @property
+    def over(self) -> bool:
+        """Whether no step is left: all are taken, or one that stops by itself has seen enough."""
+        return self.step == self.total
+
     def due(self, every: int) -> bool:
         """Whether the state is to be kept now."""
-        return self.step == self.total or self.step % every == 0
+        return self.over or self.step % every == 0
 
     def state(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
@@ -125,7 +130,7 @@ class Run(ABC):
             if checkpoint is not None and rank() == 0:
                 checkpoint.unlink(missing_ok=True)
             progress(0, self.total, self._note(self.begin()))
-        while self.step < self.total:
+        while not self.over:
             row = self.advance()
             self.step += 1
             self._note(row)

@@ -23,6 +23,7 @@ from distillation.unrolled import (
     ImagesSettings,
     Objective,
     Unrolled,
+    main_factory,
     make_starts,
     set_before,
 )
@@ -163,6 +164,7 @@ class KilledError(Exception):
         {"head": "fixed", "network": "convnet", "width": 9},
         {"head": "nearest"},
         {"network": "convnet", "width": 4, "norm": "batch"},
+        {"validate_every": 3},
     ],
 )
 def test_resumed_run_ends_with_the_same_images(
@@ -212,6 +214,48 @@ def test_learning_and_choosing_do_not_see_the_test_images(digits: ImageData) -> 
     assert sum(tuple(image.flatten().tolist()) in rows for image in held.images) <= 0.02 * len(held)
     assert len(rest) + len(held) == len(digits.train)
     assert torch.bincount(held.targets).min() >= 25
+
+
+def test_the_set_that_is_kept_is_the_best_of_those_looked_at(digits: ImageData) -> None:
+    settings = small(validate_every=2, image_rate=2.0)  # so much that later sets are worse
+    watched = unrolled(settings, digits)
+    _, held = digits.held_out()
+    seen = {}
+
+    def look(step: int, *_: object) -> None:
+        if step in (2, 4, 6, 8, 9):
+            network = teach(seeded(main_factory(settings, digits), 0), lesson_of(watched.distilled, settings))
+            seen[step] = (judged(network, held.images, held.targets)["accuracy"], parts(watched)["inputs"])
+
+    watched.finish(progress=look)
+    assert [*watched.validation.curve] == [(step, score) for step, (score, _) in seen.items()]
+    step, score = watched.validation.best
+    assert score == max(score for score, _ in seen.values())
+    assert score > seen[9][0]
+    watched.validation.restore_best(watched.distilled)
+    torch.testing.assert_close(watched.distilled.inputs.detach(), seen[step][1], rtol=0, atol=0)
+
+
+def test_validation_images_are_not_learned_from(digits: ImageData) -> None:
+    rest, held = digits.held_out()
+    apart = replace(digits, train=rest, validation=Split(held.images * 0 + torch.nan, held.targets))
+    settings = small(outer_steps=3, validate_every=3)
+    torch.testing.assert_close(
+        parts(run(settings, apart))["inputs"], parts(run(settings, digits))["inputs"], rtol=0, atol=0
+    )
+
+
+def test_learning_stops_when_it_no_longer_helps(digits: ImageData, tmp_path: Path) -> None:
+    settings = small(outer_steps=30, validate_every=1, patience=3, image_rate=2.0)
+    file: dict[str, Any] = {"checkpoint": tmp_path / "seed0.pt", "every": 50}
+    stopped = run(settings, digits, **file)
+    step, score = stopped.validation.best
+    assert len(stopped.history) == stopped.step == step + 3 < 30
+    assert all(later <= score for _, later in stopped.validation.curve[-3:])
+    # A continued run has nothing to do, and keeps the same set.
+    again = run(settings, digits, resume=True, **file)
+    assert again.history == stopped.history
+    torch.testing.assert_close(parts(again), parts(stopped), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["real", "kmeans", "means"])
@@ -328,6 +372,7 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--network", "mlp", "--steps", "3"], "steps must divide the 10 inputs"),
         (["--data", "digits", "--network", "lenet"], "add --image-size 28"),
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),
+        (["--patience", "2"], "add --validate-every"),
     ],
 )
 def test_bad_input_is_explained(

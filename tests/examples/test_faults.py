@@ -243,8 +243,21 @@ def test_a_line_now_and_then_where_there_is_no_screen(monkeypatch: pytest.Monkey
     rows = [{"x": f"accuracy {step}"} if step % 25 == 0 else None for step in range(101)]
     lines = lines_of(rows, markup=False)
     assert len(lines) == 10
-    assert lines[0] == "[red] run: 10 of 100, 0 s, accuracy 0"
+    assert lines[0] == "[red] run: 10 of 100, 0 s, 0 s left, accuracy 0"
     assert lines[-1] == "[red] run: 100 of 100, 0 s, accuracy 100"
+
+
+def test_the_time_left_is_that_of_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    console = Console(width=80, force_terminal=False)
+    with console.capture() as captured, progress.bar(console, "run") as bar:
+        bar(60, 100)  # continued: these steps were taken before
+        started = bar.started
+        monkeypatch.setattr(progress.time, "perf_counter", lambda: started + 30.0)
+        bar(70, 100)
+    assert captured.get().splitlines()[-1] == "run: 70 of 100, 30 s, 90 s left"
 
 
 ODD = ("cost$^$x", "[bold]", "[red]", "_hidden", ":smile:", "Käse Ω", "日本", "x" * 200)
