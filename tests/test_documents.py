@@ -51,12 +51,15 @@ SCRIPTS = {
 
 # A C++ compiler runs for most of a minute, and each process of several imports PyTorch.
 SLOW = {
+    "docs/howto/distill.md: ten_images.py",
     "docs/recipes/compile-and-export.md: compiled.py",
     "docs/recipes/logging-and-search.md: wandb_log.py",
     "docs/recipes/several-processes.md: ddp.py",
     "docs/recipes/several-processes.md: divided_classes.py",
     "docs/recipes/several-processes.md: fsdp.py",
 }
+# What a page says that the reader will see: a number in what the script prints, at least.
+PROMISED = {"docs/howto/distill.md: ten_images.py": (r"right on ([\d.]+)% of", 85.0)}
 
 
 def comment(script: str, start: str) -> list[str]:
@@ -114,6 +117,9 @@ def test_scripts_run(title: str, tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip(), "a script shows its reader something"
+    if title in PROMISED:
+        pattern, least = PROMISED[title]
+        assert float(re.findall(pattern, finished.stdout)[-1]) >= least
 
 
 def test_make_integrations_runs_every_script() -> None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distillation.validation import Validation
+from etflayers.data import class_subset
 from etflayers.distill import DistilledSet, Lesson, kmeans_centers, partial_means, random_samples
 from etflayers.distill.lessons import UpdateRule
 from lab.data import ImageData
@@ -42,6 +43,8 @@ class DistillationSettings(DataSettings):
 
     small: ClassVar[dict[str, Any]] = {}  # what --quick makes of the other options
 
+    real_per_class: Count | None = None
+    """Learn from this many real images of each class at most (default: from all)."""
     threads: Count = 1
     """CPU threads: networks this small gain little from a second one."""
     checkpoint_every: Free[Count] = 20
@@ -53,6 +56,12 @@ class DistillationSettings(DataSettings):
     def resolved(self) -> Any:
         """What is run: these settings, with those of `--quick`."""
         return replace(self, **self.small) if self.quick else self
+
+    def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
+        if self.real_per_class is None:
+            return None
+        sizes = torch.bincount(targets, minlength=num_classes).clamp(max=self.real_per_class)
+        return class_subset(targets, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,6 +245,19 @@ def test_validation_images_are_not_learned_from(digits: ImageData) -> None:
     )
 
 
+def test_as_many_real_images_are_learned_from_as_are_asked_for(digits: ImageData) -> None:
+    few = load_inputs(small(real_per_class=7))
+    assert torch.bincount(few.train.targets).tolist() == [7] * 10
+    assert len(few.test) == len(digits.test)
+
+    def fours(data: ImageData) -> set[tuple[int, ...]]:
+        pixels = data.train.where(data.train.targets == 4).images * data.deviation + data.mean
+        return {tuple(image.flatten().round().int().tolist()) for image in pixels}
+
+    assert len(fours(few)) == 7
+    assert fours(few) <= fours(digits)
+
+
 def test_learning_stops_when_it_no_longer_helps(digits: ImageData, tmp_path: Path) -> None:
     settings = small(outer_steps=30, validate_every=1, patience=3, image_rate=2.0)
     file: dict[str, Any] = {"checkpoint": tmp_path / "seed0.pt", "every": 50}
