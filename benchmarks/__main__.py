@@ -30,6 +30,7 @@ SUITES = (
     "peers",
     "stiefel",
     "inner_loop",
+    "outer_step",
     "learned",
     "step",
     "metrics",

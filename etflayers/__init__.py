@@ -2,7 +2,7 @@
 
 Here is what a model is built of: heads, their losses, the average that feeds them, and what puts them into a
 model; the two functions behind them; and the types of their arguments, for annotations. Everything else is
-in the room that it belongs to, e.g. ``etflayers.solvers``.
+in the package that it belongs to, e.g. ``etflayers.solvers``.
 """
 
 from typing import TYPE_CHECKING
@@ -102,5 +102,5 @@ _MOVED = {
 if not TYPE_CHECKING:
     __getattr__, __dir__ = names_on_demand(
         __name__,
-        moved={name: f"{__name__}.{room}.{name}" for room, names in _MOVED.items() for name in names},
+        moved={name: f"{__name__}.{package}.{name}" for package, names in _MOVED.items() for name in names},
     )

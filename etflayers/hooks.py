@@ -1,4 +1,4 @@
-"""Hooks on modules that more than one room needs."""
+"""Hooks on modules that more than one package needs."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, inner_loss
+from distillation.penalty import within_between
 from distillation.validation import Validation
 from etflayers import distill
 from etflayers.checks import require
@@ -88,6 +89,10 @@ class ImagesSettings(NetworkSettings):
     """Updates of the images."""
     outer_batch: Count = 512
     """Real images in the outer loss."""
+    collapse_weight: float = 0.0
+    """Adds this times log NC1 of the learned images in the trained network to the outer loss, NC1 as the
+    variance within classes over that between them: positive, to have them collapse; negative, to keep them
+    from it."""
     networks: Count = 1
     """Networks that each update averages over."""
     adjoint: Literal["auto", "steps", "kept"] = "auto"
@@ -165,6 +170,11 @@ class ImagesSettings(NetworkSettings):
         require(
             self.network not in self.other_networks,
             f"--other-networks must be others than --network {self.network}",
+        )
+        require(
+            math.isfinite(self.collapse_weight) and (self.collapse_weight == 0 or self.per_class > 1),
+            "--collapse-weight weighs the variance of a class's images: give a number, and --per-class of at "
+            f"least 2; got {self.collapse_weight} and {self.per_class}",
         )
         require(
             self.outer == "classify" or self.initialization == "pretrained",
@@ -395,7 +405,21 @@ class Unrolled(OuterRun):
     def _outer(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Measures]:
         inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
         logits = functional_call(self.judge, dict(state), (inputs,))
-        return self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
+        loss, measures = self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
+        if weight := self.settings.collapse_weight:
+            quotient = self._own_collapse(state)
+            loss, measures = loss + weight * quotient.log(), {**measures, "own_nc1": quotient.item()}
+        return loss, measures
+
+    def _own_collapse(self, state: Mapping[str, Tensor]) -> Tensor:
+        """NC1 of the learned images in the trained network."""
+        inputs, labels = (part.flatten(0, 1) for part in self.distilled.batches(1))
+        classes = labels if labels.ndim == 1 else labels.argmax(1)
+        body = {
+            name.removeprefix("body."): value for name, value in state.items() if name.startswith("body.")
+        }
+        features = functional_call(self.judge.get_submodule("body"), body, (inputs,))
+        return within_between(features, classes, self.data.num_classes)
 
     def _trained(self, count: int) -> list[dict[str, Tensor]]:
         """Parameters and buffers of some networks after training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from etflayers.distill import (
     unrolled_inner_loop,
 )
 from etflayers.errors import InvalidArgumentError, NonFiniteError
+from etflayers.metrics import class_statistics, within_between_quotient
 from lab.data import ImageData, Split, load_inputs
 from lab.networks import make_factory, seeded
 
@@ -165,6 +167,7 @@ class KilledError(Exception):
         {"head": "nearest"},
         {"network": "convnet", "width": 4, "norm": "batch"},
         {"validate_every": 3},
+        {"collapse_weight": -0.1},
     ],
 )
 def test_resumed_run_ends_with_the_same_images(
@@ -243,6 +246,26 @@ def test_validation_images_are_not_learned_from(digits: ImageData) -> None:
     torch.testing.assert_close(
         parts(run(settings, apart))["inputs"], parts(run(settings, digits))["inputs"], rtol=0, atol=0
     )
+
+
+def test_collapse_is_weighed_by_what_the_metrics_measure(digits: ImageData) -> None:
+    settings = small(collapse_weight=0.3, per_class=3, start="noise", outer_steps=1, steps=1)
+    learned, plain = unrolled(settings, digits), unrolled(replace(settings, collapse_weight=0.0), digits)
+    network = teach(seeded(main_factory(settings, digits), 0), lesson_of(learned.distilled, settings)).eval()
+    distilled = learned.distilled
+    with torch.no_grad():
+        features = network.get_submodule("body")(distilled.inputs)
+    expected = float(within_between_quotient(class_statistics(features, distilled.labels, 10)))
+    row, without = learned.advance(), plain.advance()
+    assert row["own_nc1"] == pytest.approx(expected, rel=1e-5)
+    assert row["loss"] - without["loss"] == pytest.approx(0.3 * math.log(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [-0.5, 0.5])
+def test_the_images_follow_the_weight_of_their_collapse(weight: float, digits: ImageData) -> None:
+    settings = small(collapse_weight=weight, start="noise", outer_steps=15)
+    plain = run(replace(settings, collapse_weight=1e-9), digits).history[-1]["own_nc1"]
+    assert (run(settings, digits).history[-1]["own_nc1"] - plain) * weight < -0.05 * plain
 
 
 def test_as_many_real_images_are_learned_from_as_are_asked_for(digits: ImageData) -> None:
@@ -386,6 +409,7 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--data", "digits", "--network", "lenet"], "add --image-size 28"),
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),
         (["--patience", "2"], "add --validate-every"),
+        (["--collapse-weight", "1"], "--per-class of at least 2"),
     ],
 )
 def test_bad_input_is_explained(
