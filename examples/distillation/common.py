@@ -69,10 +69,11 @@ class NetworkSettings(DistillationSettings):
     """The network that is trained on the images."""
 
     network: NetworkName = "lenet"
-    """lenet: that of Wang et al. (2018); convnet: three blocks of convolution, norm, ReLU and average
-    pooling; mlp: one hidden layer; linear."""
+    """lenet: that of Wang et al. (2018); alexnet: a small one, two convolutions and two dense layers;
+    convnet: three blocks of convolution, norm, ReLU and average pooling; mlp: one hidden layer; linear."""
     width: Count | None = None
-    """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
+    """Channels of the convnet (default: 32) and of the alexnet (default: 64, with 6 and 3 times as many units
+    in its dense layers), hidden units of the mlp (default: 128)."""
     norm: NormName = "instance"
     """Normalization in the convnet. batch: with averages over all steps, for the evaluation."""
 

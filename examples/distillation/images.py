@@ -23,7 +23,7 @@ from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, write_p
 from lab.data import ImageData, Split, load_inputs
 from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
 from lab.files import Row, kept, write_json
-from lab.networks import make_factory
+from lab.networks import make_factory, own_stream
 from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
 from lab.training import threads
 
@@ -142,13 +142,15 @@ class Study:
         ) -> None:
             watched = CURVE_NETWORKS if network == settings.network else 0
             options = {"count": number, "watched": watched, **how}
-            curves = evaluate(lessons, fresh, data.test.images, data.test.targets, **options)
+            with own_stream(seed):
+                curves = evaluate(lessons, fresh, data.test.images, data.test.targets, **options)
             row = {"training": training, "network": network, "each": [curve[-1][1] for curve in curves]}
             outcomes.append(row | {"curves": curves[:watched], "rate": rate})
 
         def chosen_rate(lessons: list[Lesson], fresh: Fresh) -> float:
             rates = [GRID_FACTOR[settings.optimizer] * rate for rate in RATE_GRID]
-            return best_rate(lessons, fresh, held.images, held.targets, rates=rates, **how)
+            with own_stream(seed):
+                return best_rate(lessons, fresh, held.images, held.targets, rates=rates, **how)
 
         note("distilled", [lesson])
         if settings.steps > 1:
@@ -160,7 +162,8 @@ class Study:
             fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
             note("distilled, fresh networks", [lesson], many, fresh)
         for other in settings.other_networks:
-            fresh = unrolled.unseen(make_factory(other, data, head=settings.head, norm=settings.norm), seed)
+            made = make_factory(other, data, **settings.values("head", "norm", "dropout"))
+            fresh = unrolled.unseen(made, seed)
             note("distilled", [lesson], many, fresh, other)
             at_one = replace(lesson, rates=torch.ones_like(lesson.rates))
             rate = chosen_rate([at_one], fresh)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, inner_loss
+from distillation.choices import TraineeSettings
+from distillation.common import DistilHeadName, OuterRun, StartName, first_set, inner_loss
 from distillation.validation import Validation
 from etflayers import distill
 from etflayers.checks import require
@@ -23,7 +24,7 @@ from etflayers.distill.evaluation import Measures, accuracy
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
-from lab.networks import Factory, NetworkName, make_factory, seeded
+from lab.networks import Factory, NetworkName, make_factory, own_stream, seeded
 from lab.options import Count, Free, Natural, Positive
 from lab.settings import DataName
 
@@ -38,7 +39,7 @@ VALIDATION_NETWORKS = 5  # that each look trains, where it is not one known netw
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesSettings(NetworkSettings):
+class ImagesSettings(TraineeSettings):
     """Learn images, their labels and learning rates by differentiating through the training on them."""
 
     default_out: ClassVar[str] = "runs/distill-images"
@@ -237,7 +238,7 @@ class Objective:
 
 def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:
     """Of the network that the images are learned for."""
-    return make_factory(settings.network, data, head=settings.head, width=settings.width, norm=settings.norm)
+    return make_factory(settings.network, data, **settings.values("head", "width", "norm", "dropout"))
 
 
 def unseen(factory: Factory, seed: int, stream: int = FRESH_SEEDS) -> Fresh:
@@ -305,15 +306,17 @@ def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: Ima
     def trained() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(network.parameters(), PRETRAINING_RATE)
-        for _ in range(settings.source_epochs):
-            order = torch.randperm(len(images), generator=generator).to(data.device)
-            for chosen in order.split(PRETRAINING_BATCH):
-                optimizer.zero_grad()
-                inner_loss(network, images.images[chosen], images.targets[chosen]).backward()
-                optimizer.step()
+        with own_stream(seed):
+            for _ in range(settings.source_epochs):
+                order = torch.randperm(len(images), generator=generator).to(data.device)
+                for chosen in order.split(PRETRAINING_BATCH):
+                    optimizer.zero_grad()
+                    inner_loss(network, images.images[chosen], images.targets[chosen]).backward()
+                    optimizer.step()
         return network.state_dict()
 
     used = ("network", "width", "norm", "head", "source", "data", "classes", "image_size", "source_epochs")
+    used += ("dropout",)
     path = settings.checkpoint(f"pretrained-{seed}")
     own = {**settings.values(*used), **data.fingerprint, "seed": seed}
     network.load_state_dict(kept(path, own, trained, resume=settings.resume))
@@ -363,7 +366,8 @@ class Unrolled(OuterRun):
         _, held = self.data.held_out()
         lesson = distill.Lesson.of(self.distilled, self.settings.steps, self.settings.optimizer)
         how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge, "loss": inner_loss}
-        curves = distill.evaluate([lesson], starts.watched, held.images, held.targets, **how)
+        with own_stream(VALIDATION_SEEDS + self.seed):
+            curves = distill.evaluate([lesson], starts.watched, held.images, held.targets, **how)
         return fmean(curve[-1][1][self.headline] for curve in curves)
 
     def update(self) -> Row:

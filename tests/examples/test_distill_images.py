@@ -164,7 +164,8 @@ class KilledError(Exception):
         {"head": "fixed", "network": "convnet", "width": 9},
         {"head": "nearest"},
         {"network": "convnet", "width": 4, "norm": "batch"},
-        {"validate_every": 3},
+        {"validate_every": 3, "dropout": 0.3},
+        {"network": "alexnet", "width": 4, "dropout": 0.3, "initialization": "random", "networks": 2},
     ],
 )
 def test_resumed_run_ends_with_the_same_images(
@@ -386,6 +387,7 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--data", "digits", "--network", "lenet"], "add --image-size 28"),
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),
         (["--patience", "2"], "add --validate-every"),
+        (["--network", "convnet", "--dropout", "0.5"], "hidden units of dense layers"),
     ],
 )
 def test_bad_input_is_explained(
