@@ -7,32 +7,27 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from statistics import fmean
-from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from distillation import unrolled
-from distillation.common import REPRESENTATIVES, digest, inner_loss, learning_figure, rates_of
-from distillation.unrolled import Fresh, ImagesSettings, Starts, Unrolled
+from distillation.common import digest, learning_figure, rates_of
+from distillation.judging import Judging
+from distillation.unrolled import ImagesSettings, Starts, Unrolled
 from etflayers.checks import require
-from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, write_png
-from lab.data import ImageData, Split, load_inputs
+from etflayers.distill import DistilledSet, write_png
+from lab.data import ImageData, load_inputs
 from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
 from lab.files import Row, kept, write_json
-from lab.networks import make_factory, own_stream
 from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
 from lab.training import threads
 
 ENLARGED = 3
-CURVE_NETWORKS = 5  # that are judged on the way
-# Learning rates of plain descent that are tried for baselines; the other rules take these times a factor.
-RATE_GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-GRID_FACTOR = {"sgd": 1.0, "momentum": 0.2, "adam": 0.02}
-KINDS = {"random real images": "real", "k-means centers": "kmeans", "average images": "means"}
+# What a finished set is tried on: other answers are kept in other files.
+ASKED = ("evaluations", "other_networks", "other_weights", "draws", "baselines")
 # What was learned is drawn in solid lines.
 STYLES: dict[str, tuple[str, str]] = {
     "distilled": (RED, "-"),
@@ -98,7 +93,7 @@ class Study:
         picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
         write_png(folder / f"{name}-images.png", picture)
 
-        asked = settings.values("evaluations", "other_networks", "draws", "baselines")
+        asked = settings.values(*ASKED)
         path = settings.checkpoint(f"{name}-outcomes-{digest(asked)}")
         make = partial(self.judge, seed, starts, distilled)
         outcomes: list[Row] = kept(path, run.fingerprint, make, resume=settings.resume)
@@ -118,68 +113,8 @@ class Study:
         return run.history, outcomes
 
     def judge(self, seed: int, starts: Starts, distilled: DistilledSet) -> list[Row]:
-        """Outcomes of the set as it was learned, in other conditions, and of the baselines.
-
-        An outcome is what networks of one architecture, trained in one way, make of the test images: the
-        measures of ``each`` after training, the ``curves`` by step of some of them, and the ``rate`` of all
-        steps, where one was chosen.
-        """
-        settings, data = self.settings, self.data
-        how: dict[str, Any] = {"judge": self.objective.judge, "loss": inner_loss}
-        lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
-        rest, held = data.held_out()
-        many, single = settings.evaluations, settings.initialization == "fixed"
-        count = 1 if single else many
-        outcomes: list[Row] = []
-
-        def note(
-            training: str,
-            lessons: list[Lesson],
-            number: int = count,
-            fresh: Fresh = starts.fresh,
-            network: str = settings.network,
-            rate: float | None = None,
-        ) -> None:
-            watched = CURVE_NETWORKS if network == settings.network else 0
-            options = {"count": number, "watched": watched, **how}
-            with own_stream(seed):
-                curves = evaluate(lessons, fresh, data.test.images, data.test.targets, **options)
-            row = {"training": training, "network": network, "each": [curve[-1][1] for curve in curves]}
-            outcomes.append(row | {"curves": curves[:watched], "rate": rate})
-
-        def chosen_rate(lessons: list[Lesson], fresh: Fresh) -> float:
-            rates = [GRID_FACTOR[settings.optimizer] * rate for rate in RATE_GRID]
-            with own_stream(seed):
-                return best_rate(lessons, fresh, held.images, held.targets, rates=rates, **how)
-
-        note("distilled", [lesson])
-        if settings.steps > 1:
-            generator = torch.Generator().manual_seed(seed)
-            orders = [lesson.in_other_order(generator) for _ in range(count)]
-            note("distilled, other order", orders)
-            note("distilled, other batches", [lesson.in_other_batches(generator) for _ in range(count)])
-        if single:
-            fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
-            note("distilled, fresh networks", [lesson], many, fresh)
-        for other in settings.other_networks:
-            made = make_factory(other, data, **settings.values("head", "norm", "dropout"))
-            fresh = unrolled.unseen(made, seed)
-            note("distilled", [lesson], many, fresh, other)
-            at_one = replace(lesson, rates=torch.ones_like(lesson.rates))
-            rate = chosen_rate([at_one], fresh)
-            note("distilled, rate chosen", [at_one.scaled(rate)], many, fresh, other, rate)
-        for training, kind in KINDS.items() if settings.baselines else ():
-            if kind == "kmeans" and settings.per_class == 1:
-                continue  # the one center of a class is its average image
-            draws = settings.draws if kind == "real" else 1
-            seeds = range(1000 * seed, 1000 * seed + draws)
-            tried, chosen = (
-                [baseline(kind, images, settings, data.num_classes, number) for number in seeds]
-                for images in (rest, data.train)
-            )
-            rate = chosen_rate(tried, starts.fresh)
-            note(training, [one.scaled(rate) for one in chosen], max(count, draws), rate=rate)
-        return outcomes
+        """Outcomes of the set as it was learned, in other conditions, and of the baselines."""
+        return Judging(self.settings, seed, self.data, starts, self.objective).all(distilled)
 
     def report(self, histories: list[list[Row]], outcomes: list[Row]) -> None:
         """Tables and figures over all seeds."""
@@ -199,25 +134,6 @@ class Study:
         title = f"Networks trained on a few images, tested on {name}"
         self.results.console.print(summary_table(title, labels, columns, shown))
         self.results.tell(", and the sets")
-
-
-def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:
-    """As many real images of each class, in as many steps, as are learned, with rates still to be chosen.
-
-    ``means``: one average image for each class, in every batch again.
-    """
-    real = DistilledSet.from_data(
-        images.images,
-        images.targets,
-        per_class=1 if kind == "means" else settings.per_class,
-        num_classes=num_classes,
-        representatives=REPRESENTATIVES[kind],
-        rates=torch.ones(settings.inner_steps),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    lesson = Lesson.of(real, 1, settings.optimizer)
-    numbers = lesson.batches.repeat(1, settings.per_class * num_classes // len(real.inputs))
-    return replace(lesson, batches=numbers.view(settings.steps, -1))
 
 
 def summary_rows(outcomes: Sequence[Row]) -> list[Row]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillation.choices import TraineeSettings
+from distillation.choices import JudgingSettings
 from distillation.common import DistilHeadName, OuterRun, StartName, first_set, inner_loss
 from distillation.validation import Validation
 from etflayers import distill
@@ -36,10 +36,11 @@ Fresh = Callable[[int], nn.Module]  # makes the i-th network
 # Far from the seeds of the runs, and from each other: no network of one kind is ever one of another.
 POOL_SEEDS, FRESH_SEEDS, VALIDATION_SEEDS = 10**6, 2 * 10**6, 3 * 10**6
 VALIDATION_NETWORKS = 5  # that each look trains, where it is not one known network
+MADE_WITH = ("head", "width", "norm", "dropout", "weights")  # what makes a network beside its name
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesSettings(TraineeSettings):
+class ImagesSettings(JudgingSettings):
     """Learn images, their labels and learning rates by differentiating through the training on them."""
 
     default_out: ClassVar[str] = "runs/distill-images"
@@ -160,8 +161,9 @@ class ImagesSettings(TraineeSettings):
             "--source is the data of pretrained networks: add --initialization pretrained",
         )
         require(
-            not self.other_networks or self.initialization != "pretrained",
-            "--other-networks are trained from scratch: leave them out with --initialization pretrained",
+            not (self.other_networks or self.other_weights) or self.initialization != "pretrained",
+            "--other-networks and --other-weights are trained from scratch: leave them out with "
+            "--initialization pretrained",
         )
         require(
             self.network not in self.other_networks,
@@ -238,7 +240,7 @@ class Objective:
 
 def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:
     """Of the network that the images are learned for."""
-    return make_factory(settings.network, data, **settings.values("head", "width", "norm", "dropout"))
+    return make_factory(settings.network, data, **settings.values(*MADE_WITH))
 
 
 def unseen(factory: Factory, seed: int, stream: int = FRESH_SEEDS) -> Fresh:
@@ -316,7 +318,7 @@ def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: Ima
         return network.state_dict()
 
     used = ("network", "width", "norm", "head", "source", "data", "classes", "image_size", "source_epochs")
-    used += ("dropout",)
+    used += ("dropout", "weights")
     path = settings.checkpoint(f"pretrained-{seed}")
     own = {**settings.values(*used), **data.fingerprint, "seed": seed}
     network.load_state_dict(kept(path, own, trained, resume=settings.resume))

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from etflayers import NearestETFHead, UnitRowHead
+from etflayers import NearestETFHead
 from etflayers.checks import require
 from lab.data import ImageData
 from lab.heads import HeadName, make_head
+from lab.weights import WeightsName, initialize
 
 NetworkName = Literal["lenet", "alexnet", "convnet", "mlp", "linear"]
 NormName = Literal["none", "instance", "batch"]
@@ -115,11 +116,12 @@ def make_factory(
     width: int | None = None,
     norm: NormName = "instance",
     dropout: float = 0.0,
+    weights: WeightsName = "xavier-normal",
 ) -> Factory:
     """A function that makes the network with new random weights, drawn from the global generator.
 
-    Weights are Xavier's (Glorot, Bengio 2010), biases zero, as in the published system. Networks without
-    hidden dense layers have no dropout.
+    By default weights are Xavier's (Glorot, Bengio 2010) and biases zero, as in the published system.
+    Networks without hidden dense layers have no dropout.
 
     Raises:
         InvalidArgumentError: images too small for the network, or too few features for an ETF.
@@ -137,11 +139,7 @@ def make_factory(
         body = make_body(name, data.shape, width, norm, dropout)
         seed = int(torch.randint(2**31, ()))
         network = Network(body, make_head(head, features, data.num_classes, seed))
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear, UnitRowHead)):
-                for parameter in module.parameters():
-                    init = nn.init.zeros_ if parameter.ndim == 1 else nn.init.xavier_normal_
-                    init(parameter)
+        initialize(network, weights)
         return network.to(data.device)
 
     return factory

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from distill import main
 from distillation.common import inner_loss
-from distillation.images import baseline
+from distillation.judging import Judging, baseline
 from distillation.unrolled import (
     ImagesSettings,
     Objective,
@@ -341,6 +341,23 @@ def test_set_in_the_file_is_the_one_that_was_judged(tiny: Path) -> None:
     assert (first["training"], first["accuracy"]) == ("distilled", again["accuracy"])
 
 
+def test_judged_networks_draw_from_streams_of_their_own(digits: ImageData) -> None:
+    """With dropout, other weights and another state of the global stream: the same outcomes to the bit."""
+    settings = small(dropout=0.3, initialization="random", evaluations=2, baselines=False)
+    settings = replace(settings, other_weights=("orthogonal",), other_networks=("linear",))
+    starts, objective = make_starts(settings, digits, digits, 0), Objective()
+    distilled = set_before(settings, digits, 0)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(Judging(settings, 0, digits, starts, objective).all(distilled))
+    assert found[0] == found[1]
+    names = [(row["training"], row["network"]) for row in found[0]]
+    other = "mlp, orthogonal weights"
+    assert {("distilled", other), ("distilled, rate chosen", other), ("distilled", "linear")} <= set(names)
+    assert len(set(names)) == len(names)
+
+
 def test_finished_seeds_are_not_judged_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tiny / name for name in ("seed0.json", "seed1.safetensors", "summary.json")]
     before = [file.read_bytes() for file in files]
@@ -387,6 +404,7 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--data", "digits", "--network", "lenet"], "add --image-size 28"),
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),
         (["--patience", "2"], "add --validate-every"),
+        (["--network", "mlp", "--other-weights", "xavier-normal"], "others than --weights xavier-normal"),
         (["--network", "convnet", "--dropout", "0.5"], "hidden units of dense layers"),
     ],
 )
