@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distillation.common import NetworkSettings
+from distillation.common import NetworkSettings, cosine
 from etflayers.checks import require
 from lab.networks import WITH_HIDDEN_UNITS
-from lab.options import Free, Share
+from lab.options import Count, Free, Share
+from lab.schedules import Schedule
 from lab.weights import WeightsName
 
 
@@ -32,7 +33,33 @@ class TraineeSettings(NetworkSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgingSettings(TraineeSettings):
+class OuterSettings(TraineeSettings):
+    """How the images are learned: Adam beyond its rates."""
+
+    outer_betas: tuple[Share, Share] = (0.9, 0.999)
+    """Adam's decay rates of the running mean and square of hypergradients."""
+    outer_schedule: Schedule = "cosine"
+    """How Adam's rates change. cosine: down to 0; step: by half every OUTER_HALVING updates; constant."""
+    outer_halving: Count | None = None
+    """With `--outer-schedule step`: updates after which the rates are halved (default: a tenth of them)."""
+
+    def check(self) -> None:
+        super().check()
+        require(
+            self.outer_halving is None or self.outer_schedule == "step",
+            "--outer-halving says when rates are halved: add --outer-schedule step",
+        )
+
+    def outer_factor(self, step: int, steps: int) -> float:
+        """What Adam's rates are multiplied by in a step of so many, counted from 0."""
+        if self.outer_schedule == "cosine":
+            return cosine(step, steps)
+        every = max(1, steps // 10) if self.outer_halving is None else self.outer_halving
+        return float(0.5 ** (step // every)) if self.outer_schedule == "step" else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingSettings(OuterSettings):
     """What finished images are tried on besides the networks that they are learned for."""
 
     other_weights: Free[tuple[WeightsName, ...]] = ()

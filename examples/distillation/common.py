@@ -116,7 +116,7 @@ def digest(content: Any) -> str:
 
 
 class OuterRun(Run):
-    """A set that is learned step by step, by Adam, whose rates fall to 0 as a cosine.
+    """A set that is learned step by step, by Adam, whose rates fall to 0 as a cosine if nothing else is said.
 
     Args:
         settings: of everything.
@@ -158,7 +158,7 @@ class OuterRun(Run):
     def advance(self) -> Row:
         with self.clock():
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * cosine(self.step, self.total)
+                group["lr"] = rate * self.factor()
             self.optimizer.zero_grad()
             row = self.update()
         self.validation.look(self.step + 1, self.total, self.distilled)
@@ -167,6 +167,10 @@ class OuterRun(Run):
     @property
     def over(self) -> bool:
         return super().over or self.validation.gives_up
+
+    def factor(self) -> float:
+        """What the rates are multiplied by in this step."""
+        return cosine(self.step, self.total)
 
     @abstractmethod
     def update(self) -> Row:

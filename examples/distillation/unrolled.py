@@ -99,7 +99,7 @@ class ImagesSettings(JudgingSettings):
     """Train the networks of an update side by side, by vmap, where there are several; not with
     `--initialization online`."""
     image_rate: Positive = 0.02
-    """Adam's learning rate for images, with a cosine decay to 0."""
+    """Adam's learning rate for images, before `--outer-schedule`."""
     label_rate: Positive = 0.02
     """Adam's learning rate for soft labels, likewise."""
     log_rate: Positive = 0.02
@@ -362,6 +362,11 @@ class Unrolled(OuterRun):
         super().__init__(
             settings, seed, data, distilled, generator, rates, validation, clip=self.clip, **parts
         )
+        for group in self.optimizer.param_groups:
+            group["betas"] = settings.outer_betas
+
+    def factor(self) -> float:
+        return self.settings.outer_factor(self.step, self.total)
 
     def _score(self, starts: Starts) -> float:
         """What networks trained on the set make of the validation images."""

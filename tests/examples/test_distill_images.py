@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,37 @@ def test_truncation_drops_the_early_steps(digits: ImageData) -> None:
     rates = run(settings, digits).distilled.rates
     moved = (rates - settings.first_rate).abs() > 1e-6
     assert moved.tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]),
+        ({"outer_schedule": "constant"}, [1.0] * 6),
+        ({"outer_schedule": "step", "outer_halving": 2}, [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]),
+        ({"outer_schedule": "step"}, [0.5**step for step in range(6)]),
+        ({"outer_betas": (0.5, 0.9)}, [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]),
+    ],
+)
+def test_outer_steps_are_those_of_adam_by_hand(
+    digits: ImageData, options: dict[str, Any], factors: list[float]
+) -> None:
+    """The images after six steps follow from the hypergradients that were seen, by the published formula."""
+    settings = small(outer_steps=6, **options)
+    learned = unrolled(settings, digits)
+    images = learned.distilled.inputs.detach().clone()
+    betas = settings.outer_betas
+    mean, square = torch.zeros_like(images), torch.zeros_like(images)
+    for step, factor in enumerate(factors):
+        learned.advance()
+        learned.step += 1
+        gradient = learned.distilled.inputs.grad
+        assert gradient is not None
+        mean = betas[0] * mean + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * gradient**2
+        unbiased = mean / (1 - betas[0] ** (step + 1)), square / (1 - betas[1] ** (step + 1))
+        images -= factor * settings.image_rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        torch.testing.assert_close(learned.distilled.inputs.detach(), images, rtol=1e-4, atol=1e-6)
 
 
 class KilledError(Exception):
@@ -405,6 +437,8 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),
         (["--patience", "2"], "add --validate-every"),
         (["--network", "mlp", "--other-weights", "xavier-normal"], "others than --weights xavier-normal"),
+        (["--network", "mlp", "--outer-halving", "5"], "add --outer-schedule step"),
+        (["--network", "mlp", "--outer-betas", "0.5", "1"], "--outer-betas must lie in [0, 1)"),
         (["--network", "convnet", "--dropout", "0.5"], "hidden units of dense layers"),
     ],
 )
