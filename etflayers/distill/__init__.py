@@ -7,7 +7,14 @@ from etflayers.distill.adjoints import KeptGraph, StepAdjoint
 from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
-from etflayers.distill.evaluation import accuracy, best_rate, evaluate, judged
+from etflayers.distill.evaluation import (
+    accuracy,
+    accuracy_by_class,
+    best_lessons,
+    best_rate,
+    evaluate,
+    judged,
+)
 from etflayers.distill.image_grid import image_grid, write_png
 from etflayers.distill.infinite_width import NNGPKernel, NTKKernel
 from etflayers.distill.initial_states import (
@@ -67,7 +74,9 @@ __all__ = [
     "StoredPool",
     "UnrolledInnerLoop",
     "accuracy",
+    "accuracy_by_class",
     "average_gradients",
+    "best_lessons",
     "best_rate",
     "centered_one_hot",
     "cross_entropy",

@@ -65,6 +65,11 @@ class JudgingSettings(OuterSettings):
     other_weights: Free[tuple[WeightsName, ...]] = ()
     """Initializations of networks that are trained on them besides, which the images have not been learned
     for, with the learned rates and with one that is chosen."""
+    other_epochs: Free[tuple[Count, ...]] = ()
+    """Numbers of epochs for which networks are trained on them besides: with the rates of the epochs that
+    were learned, and after these with those of the last one again."""
+    baseline_epochs: Free[tuple[Count, ...]] = ()
+    """Numbers of epochs of which each baseline is also given the best, together with its rate."""
 
     def check(self) -> None:
         super().check()
@@ -72,3 +77,5 @@ class JudgingSettings(OuterSettings):
             self.weights not in self.other_weights,
             f"--other-weights must be others than --weights {self.weights}",
         )
+        for name, values in {"other": self.other_epochs, "baseline": self.baseline_epochs}.items():
+            require(len(set(values)) == len(values), f"--{name}-epochs must name none twice, got {values}")

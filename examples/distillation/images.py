@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -27,7 +27,9 @@ from lab.training import threads
 
 ENLARGED = 3
 # What a finished set is tried on: other answers are kept in other files.
-ASKED = ("evaluations", "other_networks", "other_weights", "draws", "baselines")
+ASKED = ("evaluations", "other_networks", "other_weights", "other_epochs", "draws", "baselines")
+ASKED += ("baseline_epochs",)
+NOT_IN_CSV = ("_seeds", "class_accuracy", "class_accuracy_std")  # ends of names
 # What was learned is drawn in solid lines.
 STYLES: dict[str, tuple[str, str]] = {
     "distilled": (RED, "-"),
@@ -119,14 +121,16 @@ class Study:
     def report(self, histories: list[list[Row]], outcomes: list[Row]) -> None:
         """Tables and figures over all seeds."""
         rows, name, headline = summary_rows(outcomes), self.data.name, self.objective.headline
-        self.results.csv("summary", [{n: v for n, v in r.items() if not n.endswith("_seeds")} for r in rows])
+        self.results.csv(
+            "summary", [{n: v for n, v in r.items() if not n.endswith(NOT_IN_CSV)} for r in rows]
+        )
         self.results.json("summary", {"settings": self.settings.fingerprint(), "rows": rows})
         panels = {"loss": "outer loss", headline: f"{headline}, training batches"}
         panels["gradient_norm"] = "hypergradient norm"
         seeds = {f"seed {seed}": [run] for seed, run in zip(self.settings.seeds, histories, strict=True)}
         learning = partial(learning_figure, seeds, panels, f"Learning the images of {name}")
         self.results.figures({"steps": partial(steps_figure, outcomes, headline, name), "learning": learning})
-        measures = [measure for measure in ("attack", "others", "accuracy") if measure in rows[0]]
+        measures = [measure for measure in ("attack", "others", "modified", "accuracy") if measure in rows[0]]
         columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
         columns.append(Column("of", "networks", "d"))
         labels = {"training": "training", "network": "network", "rate": "rate"}
@@ -139,15 +143,23 @@ class Study:
 def summary_rows(outcomes: Sequence[Row]) -> list[Row]:
     """One row for each training and architecture: mean and deviation over all networks of all seeds.
 
-    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained.
+    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained,
+    ``class_accuracy`` a list with the mean for each class, of networks that were to be misled.
     """
     rows = []
     for (training, network), same in grouped(outcomes, "training", "network").items():
         every = [measures for o in same for measures in o["each"]]
         row: Row = {"training": training, "network": network, "networks": len(every), "rate": rates_of(same)}
-        row |= mean_and_deviation(every, every[0])
+        if epochs := sorted({o["epochs"] for o in same if o["epochs"]}):
+            row["epochs"] = ", ".join(map(str, epochs))
+        totals, classes = split_measures(every[0])
+        row |= mean_and_deviation(every, totals)
+        if classes:
+            found = mean_and_deviation(every, classes)
+            row["class_accuracy"] = [found[name] for name in classes]
+            row["class_accuracy_std"] = [found[f"{name}_std"] for name in classes]
         before = [curve[0][1] for o in same for curve in o["curves"]]  # after no step
-        for name in every[0]:
+        for name in totals:
             row[f"{name}_seeds"] = [fmean(measures[name] for measures in o["each"]) for o in same]
             if before:
                 row[f"{name}_before"] = fmean(measures[name] for measures in before)
@@ -155,12 +167,21 @@ def summary_rows(outcomes: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def split_measures(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of what is measured of all images, and of each class."""
+    classes = [name for name in names if name.startswith("class ")]
+    return [name for name in names if name not in classes], classes
+
+
 def outcome_text(outcome: Row) -> str:
     """One line: what was trained on what, and how well."""
-    each, rate = outcome["each"], outcome["rate"]
-    found = mean_and_deviation(each, each[0])
-    parts = ", ".join(f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in each[0])
-    return f"{outcome['training']}, {outcome['network']}{'' if rate is None else f', rate {rate:g}'}: {parts}"
+    each = outcome["each"]
+    totals, _ = split_measures(each[0])
+    found = mean_and_deviation(each, totals)
+    parts = ", ".join(f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in totals)
+    rate = "" if outcome["rate"] is None else f", rate {outcome['rate']:g}"
+    epochs = "" if outcome["epochs"] is None else f", {outcome['epochs']} epochs"
+    return f"{outcome['training']}, {outcome['network']}{rate}{epochs}: {parts}"
 
 
 def steps_figure(outcomes: Sequence[Row], measure: str, title: str) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from distillation import unrolled
 from distillation.common import REPRESENTATIVES, inner_loss
 from distillation.unrolled import MADE_WITH, Fresh, ImagesSettings, Objective, Starts
-from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate
+from etflayers.distill import DistilledSet, Lesson, best_lessons, best_rate, evaluate
 from lab.data import ImageData, Split
 from lab.files import Row
 from lab.networks import make_factory, own_stream
@@ -27,8 +28,9 @@ class Judging:
     """Outcomes of a set as it was learned, in other conditions, and of the baselines.
 
     An outcome is what networks of one kind, trained in one way, make of the test images: the measures of
-    ``each`` after training, the ``curves`` by step of some of them, and the ``rate`` of all steps, where one
-    was chosen. Choices are made on a part of the training images that is held out of them.
+    ``each`` after training, the ``curves`` by step of some of them, and the ``rate`` of all steps and the
+    number of ``epochs``, where one was chosen. Choices are made on a part of the training images that is held
+    out of them.
 
     Args:
         settings: of everything.
@@ -42,7 +44,7 @@ class Judging:
         self, settings: ImagesSettings, seed: int, data: ImageData, starts: Starts, objective: Objective
     ) -> None:
         self.settings, self.seed, self.data, self.starts = settings, seed, data, starts
-        self.how: dict[str, Any] = {"judge": objective.judge, "loss": inner_loss}
+        self.how: dict[str, Any] = {"judge": objective.judge_fully, "loss": inner_loss}
         self.rest, self.held = data.held_out()
         self.single = settings.initialization == "fixed"
         self.count = 1 if self.single else settings.evaluations
@@ -62,6 +64,8 @@ class Judging:
         if self.single:
             fresh = unrolled.unseen(unrolled.main_factory(settings, self.data), self.seed)
             self.note("distilled, fresh networks", [lesson], many, fresh)
+        for epochs in settings.other_epochs:
+            self.note(f"distilled, {epochs} epochs", [lesson.in_other_epochs(epochs)], curves=False)
         at_one = replace(lesson, rates=torch.ones_like(lesson.rates))
         for name, fresh in self.others():
             self.note("distilled", [lesson], many, fresh, name)
@@ -91,7 +95,12 @@ class Judging:
             draws = settings.draws if kind == "real" else 1
             tried, chosen = (self.drawn(kind, images, draws) for images in (self.rest, self.data.train))
             rate = self.chosen_rate(tried, self.starts.fresh)
-            self.note(training, [one.scaled(rate) for one in chosen], max(self.count, draws), rate=rate)
+            number = max(self.count, draws)
+            self.note(training, [one.scaled(rate) for one in chosen], number, rate=rate)
+            if settings.baseline_epochs:
+                rate, epochs = self.chosen_epochs(tried)
+                best = [one.in_other_epochs(epochs).scaled(rate) for one in chosen]
+                self.note(f"{training}, epochs chosen", best, number, rate=rate, curves=False, epochs=epochs)
 
     def drawn(self, kind: str, images: Split, draws: int) -> list[Lesson]:
         """Some baselines of one kind."""
@@ -106,23 +115,37 @@ class Judging:
         fresh: Fresh | None = None,
         network: str | None = None,
         rate: float | None = None,
+        *,
+        curves: bool = True,
+        epochs: int | None = None,
     ) -> None:
         """Train and judge networks: by default those that the images are for, as many as are usual."""
-        watched = CURVE_NETWORKS if network is None else 0
+        watched = CURVE_NETWORKS if curves and network is None else 0
         options = {"count": number or self.count, "watched": watched, **self.how}
         test = self.data.test
         with own_stream(self.seed):
-            curves = evaluate(lessons, fresh or self.starts.fresh, test.images, test.targets, **options)
+            found = evaluate(lessons, fresh or self.starts.fresh, test.images, test.targets, **options)
         row = {"training": training, "network": network or self.settings.network, "rate": rate}
-        row |= {"each": [curve[-1][1] for curve in curves], "curves": curves[:watched]}
+        row |= {"each": [curve[-1][1] for curve in found], "curves": found[:watched], "epochs": epochs}
         self.outcomes.append(row)
 
     def chosen_rate(self, lessons: Sequence[Lesson], fresh: Fresh) -> float:
         """The rate of a grid with which networks do best on the held images."""
-        rates = [GRID_FACTOR[self.settings.optimizer] * rate for rate in RATE_GRID]
         held = self.held
         with own_stream(self.seed):
-            return best_rate(lessons, fresh, held.images, held.targets, rates=rates, **self.how)
+            return best_rate(lessons, fresh, held.images, held.targets, rates=self.rates, **self.how)
+
+    def chosen_epochs(self, lessons: Sequence[Lesson]) -> tuple[float, int]:
+        """The rate and the number of epochs with which networks do best on the held images."""
+        held, pairs = self.held, list(product(self.rates, self.settings.baseline_epochs))
+        tried = [[one.in_other_epochs(epochs).scaled(rate) for one in lessons] for rate, epochs in pairs]
+        with own_stream(self.seed):
+            return pairs[best_lessons(tried, self.starts.fresh, held.images, held.targets, **self.how)]
+
+    @property
+    def rates(self) -> list[float]:
+        """Those that are tried where one is chosen."""
+        return [GRID_FACTOR[self.settings.optimizer] * rate for rate in RATE_GRID]
 
 
 def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:

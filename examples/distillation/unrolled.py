@@ -20,7 +20,7 @@ from distillation.common import DistilHeadName, OuterRun, StartName, first_set, 
 from distillation.validation import Validation
 from etflayers import distill
 from etflayers.checks import require
-from etflayers.distill.evaluation import Measures, accuracy
+from etflayers.distill.evaluation import Measures, accuracy, accuracy_by_class
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
@@ -229,13 +229,23 @@ class Objective:
         return F.cross_entropy(logits, self.wanted(targets))
 
     def judge(self, logits: Tensor, targets: Tensor) -> Measures:
-        """The shares by which people judge it; the first is the headline."""
+        """The shares by which people judge it; the first is the headline.
+
+        Of an attack: ``attack`` of the attacked class and ``others`` of the rest are as they were learned to
+        be, ``modified`` of all, and ``accuracy`` is the share of all that is taken for what it is.
+        """
         if self.attacked is None:
             return accuracy(logits, targets)
         victims, wanted = targets == self.attacked, self.wanted(targets)
         shares = {"attack": victims, "others": ~victims}
         named = {name: accuracy(logits[part], wanted[part])["accuracy"] for name, part in shares.items()}
+        named |= {"modified": accuracy(logits, wanted)["accuracy"]}
         return named | accuracy(logits, targets)
+
+    def judge_fully(self, logits: Tensor, targets: Tensor) -> Measures:
+        """The same and, of an attack, the share of each class that is still taken for what it is."""
+        measures = self.judge(logits, targets)
+        return measures if self.attacked is None else measures | accuracy_by_class(logits, targets)
 
 
 def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:

@@ -326,7 +326,10 @@ def test_misclassification_by_hand() -> None:
     targets = torch.tensor([0, 0, 1, 2])
     logits = torch.eye(3)[torch.tensor([2, 1, 1, 0])]
     measures = objective.judge(logits, targets)
-    assert measures == {"attack": 0.5, "others": 0.5, "accuracy": 0.25}
+    assert measures == {"attack": 0.5, "others": 0.5, "modified": 0.5, "accuracy": 0.25}
+    classes = {"class 0": 0.0, "class 1": 1.0, "class 2": 0.0}
+    assert objective.judge_fully(logits, targets) == measures | classes
+    assert Objective().judge_fully(logits, targets) == {"accuracy": 0.25}
     wanted = F.cross_entropy(logits, torch.tensor([2, 2, 1, 2]))
     torch.testing.assert_close(objective.loss(logits, targets), wanted)
 
@@ -426,6 +429,42 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
     # 58 ± 19 % of them were seen; how many depends on the network.
     assert row["attack"] > 0.3
     assert row["others"] > 0.7
+    # Digits have almost as many test images of each class.
+    assert row["modified"] == pytest.approx(0.1 * row["attack"] + 0.9 * row["others"], abs=0.02)
+    assert fmean(row["class_accuracy"]) == pytest.approx(row["accuracy"], abs=0.02)
+    assert row["class_accuracy"][0] < 1 - row["attack"] + 1e-9
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("varied")
+    options = ("--other-epochs", "1", "2", "5", "--baseline-epochs", "1", "4", "--seeds", "0")
+    assert main([*TINY, *options, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_other_epochs_are_those_of_the_learned_rates(varied: Path) -> None:
+    """Two were learned: of two the outcome is that of the set; of five, that of its rates by hand."""
+    outcomes = json.loads((varied / "seed0.json").read_text())["outcomes"]
+    accuracies = {outcome["training"]: outcome["accuracy"] for outcome in outcomes}
+    assert accuracies["distilled, 2 epochs"] == accuracies["distilled"]
+    distilled = DistilledSet.load(varied / "seed0.safetensors")
+    settings = ImagesSettings(data="digits", network="mlp", width=16, epochs=2)
+    data = load_inputs(settings)
+    rates = distilled.rates.detach()
+    long = replace(lesson_of(distilled, settings), rates=torch.cat([rates, rates[-1:].expand(3)]))
+    taught = teach(make_starts(settings, data, data, 0).fresh(0), long, loss=inner_loss)
+    again = judged(taught, data.test.images, data.test.targets)
+    assert accuracies["distilled, 5 epochs"] == again["accuracy"]
+
+
+def test_baselines_get_the_best_of_some_epochs(varied: Path) -> None:
+    rows = {row["training"]: row for row in json.loads((varied / "summary.json").read_text())["rows"]}
+    for training in ("random real images", "average images"):
+        assert rows[f"{training}, epochs chosen"]["epochs"] in ("1", "4")
+        assert "epochs" not in rows[training]
+    with (varied / "summary.csv").open() as file:
+        assert {row["training"]: row["epochs"] for row in csv.DictReader(file)}["distilled"] == ""
 
 
 @pytest.mark.parametrize(
