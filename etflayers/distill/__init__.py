@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
+from etflayers.distill.augmentation import ImageTransform, SiameseAugmentation
 from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
@@ -56,6 +57,7 @@ __all__ = [
     "DistilledSet",
     "FeatureKernel",
     "FixedInitialization",
+    "ImageTransform",
     "InitialState",
     "InnerSolution",
     "KeptGraph",
@@ -70,6 +72,7 @@ __all__ = [
     "RBFKernel",
     "RandomInitialization",
     "RunningNormClip",
+    "SiameseAugmentation",
     "StepAdjoint",
     "StoredPool",
     "UnrolledInnerLoop",

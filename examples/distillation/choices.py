@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from distillation.common import NetworkSettings, cosine
+from torch import Tensor
+
+from distillation.common import NetworkSettings, cosine, inner_loss
 from etflayers.checks import require
+from etflayers.distill import SiameseAugmentation
+from etflayers.distill.objective import InnerLoss
 from lab.networks import WITH_HIDDEN_UNITS
-from lab.options import Count, Free, Share
+from lab.options import Count, Free, Positive, Share
 from lab.schedules import Schedule
 from lab.weights import WeightsName
+
+FamilyName = Literal["shift", "scale", "rotate", "brightness", "cutout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +30,38 @@ class TraineeSettings(NetworkSettings):
     weights: WeightsName = "xavier-normal"
     """Where the weights of the networks start. normal, uniform: of deviation 0.05 in every layer; default:
     as PyTorch makes them, with biases; with the others biases are zero."""
+    augment: tuple[FamilyName, ...] = ()
+    """Kinds of differentiable siamese augmentation (Zhao, Bilen 2021): one of them is drawn in each inner
+    step, for each outer batch and in each step of the trainings that are judged, the same for all images of
+    the batch."""
+    augment_strength: Positive = 1.0
+    """Factor to the published strengths of `--augment`: shifts by an eighth, scales up to 1.2, turns by 15
+    degrees, brightness by half a deviation, a cutout of half the side."""
+
+    @property
+    def augmentation(self) -> SiameseAugmentation | None:
+        """What changes the images of a step, if anything does."""
+        return SiameseAugmentation.of(*self.augment, strength=self.augment_strength) if self.augment else None
+
+    @property
+    def trainee_loss(self) -> InnerLoss:
+        """Of a step of training, augmented by a change that is drawn on the stream of the step."""
+        augmentation = self.augmentation
+        if augmentation is None:
+            return inner_loss
+
+        def augmented_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor) -> Tensor:
+            return inner_loss(model, augmentation(images), labels)
+
+        return augmented_loss
 
     def check(self) -> None:
         super().check()
+        require(
+            len(set(self.augment)) == len(self.augment),
+            f"--augment must name none twice, got {self.augment}",
+        )
+        _ = self.augmentation  # strengths that cannot be
         require(
             self.dropout == 0 or self.network in WITH_HIDDEN_UNITS,
             f"--dropout drops hidden units of dense layers, and --network {self.network} has none: take "

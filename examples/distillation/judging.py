@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distillation import unrolled
-from distillation.common import REPRESENTATIVES, inner_loss
+from distillation.common import REPRESENTATIVES
 from distillation.unrolled import MADE_WITH, Fresh, ImagesSettings, Objective, Starts
 from etflayers.distill import DistilledSet, Lesson, best_lessons, best_rate, evaluate
 from lab.data import ImageData, Split
@@ -44,7 +44,7 @@ class Judging:
         self, settings: ImagesSettings, seed: int, data: ImageData, starts: Starts, objective: Objective
     ) -> None:
         self.settings, self.seed, self.data, self.starts = settings, seed, data, starts
-        self.how: dict[str, Any] = {"judge": objective.judge_fully, "loss": inner_loss}
+        self.how: dict[str, Any] = {"judge": objective.judge_fully, "loss": settings.trainee_loss}
         self.rest, self.held = data.held_out()
         self.single = settings.initialization == "fixed"
         self.count = 1 if self.single else settings.evaluations

@@ -362,7 +362,7 @@ class Unrolled(OuterRun):
         rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
         adjoint = ADJOINTS[settings.adjoint]()
         options: dict[str, Any] = {"optimizer": rule, "adjoint": adjoint, "epochs": settings.epochs}
-        self.loop = distill.UnrolledInnerLoop(trainee, loss=inner_loss, **options)
+        self.loop = distill.UnrolledInnerLoop(trainee, loss=settings.trainee_loss, **options)
         rates = {"inputs": settings.image_rate, "log_rates": settings.log_rate, "labels": settings.label_rate}
         parts = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator, distilled = torch.Generator().manual_seed(seed), set_before(settings, data, seed)
@@ -382,7 +382,8 @@ class Unrolled(OuterRun):
         """What networks trained on the set make of the validation images."""
         _, held = self.data.held_out()
         lesson = distill.Lesson.of(self.distilled, self.settings.steps, self.settings.optimizer)
-        how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge, "loss": inner_loss}
+        how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge}
+        how["loss"] = self.settings.trainee_loss
         with own_stream(VALIDATION_SEEDS + self.seed):
             curves = distill.evaluate([lesson], starts.watched, held.images, held.targets, **how)
         return fmean(curve[-1][1][self.headline] for curve in curves)
@@ -415,6 +416,8 @@ class Unrolled(OuterRun):
 
     def _outer(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Measures]:
         inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
+        if (augmentation := self.settings.augmentation) is not None:
+            inputs = augmentation(inputs, self.generator)
         logits = functional_call(self.judge, dict(state), (inputs,))
         return self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
 

@@ -37,7 +37,7 @@ from etflayers.distill import (
 )
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from lab.data import ImageData, Split, load_inputs
-from lab.networks import make_factory, seeded
+from lab.networks import make_factory, own_stream, seeded
 
 SMALL: dict[str, Any] = {"data": "digits", "network": "mlp", "width": 16, "per_class": 2, "start": "real"}
 SMALL |= {"steps": 2, "epochs": 2, "outer_steps": 9, "outer_batch": 32, "optimizer": "sgd", "rate": 0.05}
@@ -142,6 +142,38 @@ def test_hypergradient_is_that_of_plain_autograd(digits: ImageData, options: dic
     assert norm > 1e-3
 
 
+def test_augmentation_changes_real_and_learned_images(digits: ImageData) -> None:
+    """With brightness alone, by hand: the losses of the inner and of the outer step are those seen."""
+    settings = small(outer_steps=1, start="noise", augment=("brightness",), epochs=1, steps=1)
+    data = one_image(digits)
+    learned = unrolled(settings, data)
+    noted = []
+    augmentation = settings.augmentation
+    assert augmentation is not None
+
+    def brighter(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        change = augmentation.draw(generator).brightness
+        assert change is not None
+        noted.append(change)
+        return images + change.to(images)
+
+    generator = torch.Generator().manual_seed(0)
+    (step,) = torch.randint(2**62, (1,), generator=generator).tolist()
+    network, distilled = seeded(main_factory(settings, data), 0), set_before(settings, data, 0)
+    with own_stream(step):
+        loss = inner_loss(network, brighter(distilled.inputs), distilled.labels)
+    for value, gradient in zip(
+        network.parameters(), torch.autograd.grad(loss, [*network.parameters()]), strict=True
+    ):
+        value.data -= settings.first_rate * gradient
+    data.train.batch(settings.outer_batch, generator)
+    expected = F.cross_entropy(network(brighter(data.train.images, generator)), data.train.targets)
+    learned.finish()
+    assert learned.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(noted) == 2
+    assert noted[0] != noted[1]
+
+
 def test_truncation_drops_the_early_steps(digits: ImageData) -> None:
     """The last step alone has no way to the rate of the first."""
     settings = small(outer_steps=1, window="last", window_length=1)
@@ -197,6 +229,7 @@ class KilledError(Exception):
         {"head": "nearest"},
         {"network": "convnet", "width": 4, "norm": "batch"},
         {"validate_every": 3, "dropout": 0.3},
+        {"augment": ("shift", "scale", "rotate", "brightness", "cutout"), "networks": 2},
         {"network": "alexnet", "width": 4, "dropout": 0.3, "initialization": "random", "networks": 2},
     ],
 )
@@ -478,6 +511,8 @@ def test_baselines_get_the_best_of_some_epochs(varied: Path) -> None:
         (["--network", "mlp", "--other-weights", "xavier-normal"], "others than --weights xavier-normal"),
         (["--network", "mlp", "--outer-halving", "5"], "add --outer-schedule step"),
         (["--network", "mlp", "--outer-betas", "0.5", "1"], "--outer-betas must lie in [0, 1)"),
+        (["--network", "mlp", "--augment", "shift", "shift"], "--augment must name none twice"),
+        (["--network", "mlp", "--augment", "cutout", "--augment-strength", "3"], "cutout must be in [0, 1]"),
         (["--network", "convnet", "--dropout", "0.5"], "hidden units of dense layers"),
     ],
 )
