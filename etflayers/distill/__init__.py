@@ -34,6 +34,7 @@ from etflayers.distill.linear_bound import LinearTask
 from etflayers.distill.memory import memory_forecast
 from etflayers.distill.objective import cross_entropy
 from etflayers.distill.optimizers import SGD, Adam, AdamW
+from etflayers.distill.protocol import Ranking, ranking
 from etflayers.distill.ranks import average_gradients
 from etflayers.distill.representatives import kmeans_centers, partial_means, per_class, random_samples
 from etflayers.distill.windows import last_window, moving_window, random_window, truncation_cosine
@@ -71,6 +72,7 @@ __all__ = [
     "OnlinePool",
     "RBFKernel",
     "RandomInitialization",
+    "Ranking",
     "RunningNormClip",
     "SiameseAugmentation",
     "StepAdjoint",
@@ -95,6 +97,7 @@ __all__ = [
     "per_class",
     "random_samples",
     "random_window",
+    "ranking",
     "solve_labels",
     "stack_states",
     "teach",

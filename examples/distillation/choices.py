@@ -107,6 +107,11 @@ class JudgingSettings(OuterSettings):
     were learned, and after these with those of the last one again."""
     baseline_epochs: Free[tuple[Count, ...]] = ()
     """Numbers of epochs of which each baseline is also given the best, together with its rate."""
+    ranking: Free[bool] = False
+    """Also find what the set recovers of all real images with hard labels, and what it improves over random
+    ones (Li et al. 2025): networks are trained on all real images for this."""
+    ranking_epochs: Free[Count] = 10
+    """Passes over all real images."""
 
     def check(self) -> None:
         super().check()

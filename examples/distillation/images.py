@@ -15,7 +15,7 @@ from rich.console import Console
 
 from distillation import unrolled
 from distillation.common import digest, learning_figure, rates_of
-from distillation.judging import Judging
+from distillation.judging import Judging, ranked
 from distillation.unrolled import ImagesSettings, Starts, Unrolled
 from etflayers.checks import require
 from etflayers.distill import DistilledSet, write_png
@@ -28,7 +28,7 @@ from lab.training import threads
 ENLARGED = 3
 # What a finished set is tried on: other answers are kept in other files.
 ASKED = ("evaluations", "other_networks", "other_weights", "other_epochs", "draws", "baselines")
-ASKED += ("baseline_epochs",)
+ASKED += ("baseline_epochs", "ranking", "ranking_epochs")
 NOT_IN_CSV = ("_seeds", "class_accuracy", "class_accuracy_std")  # ends of names
 # What was learned is drawn in solid lines.
 STYLES: dict[str, tuple[str, str]] = {
@@ -111,6 +111,8 @@ class Study:
         content["outcomes"] = [
             {**o, "networks": len(o["each"]), **mean_and_deviation(o["each"], o["each"][0])} for o in outcomes
         ]
+        if settings.ranking:
+            content["ranking"] = ranked(outcomes, settings.network)._asdict()
         write_json(folder / f"{name}.json", content)
         return run.history, outcomes
 
@@ -124,7 +126,15 @@ class Study:
         self.results.csv(
             "summary", [{n: v for n, v in r.items() if not n.endswith(NOT_IN_CSV)} for r in rows]
         )
-        self.results.json("summary", {"settings": self.settings.fingerprint(), "rows": rows})
+        summary: Row = {"settings": self.settings.fingerprint(), "rows": rows}
+        if self.settings.ranking:
+            place = ranked(outcomes, self.settings.network)
+            summary["ranking"] = place._asdict()
+            self.results.say(
+                f"hard label recovery {place.hard_label_recovery:.1%} (0 is best), improvement over random "
+                f"{place.improvement_over_random:.1%}, score {place.score:.3f}"
+            )
+        self.results.json("summary", summary)
         panels = {"loss": "outer loss", headline: f"{headline}, training batches"}
         panels["gradient_norm"] = "hypergradient norm"
         seeds = {f"seed {seed}": [run] for seed, run in zip(self.settings.seeds, histories, strict=True)}

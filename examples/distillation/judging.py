@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from distillation import unrolled
-from distillation.common import REPRESENTATIVES
+from distillation.common import REPRESENTATIVES, inner_loss, random_lesson
 from distillation.unrolled import MADE_WITH, Fresh, ImagesSettings, Objective, Starts
-from etflayers.distill import DistilledSet, Lesson, best_lessons, best_rate, evaluate
+from etflayers.distill import DistilledSet, Lesson, Ranking, best_lessons, best_rate, evaluate, ranking
 from lab.data import ImageData, Split
 from lab.files import Row
 from lab.networks import make_factory, own_stream
@@ -21,6 +21,8 @@ CURVE_NETWORKS = 5  # that are judged on the way
 # Learning rates of plain descent that are tried for baselines; the other rules take these times a factor.
 RATE_GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 GRID_FACTOR = {"sgd": 1.0, "momentum": 0.2, "adam": 0.02}
+REAL_BATCH = 64  # in a step on all real images
+SET_HARD, FULL_HARD = "distilled, hard labels", "all real images, hard labels"
 KINDS = {"random real images": "real", "k-means centers": "kmeans", "average images": "means"}
 
 
@@ -73,7 +75,33 @@ class Judging:
             self.note("distilled, rate chosen", [at_one.scaled(rate)], many, fresh, name, rate)
         if settings.baselines:
             self.baselines()
+        if settings.ranking:
+            self.hard_labels(lesson)
         return self.outcomes
+
+    def hard_labels(self, lesson: Lesson) -> None:
+        """What the ranking compares: the set, and all real images, both with hard labels and nothing else.
+
+        The set at the best rate of the grid, or at its learned rates, if these are better.
+        """
+        settings, train, held = self.settings, self.data.train, self.held
+        labels = lesson.labels.argmax(1) if lesson.labels.is_floating_point() else lesson.labels
+        hard = replace(lesson, labels=labels)
+        at_one = replace(hard, rates=torch.ones_like(hard.rates))
+        tried = [[hard], *([at_one.scaled(rate)] for rate in self.rates)]
+        how = {**self.how, "loss": inner_loss}
+        with own_stream(self.seed):
+            best = best_lessons(tried, self.starts.fresh, held.images, held.targets, **how)
+        rate = self.rates[best - 1] if best else None
+        self.note(SET_HARD, tried[best], rate=rate, curves=False, plain=True)
+
+        def on_all(images: Split) -> Lesson:
+            steps = settings.ranking_epochs * max(1, len(images) // REAL_BATCH)
+            options = {"size": REAL_BATCH, "steps": steps, "optimizer": settings.optimizer}
+            return random_lesson(images.images, images.targets, seed=self.seed, **options)
+
+        rate = self.chosen_rate([on_all(self.rest)], self.starts.fresh, plain=True)
+        self.note(FULL_HARD, [on_all(train).scaled(rate)], rate=rate, curves=False, plain=True)
 
     def others(self) -> Iterator[tuple[str, Fresh]]:
         """Networks that the images have not been learned for, by what they are called in tables."""
@@ -118,10 +146,15 @@ class Judging:
         *,
         curves: bool = True,
         epochs: int | None = None,
+        plain: bool = False,
     ) -> None:
-        """Train and judge networks: by default those that the images are for, as many as are usual."""
+        """Train and judge networks: by default those that the images are for, as many as are usual.
+
+        ``plain``: without augmentation.
+        """
         watched = CURVE_NETWORKS if curves and network is None else 0
         options = {"count": number or self.count, "watched": watched, **self.how}
+        options |= {"loss": inner_loss} if plain else {}
         test = self.data.test
         with own_stream(self.seed):
             found = evaluate(lessons, fresh or self.starts.fresh, test.images, test.targets, **options)
@@ -129,11 +162,11 @@ class Judging:
         row |= {"each": [curve[-1][1] for curve in found], "curves": found[:watched], "epochs": epochs}
         self.outcomes.append(row)
 
-    def chosen_rate(self, lessons: Sequence[Lesson], fresh: Fresh) -> float:
+    def chosen_rate(self, lessons: Sequence[Lesson], fresh: Fresh, *, plain: bool = False) -> float:
         """The rate of a grid with which networks do best on the held images."""
-        held = self.held
+        how = {**self.how, "loss": inner_loss} if plain else self.how
         with own_stream(self.seed):
-            return best_rate(lessons, fresh, held.images, held.targets, rates=self.rates, **self.how)
+            return best_rate(lessons, fresh, self.held.images, self.held.targets, rates=self.rates, **how)
 
     def chosen_epochs(self, lessons: Sequence[Lesson]) -> tuple[float, int]:
         """The rate and the number of epochs with which networks do best on the held images."""
@@ -146,6 +179,18 @@ class Judging:
     def rates(self) -> list[float]:
         """Those that are tried where one is chosen."""
         return [GRID_FACTOR[self.settings.optimizer] * rate for rate in RATE_GRID]
+
+
+def ranked(outcomes: Sequence[Row], network: str) -> Ranking:
+    """How a set, or those of several seeds, stand between random and all real images."""
+    names = {"full_hard": FULL_HARD, "set_hard": SET_HARD}
+    names |= {"set_own": "distilled", "random_own": "random real images"}
+    found: dict[str, list[float]] = {side: [] for side in names}
+    for side, training in names.items():
+        for outcome in outcomes:
+            if (outcome["training"], outcome["network"]) == (training, network):
+                found[side] += [measures["accuracy"] for measures in outcome["each"]]
+    return ranking(**found)
 
 
 def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:

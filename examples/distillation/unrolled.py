@@ -178,6 +178,12 @@ class ImagesSettings(JudgingSettings):
             f"--attacked and --target must be two classes, got {self.attacked} twice",
         )
         require(
+            not self.ranking
+            or (self.baselines and self.outer == "classify" and self.initialization != "pretrained"),
+            "--ranking compares classifiers that are trained from scratch with those of random real images: "
+            "leave out --no-baselines, --outer misclassify and --initialization pretrained",
+        )
+        require(
             self.initialization != "online" or self.window in ("full", "last"),
             "--initialization online trains every network to the end of a round: take --window full or last",
         )

@@ -472,6 +472,7 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
 def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("varied")
     options = ("--other-epochs", "1", "2", "5", "--baseline-epochs", "1", "4", "--seeds", "0")
+    options += ("--ranking", "--ranking-epochs", "2", "--labels", "soft")
     assert main([*TINY, *options, "--out", str(folder)]) == 0
     return folder
 
@@ -482,13 +483,25 @@ def test_other_epochs_are_those_of_the_learned_rates(varied: Path) -> None:
     accuracies = {outcome["training"]: outcome["accuracy"] for outcome in outcomes}
     assert accuracies["distilled, 2 epochs"] == accuracies["distilled"]
     distilled = DistilledSet.load(varied / "seed0.safetensors")
-    settings = ImagesSettings(data="digits", network="mlp", width=16, epochs=2)
+    settings = ImagesSettings(data="digits", network="mlp", width=16, epochs=2, labels="soft")
     data = load_inputs(settings)
     rates = distilled.rates.detach()
     long = replace(lesson_of(distilled, settings), rates=torch.cat([rates, rates[-1:].expand(3)]))
     taught = teach(make_starts(settings, data, data, 0).fresh(0), long, loss=inner_loss)
     again = judged(taught, data.test.images, data.test.targets)
     assert accuracies["distilled, 5 epochs"] == again["accuracy"]
+
+
+def test_ranking_is_that_of_the_outcomes(varied: Path) -> None:
+    summary = json.loads((varied / "summary.json").read_text())
+    accuracy = {row["training"]: row["accuracy"] for row in summary["rows"]}
+    found = summary["ranking"]
+    recovery = accuracy["all real images, hard labels"] - accuracy["distilled, hard labels"]
+    improvement = accuracy["distilled"] - accuracy["random real images"]
+    assert found["hard_label_recovery"] == pytest.approx(recovery)
+    assert found["improvement_over_random"] == pytest.approx(improvement)
+    assert json.loads((varied / "seed0.json").read_text())["ranking"] == found
+    assert accuracy["all real images, hard labels"] > 0.8  # two passes over 1438 digits
 
 
 def test_baselines_get_the_best_of_some_epochs(varied: Path) -> None:
@@ -513,6 +526,7 @@ def test_baselines_get_the_best_of_some_epochs(varied: Path) -> None:
         (["--network", "mlp", "--outer-betas", "0.5", "1"], "--outer-betas must lie in [0, 1)"),
         (["--network", "mlp", "--augment", "shift", "shift"], "--augment must name none twice"),
         (["--network", "mlp", "--augment", "cutout", "--augment-strength", "3"], "cutout must be in [0, 1]"),
+        (["--network", "mlp", "--ranking", "--no-baselines"], "leave out --no-baselines"),
         (["--network", "convnet", "--dropout", "0.5"], "hidden units of dense layers"),
     ],
 )
