@@ -67,7 +67,8 @@ class Judging:
             fresh = unrolled.unseen(unrolled.main_factory(settings, self.data), self.seed)
             self.note("distilled, fresh networks", [lesson], many, fresh)
         for epochs in settings.other_epochs:
-            self.note(f"distilled, {epochs} epochs", [lesson.in_other_epochs(epochs)], curves=False)
+            training = f"distilled, {epochs} epoch{'s' * (epochs > 1)}"
+            self.note(training, [lesson.in_other_epochs(epochs)], curves=False)
         at_one = replace(lesson, rates=torch.ones_like(lesson.rates))
         for name, fresh in self.others():
             self.note("distilled", [lesson], many, fresh, name)
