@@ -4,10 +4,18 @@ from typing import TYPE_CHECKING
 
 from etflayers._imports import names_on_demand
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
+from etflayers.distill.augmentation import ImageTransform, SiameseAugmentation
 from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.clipping import RunningNormClip
 from etflayers.distill.distilled_set import DistilledSet
-from etflayers.distill.evaluation import accuracy, best_rate, evaluate, judged
+from etflayers.distill.evaluation import (
+    accuracy,
+    accuracy_by_class,
+    best_lessons,
+    best_rate,
+    evaluate,
+    judged,
+)
 from etflayers.distill.image_grid import image_grid, write_png
 from etflayers.distill.infinite_width import NNGPKernel, NTKKernel
 from etflayers.distill.initial_states import (
@@ -26,6 +34,7 @@ from etflayers.distill.linear_bound import LinearTask
 from etflayers.distill.memory import memory_forecast
 from etflayers.distill.objective import cross_entropy
 from etflayers.distill.optimizers import SGD, Adam, AdamW
+from etflayers.distill.protocol import Ranking, ranking
 from etflayers.distill.ranks import average_gradients
 from etflayers.distill.representatives import kmeans_centers, partial_means, per_class, random_samples
 from etflayers.distill.windows import last_window, moving_window, random_window, truncation_cosine
@@ -49,6 +58,7 @@ __all__ = [
     "DistilledSet",
     "FeatureKernel",
     "FixedInitialization",
+    "ImageTransform",
     "InitialState",
     "InnerSolution",
     "KeptGraph",
@@ -62,12 +72,16 @@ __all__ = [
     "OnlinePool",
     "RBFKernel",
     "RandomInitialization",
+    "Ranking",
     "RunningNormClip",
+    "SiameseAugmentation",
     "StepAdjoint",
     "StoredPool",
     "UnrolledInnerLoop",
     "accuracy",
+    "accuracy_by_class",
     "average_gradients",
+    "best_lessons",
     "best_rate",
     "centered_one_hot",
     "cross_entropy",
@@ -83,6 +97,7 @@ __all__ = [
     "per_class",
     "random_samples",
     "random_window",
+    "ranking",
     "solve_labels",
     "stack_states",
     "teach",

@@ -13,10 +13,11 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from etflayers.checks import require
 from etflayers.distill.lessons import Lesson, teach
 from etflayers.distill.objective import InnerLoss, cross_entropy
 
-__all__ = ["Judge", "accuracy", "best_rate", "evaluate", "judged"]
+__all__ = ["Judge", "accuracy", "accuracy_by_class", "best_lessons", "best_rate", "evaluate", "judged"]
 
 Measures = dict[str, float]
 Judge = Callable[[Tensor, Tensor], Measures]
@@ -36,6 +37,24 @@ def accuracy(outputs: Tensor, classes: Tensor) -> Measures:
     {'accuracy': 0.5}
     """
     return {"accuracy": (outputs.argmax(-1) == classes).double().mean().item()}
+
+
+def accuracy_by_class(outputs: Tensor, classes: Tensor) -> Measures:
+    """For each class k the share of its samples whose largest output is the k-th; NaN if there are none.
+
+    Args:
+        outputs: ``(n, K)``, logits or predictions.
+        classes: ``(n,)``.
+
+    Returns:
+        K numbers, by the names ``"class 0"`` to ``"class K-1"``.
+
+    >>> accuracy_by_class(torch.eye(2)[[0, 1, 1]], torch.tensor([0, 0, 1]))
+    {'class 0': 0.5, 'class 1': 1.0}
+    """
+    right = outputs.argmax(-1) == classes
+    numbers = range(outputs.shape[-1])
+    return {f"class {k}": right[classes == k].double().mean().item() for k in numbers}
 
 
 @torch.no_grad()
@@ -90,14 +109,57 @@ def best_rate(
     Returns:
         One of ``rates``.
     """
-    scores = {}
-    for rate in rates:
+    candidates = [[lesson.scaled(rate) for lesson in lessons] for rate in rates]
+    options = {"judge": judge, "loss": loss, "networks": networks}
+    return rates[best_lessons(candidates, fresh, inputs, targets, **options)]  # type: ignore[arg-type]
+
+
+def best_lessons(
+    candidates: Sequence[Sequence[Lesson]],
+    fresh: Callable[[int], nn.Module],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    judge: Judge = accuracy,
+    loss: InnerLoss = cross_entropy,
+    networks: int = 3,
+) -> int:
+    """Which of some trainings makes the best networks on samples held out for that choice.
+
+    Args:
+        candidates: at least one; each is lessons, of which the i-th network takes lesson i, in turn.
+        fresh: ``fresh(i)`` makes the i-th network.
+        inputs: ``(n, ...)``, held out.
+        targets: ``(n,)``.
+        judge: its first measure, averaged over the networks, is to become large; NaN is worse than any.
+        loss: as in :func:`teach`.
+        networks: how many are trained for each candidate.
+
+    Returns:
+        The number of the best, of equally good ones the first.
+
+    Raises:
+        InvalidArgumentError: no candidates, or one without lessons.
+
+    >>> from etflayers.distill import DistilledSet
+    >>> inputs, targets = torch.eye(2), torch.tensor([0, 1])
+    >>> lesson = Lesson.of(DistilledSet(inputs, targets, rates=torch.ones(3)), 1, "sgd")
+    >>> best_lessons([[lesson.scaled(-1)], [lesson]], lambda index: nn.Linear(2, 2), inputs, targets)
+    1
+    """
+    require(
+        len(candidates) > 0 and all(len(lessons) > 0 for lessons in candidates),
+        "candidates must be at least one, each of at least one lesson, got "
+        f"{[len(lessons) for lessons in candidates]} lessons",
+    )
+    scores = []
+    for lessons in candidates:
         found = []
         for index in range(networks):
-            network = teach(fresh(index), lessons[index % len(lessons)].scaled(rate), loss=loss)
+            network = teach(fresh(index), lessons[index % len(lessons)], loss=loss)
             found.append(next(iter(judged(network, inputs, targets, judge).values())))
-        scores[rate] = -math.inf if any(map(math.isnan, found)) else fmean(found)
-    return max(scores, key=lambda rate: scores[rate])
+        scores.append(-math.inf if any(map(math.isnan, found)) else fmean(found))
+    return max(range(len(scores)), key=lambda number: scores[number])
 
 
 def evaluate(

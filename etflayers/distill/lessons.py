@@ -97,6 +97,39 @@ class Lesson:
         """The same with all rates times a number."""
         return replace(self, rates=self.rates * rate)
 
+    def in_other_epochs(self, epochs: int) -> Lesson:
+        r"""The same for another number of passes over the batches.
+
+        The rate of batch s in epoch e is the learned one, ``rates[e S + s]``, for the E epochs that there
+        are rates for, and that of the last of these, ``rates[(E - 1) S + s]``, after them.
+
+        Args:
+            epochs: at least 1.
+
+        Returns:
+            The lesson, of ``epochs`` S steps.
+
+        Raises:
+            InvalidArgumentError: a number below 1, or rates that are not those of whole epochs.
+
+        >>> distilled = DistilledSet.from_noise(
+        ...     (4,), 2, per_class=2, rates=torch.tensor([4.0, 3.0, 2.0, 1.0])
+        ... )
+        >>> lesson = Lesson.of(distilled, steps=2, optimizer="sgd")
+        >>> lesson.in_other_epochs(3).rates.round(), lesson.in_other_epochs(1).rates.round()
+        (tensor([4., 3., 2., 1., 2., 1.]), tensor([4., 3.]))
+        """
+        require(isinstance(epochs, int) and epochs >= 1, f"epochs must be an integer >= 1, got {epochs!r}")
+        steps = len(self.batches)
+        require(
+            self.steps >= steps and self.steps % steps == 0,
+            f"rates must be those of whole epochs of {steps} batches, got {self.steps} rates: make the "
+            "lesson with as many rates as it has batches, or a multiple of that",
+        )
+        learned = self.rates.view(-1, steps)
+        numbers = torch.arange(epochs, device=learned.device).clamp(max=len(learned) - 1)
+        return replace(self, rates=learned[numbers].flatten())
+
     def in_other_order(self, generator: torch.Generator | None = None) -> Lesson:
         """The same batches in random order, with the rates of the places they come to."""
         order = torch.randperm(len(self.batches), generator=generator).to(self.batches.device)

@@ -69,10 +69,11 @@ class NetworkSettings(DistillationSettings):
     """The network that is trained on the images."""
 
     network: NetworkName = "lenet"
-    """lenet: that of Wang et al. (2018); convnet: three blocks of convolution, norm, ReLU and average
-    pooling; mlp: one hidden layer; linear."""
+    """lenet: that of Wang et al. (2018); alexnet: a small one, two convolutions and two dense layers;
+    convnet: three blocks of convolution, norm, ReLU and average pooling; mlp: one hidden layer; linear."""
     width: Count | None = None
-    """Channels of the convnet (default: 32), hidden units of the mlp (default: 128)."""
+    """Channels of the convnet (default: 32) and of the alexnet (default: 64, with 6 and 3 times as many units
+    in its dense layers), hidden units of the mlp (default: 128)."""
     norm: NormName = "instance"
     """Normalization in the convnet. batch: with averages over all steps, for the evaluation."""
 
@@ -115,7 +116,7 @@ def digest(content: Any) -> str:
 
 
 class OuterRun(Run):
-    """A set that is learned step by step, by Adam, whose rates fall to 0 as a cosine.
+    """A set that is learned step by step, by Adam, whose rates fall to 0 as a cosine if nothing else is said.
 
     Args:
         settings: of everything.
@@ -157,7 +158,7 @@ class OuterRun(Run):
     def advance(self) -> Row:
         with self.clock():
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * cosine(self.step, self.total)
+                group["lr"] = rate * self.factor()
             self.optimizer.zero_grad()
             row = self.update()
         self.validation.look(self.step + 1, self.total, self.distilled)
@@ -166,6 +167,10 @@ class OuterRun(Run):
     @property
     def over(self) -> bool:
         return super().over or self.validation.gives_up
+
+    def factor(self) -> float:
+        """What the rates are multiplied by in this step."""
+        return cosine(self.step, self.total)
 
     @abstractmethod
     def update(self) -> Row:

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from statistics import fmean
-from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from distillation import unrolled
-from distillation.common import REPRESENTATIVES, digest, inner_loss, learning_figure, rates_of
-from distillation.unrolled import Fresh, ImagesSettings, Starts, Unrolled
+from distillation.common import digest, learning_figure, rates_of
+from distillation.judging import Judging, ranked
+from distillation.unrolled import ImagesSettings, Starts, Unrolled
 from etflayers.checks import require
-from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, write_png
-from lab.data import ImageData, Split, load_inputs
+from etflayers.distill import DistilledSet, write_png
+from lab.data import ImageData, load_inputs
 from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
 from lab.files import Row, kept, write_json
-from lab.networks import make_factory
 from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
 from lab.training import threads
 
 ENLARGED = 3
-CURVE_NETWORKS = 5  # that are judged on the way
-# Learning rates of plain descent that are tried for baselines; the other rules take these times a factor.
-RATE_GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-GRID_FACTOR = {"sgd": 1.0, "momentum": 0.2, "adam": 0.02}
-KINDS = {"random real images": "real", "k-means centers": "kmeans", "average images": "means"}
+# What a finished set is tried on: other answers are kept in other files.
+ASKED = ("evaluations", "other_networks", "other_weights", "other_epochs", "draws", "baselines")
+ASKED += ("baseline_epochs", "ranking", "ranking_epochs")
+NOT_IN_CSV = ("_seeds", "class_accuracy", "class_accuracy_std")  # ends of names
 # What was learned is drawn in solid lines.
 STYLES: dict[str, tuple[str, str]] = {
     "distilled": (RED, "-"),
@@ -98,7 +95,7 @@ class Study:
         picture = distilled.images().repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2)
         write_png(folder / f"{name}-images.png", picture)
 
-        asked = settings.values("evaluations", "other_networks", "draws", "baselines")
+        asked = settings.values(*ASKED)
         path = settings.checkpoint(f"{name}-outcomes-{digest(asked)}")
         make = partial(self.judge, seed, starts, distilled)
         outcomes: list[Row] = kept(path, run.fingerprint, make, resume=settings.resume)
@@ -114,81 +111,36 @@ class Study:
         content["outcomes"] = [
             {**o, "networks": len(o["each"]), **mean_and_deviation(o["each"], o["each"][0])} for o in outcomes
         ]
+        if settings.ranking:
+            content["ranking"] = ranked(outcomes, settings.network)._asdict()
         write_json(folder / f"{name}.json", content)
         return run.history, outcomes
 
     def judge(self, seed: int, starts: Starts, distilled: DistilledSet) -> list[Row]:
-        """Outcomes of the set as it was learned, in other conditions, and of the baselines.
-
-        An outcome is what networks of one architecture, trained in one way, make of the test images: the
-        measures of ``each`` after training, the ``curves`` by step of some of them, and the ``rate`` of all
-        steps, where one was chosen.
-        """
-        settings, data = self.settings, self.data
-        how: dict[str, Any] = {"judge": self.objective.judge, "loss": inner_loss}
-        lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
-        rest, held = data.held_out()
-        many, single = settings.evaluations, settings.initialization == "fixed"
-        count = 1 if single else many
-        outcomes: list[Row] = []
-
-        def note(
-            training: str,
-            lessons: list[Lesson],
-            number: int = count,
-            fresh: Fresh = starts.fresh,
-            network: str = settings.network,
-            rate: float | None = None,
-        ) -> None:
-            watched = CURVE_NETWORKS if network == settings.network else 0
-            options = {"count": number, "watched": watched, **how}
-            curves = evaluate(lessons, fresh, data.test.images, data.test.targets, **options)
-            row = {"training": training, "network": network, "each": [curve[-1][1] for curve in curves]}
-            outcomes.append(row | {"curves": curves[:watched], "rate": rate})
-
-        def chosen_rate(lessons: list[Lesson], fresh: Fresh) -> float:
-            rates = [GRID_FACTOR[settings.optimizer] * rate for rate in RATE_GRID]
-            return best_rate(lessons, fresh, held.images, held.targets, rates=rates, **how)
-
-        note("distilled", [lesson])
-        if settings.steps > 1:
-            generator = torch.Generator().manual_seed(seed)
-            orders = [lesson.in_other_order(generator) for _ in range(count)]
-            note("distilled, other order", orders)
-            note("distilled, other batches", [lesson.in_other_batches(generator) for _ in range(count)])
-        if single:
-            fresh = unrolled.unseen(unrolled.main_factory(settings, data), seed)
-            note("distilled, fresh networks", [lesson], many, fresh)
-        for other in settings.other_networks:
-            fresh = unrolled.unseen(make_factory(other, data, head=settings.head, norm=settings.norm), seed)
-            note("distilled", [lesson], many, fresh, other)
-            at_one = replace(lesson, rates=torch.ones_like(lesson.rates))
-            rate = chosen_rate([at_one], fresh)
-            note("distilled, rate chosen", [at_one.scaled(rate)], many, fresh, other, rate)
-        for training, kind in KINDS.items() if settings.baselines else ():
-            if kind == "kmeans" and settings.per_class == 1:
-                continue  # the one center of a class is its average image
-            draws = settings.draws if kind == "real" else 1
-            seeds = range(1000 * seed, 1000 * seed + draws)
-            tried, chosen = (
-                [baseline(kind, images, settings, data.num_classes, number) for number in seeds]
-                for images in (rest, data.train)
-            )
-            rate = chosen_rate(tried, starts.fresh)
-            note(training, [one.scaled(rate) for one in chosen], max(count, draws), rate=rate)
-        return outcomes
+        """Outcomes of the set as it was learned, in other conditions, and of the baselines."""
+        return Judging(self.settings, seed, self.data, starts, self.objective).all(distilled)
 
     def report(self, histories: list[list[Row]], outcomes: list[Row]) -> None:
         """Tables and figures over all seeds."""
         rows, name, headline = summary_rows(outcomes), self.data.name, self.objective.headline
-        self.results.csv("summary", [{n: v for n, v in r.items() if not n.endswith("_seeds")} for r in rows])
-        self.results.json("summary", {"settings": self.settings.fingerprint(), "rows": rows})
+        self.results.csv(
+            "summary", [{n: v for n, v in r.items() if not n.endswith(NOT_IN_CSV)} for r in rows]
+        )
+        summary: Row = {"settings": self.settings.fingerprint(), "rows": rows}
+        if self.settings.ranking:
+            place = ranked(outcomes, self.settings.network)
+            summary["ranking"] = place._asdict()
+            self.results.say(
+                f"hard label recovery {place.hard_label_recovery:.1%} (0 is best), improvement over random "
+                f"{place.improvement_over_random:.1%}, score {place.score:.3f}"
+            )
+        self.results.json("summary", summary)
         panels = {"loss": "outer loss", headline: f"{headline}, training batches"}
         panels["gradient_norm"] = "hypergradient norm"
         seeds = {f"seed {seed}": [run] for seed, run in zip(self.settings.seeds, histories, strict=True)}
         learning = partial(learning_figure, seeds, panels, f"Learning the images of {name}")
         self.results.figures({"steps": partial(steps_figure, outcomes, headline, name), "learning": learning})
-        measures = [measure for measure in ("attack", "others", "accuracy") if measure in rows[0]]
+        measures = [measure for measure in ("attack", "others", "modified", "accuracy") if measure in rows[0]]
         columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
         columns.append(Column("of", "networks", "d"))
         labels = {"training": "training", "network": "network", "rate": "rate"}
@@ -198,37 +150,26 @@ class Study:
         self.results.tell(", and the sets")
 
 
-def baseline(kind: str, images: Split, settings: ImagesSettings, num_classes: int, seed: int) -> Lesson:
-    """As many real images of each class, in as many steps, as are learned, with rates still to be chosen.
-
-    ``means``: one average image for each class, in every batch again.
-    """
-    real = DistilledSet.from_data(
-        images.images,
-        images.targets,
-        per_class=1 if kind == "means" else settings.per_class,
-        num_classes=num_classes,
-        representatives=REPRESENTATIVES[kind],
-        rates=torch.ones(settings.inner_steps),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    lesson = Lesson.of(real, 1, settings.optimizer)
-    numbers = lesson.batches.repeat(1, settings.per_class * num_classes // len(real.inputs))
-    return replace(lesson, batches=numbers.view(settings.steps, -1))
-
-
 def summary_rows(outcomes: Sequence[Row]) -> list[Row]:
     """One row for each training and architecture: mean and deviation over all networks of all seeds.
 
-    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained.
+    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained,
+    ``class_accuracy`` a list with the mean for each class, of networks that were to be misled.
     """
     rows = []
     for (training, network), same in grouped(outcomes, "training", "network").items():
         every = [measures for o in same for measures in o["each"]]
         row: Row = {"training": training, "network": network, "networks": len(every), "rate": rates_of(same)}
-        row |= mean_and_deviation(every, every[0])
+        if epochs := sorted({o["epochs"] for o in same if o["epochs"]}):
+            row["epochs"] = ", ".join(map(str, epochs))
+        totals, classes = split_measures(every[0])
+        row |= mean_and_deviation(every, totals)
+        if classes:
+            found = mean_and_deviation(every, classes)
+            row["class_accuracy"] = [found[name] for name in classes]
+            row["class_accuracy_std"] = [found[f"{name}_std"] for name in classes]
         before = [curve[0][1] for o in same for curve in o["curves"]]  # after no step
-        for name in every[0]:
+        for name in totals:
             row[f"{name}_seeds"] = [fmean(measures[name] for measures in o["each"]) for o in same]
             if before:
                 row[f"{name}_before"] = fmean(measures[name] for measures in before)
@@ -236,12 +177,21 @@ def summary_rows(outcomes: Sequence[Row]) -> list[Row]:
     return rows
 
 
+def split_measures(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of what is measured of all images, and of each class."""
+    classes = [name for name in names if name.startswith("class ")]
+    return [name for name in names if name not in classes], classes
+
+
 def outcome_text(outcome: Row) -> str:
     """One line: what was trained on what, and how well."""
-    each, rate = outcome["each"], outcome["rate"]
-    found = mean_and_deviation(each, each[0])
-    parts = ", ".join(f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in each[0])
-    return f"{outcome['training']}, {outcome['network']}{'' if rate is None else f', rate {rate:g}'}: {parts}"
+    each = outcome["each"]
+    totals, _ = split_measures(each[0])
+    found = mean_and_deviation(each, totals)
+    parts = ", ".join(f"{name} {percent(found[name], found[f'{name}_std'])} %" for name in totals)
+    rate = "" if outcome["rate"] is None else f", rate {outcome['rate']:g}"
+    epochs = "" if outcome["epochs"] is None else f", {outcome['epochs']} epochs"
+    return f"{outcome['training']}, {outcome['network']}{rate}{epochs}: {parts}"
 
 
 def steps_figure(outcomes: Sequence[Row], measure: str, title: str) -> Figure:

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distillation.common import DistilHeadName, NetworkSettings, OuterRun, StartName, first_set, inner_loss
+from distillation.choices import JudgingSettings
+from distillation.common import DistilHeadName, OuterRun, StartName, first_set, inner_loss
 from distillation.penalty import within_between
 from distillation.validation import Validation
 from etflayers import distill
 from etflayers.checks import require
-from etflayers.distill.evaluation import Measures, accuracy
+from etflayers.distill.evaluation import Measures, accuracy, accuracy_by_class
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
 from lab.files import Row, kept
-from lab.networks import Factory, NetworkName, make_factory, seeded
+from lab.networks import Factory, NetworkName, make_factory, own_stream, seeded
 from lab.options import Count, Free, Natural, Positive
 from lab.settings import DataName
 
@@ -36,10 +37,11 @@ Fresh = Callable[[int], nn.Module]  # makes the i-th network
 # Far from the seeds of the runs, and from each other: no network of one kind is ever one of another.
 POOL_SEEDS, FRESH_SEEDS, VALIDATION_SEEDS = 10**6, 2 * 10**6, 3 * 10**6
 VALIDATION_NETWORKS = 5  # that each look trains, where it is not one known network
+MADE_WITH = ("head", "width", "norm", "dropout", "weights")  # what makes a network beside its name
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesSettings(NetworkSettings):
+class ImagesSettings(JudgingSettings):
     """Learn images, their labels and learning rates by differentiating through the training on them."""
 
     default_out: ClassVar[str] = "runs/distill-images"
@@ -102,7 +104,7 @@ class ImagesSettings(NetworkSettings):
     """Train the networks of an update side by side, by vmap, where there are several; not with
     `--initialization online`."""
     image_rate: Positive = 0.02
-    """Adam's learning rate for images, with a cosine decay to 0."""
+    """Adam's learning rate for images, before `--outer-schedule`."""
     label_rate: Positive = 0.02
     """Adam's learning rate for soft labels, likewise."""
     log_rate: Positive = 0.02
@@ -164,8 +166,9 @@ class ImagesSettings(NetworkSettings):
             "--source is the data of pretrained networks: add --initialization pretrained",
         )
         require(
-            not self.other_networks or self.initialization != "pretrained",
-            "--other-networks are trained from scratch: leave them out with --initialization pretrained",
+            not (self.other_networks or self.other_weights) or self.initialization != "pretrained",
+            "--other-networks and --other-weights are trained from scratch: leave them out with "
+            "--initialization pretrained",
         )
         require(
             self.network not in self.other_networks,
@@ -183,6 +186,12 @@ class ImagesSettings(NetworkSettings):
         require(
             self.outer == "classify" or self.attacked != self.target,
             f"--attacked and --target must be two classes, got {self.attacked} twice",
+        )
+        require(
+            not self.ranking
+            or (self.baselines and self.outer == "classify" and self.initialization != "pretrained"),
+            "--ranking compares classifiers that are trained from scratch with those of random real images: "
+            "leave out --no-baselines, --outer misclassify and --initialization pretrained",
         )
         require(
             self.initialization != "online" or self.window in ("full", "last"),
@@ -236,18 +245,28 @@ class Objective:
         return F.cross_entropy(logits, self.wanted(targets))
 
     def judge(self, logits: Tensor, targets: Tensor) -> Measures:
-        """The shares by which people judge it; the first is the headline."""
+        """The shares by which people judge it; the first is the headline.
+
+        Of an attack: ``attack`` of the attacked class and ``others`` of the rest are as they were learned to
+        be, ``modified`` of all, and ``accuracy`` is the share of all that is taken for what it is.
+        """
         if self.attacked is None:
             return accuracy(logits, targets)
         victims, wanted = targets == self.attacked, self.wanted(targets)
         shares = {"attack": victims, "others": ~victims}
         named = {name: accuracy(logits[part], wanted[part])["accuracy"] for name, part in shares.items()}
+        named |= {"modified": accuracy(logits, wanted)["accuracy"]}
         return named | accuracy(logits, targets)
+
+    def judge_fully(self, logits: Tensor, targets: Tensor) -> Measures:
+        """The same and, of an attack, the share of each class that is still taken for what it is."""
+        measures = self.judge(logits, targets)
+        return measures if self.attacked is None else measures | accuracy_by_class(logits, targets)
 
 
 def main_factory(settings: ImagesSettings, data: ImageData) -> Factory:
     """Of the network that the images are learned for."""
-    return make_factory(settings.network, data, head=settings.head, width=settings.width, norm=settings.norm)
+    return make_factory(settings.network, data, **settings.values(*MADE_WITH))
 
 
 def unseen(factory: Factory, seed: int, stream: int = FRESH_SEEDS) -> Fresh:
@@ -315,15 +334,17 @@ def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: Ima
     def trained() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(network.parameters(), PRETRAINING_RATE)
-        for _ in range(settings.source_epochs):
-            order = torch.randperm(len(images), generator=generator).to(data.device)
-            for chosen in order.split(PRETRAINING_BATCH):
-                optimizer.zero_grad()
-                inner_loss(network, images.images[chosen], images.targets[chosen]).backward()
-                optimizer.step()
+        with own_stream(seed):
+            for _ in range(settings.source_epochs):
+                order = torch.randperm(len(images), generator=generator).to(data.device)
+                for chosen in order.split(PRETRAINING_BATCH):
+                    optimizer.zero_grad()
+                    inner_loss(network, images.images[chosen], images.targets[chosen]).backward()
+                    optimizer.step()
         return network.state_dict()
 
     used = ("network", "width", "norm", "head", "source", "data", "classes", "image_size", "source_epochs")
+    used += ("dropout", "weights")
     path = settings.checkpoint(f"pretrained-{seed}")
     own = {**settings.values(*used), **data.fingerprint, "seed": seed}
     network.load_state_dict(kept(path, own, trained, resume=settings.resume))
@@ -357,7 +378,7 @@ class Unrolled(OuterRun):
         rule = distill.Adam() if settings.optimizer == "adam" else distill.SGD(momentum=momentum)
         adjoint = ADJOINTS[settings.adjoint]()
         options: dict[str, Any] = {"optimizer": rule, "adjoint": adjoint, "epochs": settings.epochs}
-        self.loop = distill.UnrolledInnerLoop(trainee, loss=inner_loss, **options)
+        self.loop = distill.UnrolledInnerLoop(trainee, loss=settings.trainee_loss, **options)
         rates = {"inputs": settings.image_rate, "log_rates": settings.log_rate, "labels": settings.label_rate}
         parts = {"pool": self.source} if isinstance(self.source, distill.OnlinePool) else {}
         generator, distilled = torch.Generator().manual_seed(seed), set_before(settings, data, seed)
@@ -367,13 +388,20 @@ class Unrolled(OuterRun):
         super().__init__(
             settings, seed, data, distilled, generator, rates, validation, clip=self.clip, **parts
         )
+        for group in self.optimizer.param_groups:
+            group["betas"] = settings.outer_betas
+
+    def factor(self) -> float:
+        return self.settings.outer_factor(self.step, self.total)
 
     def _score(self, starts: Starts) -> float:
         """What networks trained on the set make of the validation images."""
         _, held = self.data.held_out()
         lesson = distill.Lesson.of(self.distilled, self.settings.steps, self.settings.optimizer)
-        how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge, "loss": inner_loss}
-        curves = distill.evaluate([lesson], starts.watched, held.images, held.targets, **how)
+        how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge}
+        how["loss"] = self.settings.trainee_loss
+        with own_stream(VALIDATION_SEEDS + self.seed):
+            curves = distill.evaluate([lesson], starts.watched, held.images, held.targets, **how)
         return fmean(curve[-1][1][self.headline] for curve in curves)
 
     def update(self) -> Row:
@@ -404,6 +432,8 @@ class Unrolled(OuterRun):
 
     def _outer(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Measures]:
         inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
+        if (augmentation := self.settings.augmentation) is not None:
+            inputs = augmentation(inputs, self.generator)
         logits = functional_call(self.judge, dict(state), (inputs,))
         loss, measures = self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
         if weight := self.settings.collapse_weight:
@@ -415,10 +445,9 @@ class Unrolled(OuterRun):
         """NC1 of the learned images in the trained network."""
         inputs, labels = (part.flatten(0, 1) for part in self.distilled.batches(1))
         classes = labels if labels.ndim == 1 else labels.argmax(1)
-        body = {
-            name.removeprefix("body."): value for name, value in state.items() if name.startswith("body.")
-        }
-        features = functional_call(self.judge.get_submodule("body"), body, (inputs,))
+        body = self.judge.get_submodule("body")
+        own = {name: state[f"body.{name}"] for name in body.state_dict()}
+        features = functional_call(body, own, (inputs,))
         return within_between(features, classes, self.data.num_classes)
 
     def _trained(self, count: int) -> list[dict[str, Tensor]]:

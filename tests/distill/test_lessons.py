@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from etflayers import distill
-from etflayers.distill import DistilledSet, Lesson, best_rate, evaluate, judged, teach
+from etflayers.distill import (
+    DistilledSet,
+    Lesson,
+    accuracy_by_class,
+    best_lessons,
+    best_rate,
+    evaluate,
+    judged,
+    teach,
+)
 from etflayers.errors import InvalidArgumentError
 
 RULES: dict[str, Any] = {
@@ -66,6 +76,60 @@ def test_shuffled_lesson_keeps_samples_and_rates() -> None:
     assert {tuple(batch) for batch in order.batches.tolist()} == batches
     assert {tuple(batch) for batch in mixture.batches.tolist()} != batches
     torch.testing.assert_close(lesson.scaled(3.0).rates, 3 * lesson.rates)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_lesson_of_other_epochs_repeats_the_last_one(epochs: int) -> None:
+    """The rate of every step, by hand."""
+    lesson = Lesson.of(some_set("hard"), 4, "sgd")
+    other = lesson.in_other_epochs(epochs)
+    expected = [
+        lesson.rates[4 * min(epoch, 1) + batch].item() for epoch in range(epochs) for batch in range(4)
+    ]
+    assert other.rates.tolist() == expected
+    assert (other.inputs, other.labels, other.batches) == (lesson.inputs, lesson.labels, lesson.batches)
+
+
+def test_epochs_that_are_none_are_explained() -> None:
+    lesson = Lesson.of(some_set("hard"), 4, "sgd")
+    with pytest.raises(InvalidArgumentError, match="epochs must be an integer >= 1, got 0"):
+        lesson.in_other_epochs(0)
+    for count in (3, 6):
+        with pytest.raises(InvalidArgumentError, match=f"whole epochs of 4 batches, got {count} rates"):
+            Lesson(**{**vars(lesson), "rates": torch.ones(count)}).in_other_epochs(2)
+
+
+def test_best_lessons_are_found_by_training_on_each() -> None:
+    """The largest of the mean accuracies; what gives NaN is never chosen, and equals go to the first."""
+    inputs, targets = samples()
+    lesson = Lesson.of(some_set("hard"), 4, "sgd")
+    factors = (0.0, -1.0, 3.0, 3.0)
+    candidates = [[lesson.scaled(factor), lesson.in_other_epochs(3).scaled(factor)] for factor in factors]
+    scores = []
+    for lessons in candidates:
+        taught = [teach(network(index), lessons[index % 2]) for index in range(3)]
+        scores.append(fmean(judged(each, inputs, targets)["accuracy"] for each in taught))
+    assert len(set(scores)) > 1
+    assert best_lessons(candidates, network, inputs, targets) == scores.index(max(scores))
+
+    def broken(outputs: Tensor, classes: Tensor) -> dict[str, float]:
+        return {"accuracy": float("nan")}
+
+    assert best_lessons(candidates, network, inputs, targets, judge=broken) == 0
+    with pytest.raises(InvalidArgumentError, match=r"at least one, each of at least one lesson, got \[0\]"):
+        best_lessons([[]], network, inputs, targets)
+
+
+def test_accuracy_by_class_is_the_diagonal_of_the_confusion_matrix() -> None:
+    inputs, targets = samples()
+    targets = targets.clamp(max=1)  # of the last class there is none
+    outputs = network(0)(inputs)
+    confusion = torch.zeros(3, 3)
+    for row, column in zip(targets.tolist(), outputs.argmax(1).tolist(), strict=True):
+        confusion[row, column] += 1
+    shares = (confusion.diag() / confusion.sum(1)).tolist()
+    assert list(accuracy_by_class(outputs, targets).values()) == pytest.approx(shares, nan_ok=True)
+    assert math.isnan(shares[2])
 
 
 @pytest.mark.parametrize(

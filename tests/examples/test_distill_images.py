@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from distill import main
 from distillation.common import inner_loss
-from distillation.images import baseline
+from distillation.judging import Judging, baseline
 from distillation.unrolled import (
     ImagesSettings,
     Objective,
@@ -38,7 +38,7 @@ from etflayers.distill import (
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from etflayers.metrics import class_statistics, within_between_quotient
 from lab.data import ImageData, Split, load_inputs
-from lab.networks import make_factory, seeded
+from lab.networks import make_factory, own_stream, seeded
 
 SMALL: dict[str, Any] = {"data": "digits", "network": "mlp", "width": 16, "per_class": 2, "start": "real"}
 SMALL |= {"steps": 2, "epochs": 2, "outer_steps": 9, "outer_batch": 32, "optimizer": "sgd", "rate": 0.05}
@@ -143,12 +143,75 @@ def test_hypergradient_is_that_of_plain_autograd(digits: ImageData, options: dic
     assert norm > 1e-3
 
 
+def test_augmentation_changes_real_and_learned_images(digits: ImageData) -> None:
+    """With brightness alone, by hand: the losses of the inner and of the outer step are those seen."""
+    settings = small(outer_steps=1, start="noise", augment=("brightness",), epochs=1, steps=1)
+    data = one_image(digits)
+    learned = unrolled(settings, data)
+    noted = []
+    augmentation = settings.augmentation
+    assert augmentation is not None
+
+    def brighter(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        change = augmentation.draw(generator).brightness
+        assert change is not None
+        noted.append(change)
+        return images + change.to(images)
+
+    generator = torch.Generator().manual_seed(0)
+    (step,) = torch.randint(2**62, (1,), generator=generator).tolist()
+    network, distilled = seeded(main_factory(settings, data), 0), set_before(settings, data, 0)
+    with own_stream(step):
+        loss = inner_loss(network, brighter(distilled.inputs), distilled.labels)
+    for value, gradient in zip(
+        network.parameters(), torch.autograd.grad(loss, [*network.parameters()]), strict=True
+    ):
+        value.data -= settings.first_rate * gradient
+    data.train.batch(settings.outer_batch, generator)
+    expected = F.cross_entropy(network(brighter(data.train.images, generator)), data.train.targets)
+    learned.finish()
+    assert learned.history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert len(noted) == 2
+    assert noted[0] != noted[1]
+
+
 def test_truncation_drops_the_early_steps(digits: ImageData) -> None:
     """The last step alone has no way to the rate of the first."""
     settings = small(outer_steps=1, window="last", window_length=1)
     rates = run(settings, digits).distilled.rates
     moved = (rates - settings.first_rate).abs() > 1e-6
     assert moved.tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]),
+        ({"outer_schedule": "constant"}, [1.0] * 6),
+        ({"outer_schedule": "step", "outer_halving": 2}, [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]),
+        ({"outer_schedule": "step"}, [0.5**step for step in range(6)]),
+        ({"outer_betas": (0.5, 0.9)}, [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]),
+    ],
+)
+def test_outer_steps_are_those_of_adam_by_hand(
+    digits: ImageData, options: dict[str, Any], factors: list[float]
+) -> None:
+    """The images after six steps follow from the hypergradients that were seen, by the published formula."""
+    settings = small(outer_steps=6, **options)
+    learned = unrolled(settings, digits)
+    images = learned.distilled.inputs.detach().clone()
+    betas = settings.outer_betas
+    mean, square = torch.zeros_like(images), torch.zeros_like(images)
+    for step, factor in enumerate(factors):
+        learned.advance()
+        learned.step += 1
+        gradient = learned.distilled.inputs.grad
+        assert gradient is not None
+        mean = betas[0] * mean + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * gradient**2
+        unbiased = mean / (1 - betas[0] ** (step + 1)), square / (1 - betas[1] ** (step + 1))
+        images -= factor * settings.image_rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        torch.testing.assert_close(learned.distilled.inputs.detach(), images, rtol=1e-4, atol=1e-6)
 
 
 class KilledError(Exception):
@@ -166,8 +229,10 @@ class KilledError(Exception):
         {"head": "fixed", "network": "convnet", "width": 9},
         {"head": "nearest"},
         {"network": "convnet", "width": 4, "norm": "batch"},
-        {"validate_every": 3},
         {"collapse_weight": -0.1},
+        {"validate_every": 3, "dropout": 0.3},
+        {"augment": ("shift", "scale", "rotate", "brightness", "cutout"), "networks": 2},
+        {"network": "alexnet", "width": 4, "dropout": 0.3, "initialization": "random", "networks": 2},
     ],
 )
 def test_resumed_run_ends_with_the_same_images(
@@ -316,7 +381,10 @@ def test_misclassification_by_hand() -> None:
     targets = torch.tensor([0, 0, 1, 2])
     logits = torch.eye(3)[torch.tensor([2, 1, 1, 0])]
     measures = objective.judge(logits, targets)
-    assert measures == {"attack": 0.5, "others": 0.5, "accuracy": 0.25}
+    assert measures == {"attack": 0.5, "others": 0.5, "modified": 0.5, "accuracy": 0.25}
+    classes = {"class 0": 0.0, "class 1": 1.0, "class 2": 0.0}
+    assert objective.judge_fully(logits, targets) == measures | classes
+    assert Objective().judge_fully(logits, targets) == {"accuracy": 0.25}
     wanted = F.cross_entropy(logits, torch.tensor([2, 2, 1, 2]))
     torch.testing.assert_close(objective.loss(logits, targets), wanted)
 
@@ -363,6 +431,23 @@ def test_set_in_the_file_is_the_one_that_was_judged(tiny: Path) -> None:
     assert (first["training"], first["accuracy"]) == ("distilled", again["accuracy"])
 
 
+def test_judged_networks_draw_from_streams_of_their_own(digits: ImageData) -> None:
+    """With dropout, other weights and another state of the global stream: the same outcomes to the bit."""
+    settings = small(dropout=0.3, initialization="random", evaluations=2, baselines=False)
+    settings = replace(settings, other_weights=("orthogonal",), other_networks=("linear",))
+    starts, objective = make_starts(settings, digits, digits, 0), Objective()
+    distilled = set_before(settings, digits, 0)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(Judging(settings, 0, digits, starts, objective).all(distilled))
+    assert found[0] == found[1]
+    names = [(row["training"], row["network"]) for row in found[0]]
+    other = "mlp, orthogonal weights"
+    assert {("distilled", other), ("distilled, rate chosen", other), ("distilled", "linear")} <= set(names)
+    assert len(set(names)) == len(names)
+
+
 def test_finished_seeds_are_not_judged_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [tiny / name for name in ("seed0.json", "seed1.safetensors", "summary.json")]
     before = [file.read_bytes() for file in files]
@@ -399,6 +484,55 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
     # 58 ± 19 % of them were seen; how many depends on the network.
     assert row["attack"] > 0.3
     assert row["others"] > 0.7
+    # Digits have almost as many test images of each class.
+    assert row["modified"] == pytest.approx(0.1 * row["attack"] + 0.9 * row["others"], abs=0.02)
+    assert fmean(row["class_accuracy"]) == pytest.approx(row["accuracy"], abs=0.02)
+    assert row["class_accuracy"][0] < 1 - row["attack"] + 1e-9
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("varied")
+    options = ("--other-epochs", "1", "2", "5", "--baseline-epochs", "1", "4", "--seeds", "0")
+    options += ("--ranking", "--ranking-epochs", "2", "--labels", "soft")
+    assert main([*TINY, *options, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_other_epochs_are_those_of_the_learned_rates(varied: Path) -> None:
+    """Two were learned: of two the outcome is that of the set; of five, that of its rates by hand."""
+    outcomes = json.loads((varied / "seed0.json").read_text())["outcomes"]
+    accuracies = {outcome["training"]: outcome["accuracy"] for outcome in outcomes}
+    assert accuracies["distilled, 2 epochs"] == accuracies["distilled"]
+    distilled = DistilledSet.load(varied / "seed0.safetensors")
+    settings = ImagesSettings(data="digits", network="mlp", width=16, epochs=2, labels="soft")
+    data = load_inputs(settings)
+    rates = distilled.rates.detach()
+    long = replace(lesson_of(distilled, settings), rates=torch.cat([rates, rates[-1:].expand(3)]))
+    taught = teach(make_starts(settings, data, data, 0).fresh(0), long, loss=inner_loss)
+    again = judged(taught, data.test.images, data.test.targets)
+    assert accuracies["distilled, 5 epochs"] == again["accuracy"]
+
+
+def test_ranking_is_that_of_the_outcomes(varied: Path) -> None:
+    summary = json.loads((varied / "summary.json").read_text())
+    accuracy = {row["training"]: row["accuracy"] for row in summary["rows"]}
+    found = summary["ranking"]
+    recovery = accuracy["all real images, hard labels"] - accuracy["distilled, hard labels"]
+    improvement = accuracy["distilled"] - accuracy["random real images"]
+    assert found["hard_label_recovery"] == pytest.approx(recovery)
+    assert found["improvement_over_random"] == pytest.approx(improvement)
+    assert json.loads((varied / "seed0.json").read_text())["ranking"] == found
+    assert accuracy["all real images, hard labels"] > 0.8  # two passes over 1438 digits
+
+
+def test_baselines_get_the_best_of_some_epochs(varied: Path) -> None:
+    rows = {row["training"]: row for row in json.loads((varied / "summary.json").read_text())["rows"]}
+    for training in ("random real images", "average images"):
+        assert rows[f"{training}, epochs chosen"]["epochs"] in ("1", "4")
+        assert "epochs" not in rows[training]
+    with (varied / "summary.csv").open() as file:
+        assert {row["training"]: row["epochs"] for row in csv.DictReader(file)}["distilled"] == ""
 
 
 @pytest.mark.parametrize(
@@ -410,6 +544,13 @@ def test_trained_networks_are_misled(tmp_path: Path) -> None:
         (["--head", "fixed", "--network", "mlp", "--width", "5"], "--head fixed needs at least K - 1 = 9"),
         (["--patience", "2"], "add --validate-every"),
         (["--collapse-weight", "1"], "--per-class of at least 2"),
+        (["--network", "mlp", "--other-weights", "xavier-normal"], "others than --weights xavier-normal"),
+        (["--network", "mlp", "--outer-halving", "5"], "add --outer-schedule step"),
+        (["--network", "mlp", "--outer-betas", "0.5", "1"], "--outer-betas must lie in [0, 1)"),
+        (["--network", "mlp", "--augment", "shift", "shift"], "--augment must name none twice"),
+        (["--network", "mlp", "--augment", "cutout", "--augment-strength", "3"], "cutout must be in [0, 1]"),
+        (["--network", "mlp", "--ranking", "--no-baselines"], "leave out --no-baselines"),
+        (["--network", "convnet", "--dropout", "0.5"], "hidden units of dense layers"),
     ],
 )
 def test_bad_input_is_explained(
