@@ -6,6 +6,7 @@ from etflayers._imports import names_on_demand
 from etflayers.distill.adjoints import KeptGraph, StepAdjoint
 from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.clipping import RunningNormClip
+from etflayers.distill.convolutional import ConvNNGPKernel, ConvNTKKernel
 from etflayers.distill.distilled_set import DistilledSet
 from etflayers.distill.evaluation import accuracy, best_rate, evaluate, judged
 from etflayers.distill.image_grid import image_grid, write_png
@@ -46,6 +47,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "AutoAdjoint",
+    "ConvNNGPKernel",
+    "ConvNTKKernel",
     "DistilledSet",
     "FeatureKernel",
     "FixedInitialization",
