@@ -124,22 +124,22 @@ class ConvNetwork(nn.Module):
 )
 def test_is_the_limit_of_networks_of_many_channels(kernel, pixels):
     torch.manual_seed(0)
-    x = samples(3, 5)
+    x = samples(2, 5)
     limit = kernel(x, x)
 
-    def mean_deviation(factor, draws):
-        deviations = []
+    def deviation(factor, draws=16):
+        squares = []
         for _ in range(draws):
             model = ConvNetwork(kernel, 2, pixels, 4, factor)
             tangents = jacrev(functional_call, argnums=1)(model, dict(model.named_parameters()), (x,))
             rows = torch.cat([tangent.flatten(1) for tangent in tangents.values()], 1)
-            deviations.append((rows @ rows.T - limit).norm() / limit.norm())
-        return torch.stack(deviations).mean().item()
+            squares.append((rows @ rows.T - limit).square().mean() / limit.square().mean())
+        return torch.stack(squares).mean().sqrt().item()
 
     # Each entry is a mean over channels: it deviates by some units over the root of their number.
-    narrow, wide = mean_deviation(4, 8), mean_deviation(64, 4)
-    assert wide < 4 / math.sqrt(256)
-    assert 2 < narrow / wide < 8  # sqrt(64 / 4) = 4, known to a factor of 2 from so few draws
+    narrow, wide = deviation(2), deviation(32)
+    assert wide < 3 / math.sqrt(128)
+    assert 2 < narrow / wide < 8  # sqrt(32 / 2) = 4, known to a factor of 2 from 16 draws
 
 
 @pytest.mark.parametrize("readout", ["flatten", "average"])
@@ -188,7 +188,7 @@ def test_is_symmetric_and_positive_semidefinite(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
-@pytest.mark.parametrize("pairs", [1, 2, 5, 7, 100])
+@pytest.mark.parametrize("pairs", [1, 2, 7])
 def test_blocks_change_neither_values_nor_gradients(kernel, pairs):
     x, y = samples(4).requires_grad_(), samples(3).requires_grad_()
     weights = torch.randn(4, 3, dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_blocks_keep_no_graph(kernel):
 def test_derivatives(kernel):
     x, y = samples(2).requires_grad_(), samples(1).requires_grad_()
     assert gradcheck(kernel, (x, y), check_forward_ad=True)
-    assert gradgradcheck(kernel, (x, y))
+    assert gradgradcheck(kernel, (x, y), fast_mode=True)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
@@ -224,7 +224,7 @@ def test_derivatives(kernel):
 def test_derivatives_on_the_diagonal(kernel, pairs):
     x, kernel = samples(2).requires_grad_(), replace(kernel, block_pairs=pairs)
     assert gradcheck(lambda s: kernel(s, s), (x,))
-    assert gradgradcheck(lambda s: kernel(s, s), (x,))
+    assert gradgradcheck(lambda s: kernel(s, s), (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
@@ -238,8 +238,8 @@ def test_derivatives_at_samples_on_one_line(kernel, factor):
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_images_with_a_constant_background(kernel):
     # Patches of the background are parallel in all images: aligned pixels of different samples.
-    x = torch.full((3, 2, 6, 6), -0.4, dtype=torch.float64)
-    x[:, :, 2, 2] = torch.randn(3, 2, dtype=torch.float64)
+    x = torch.full((2, 2, 5, 5), -0.4, dtype=torch.float64)
+    x[:, :, 2, 2] = torch.randn(2, 2, dtype=torch.float64)
     x.requires_grad_()
     assert gradcheck(lambda s: kernel(s, s), (x,), **AT_A_TIP)
 
