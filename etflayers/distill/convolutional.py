@@ -294,8 +294,8 @@ class ConvNNGPKernel(_ConvReLUNetwork):
 
     >>> x = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 1.0]]]])
     >>> ConvNNGPKernel(depth=1)(x, x)
-    tensor([[0.2222, 0.1415],
-            [0.1415, 0.2222]])
+    tensor([[0.2222, 0.0707],
+            [0.0707, 0.2222]])
     """
 
     def _block(self, x: Tensor, y: Tensor, *variances: Tensor) -> Tensor:
@@ -331,8 +331,8 @@ class ConvNTKKernel(_ConvReLUNetwork):
 
     >>> x = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 1.0]]]])
     >>> ConvNTKKernel(depth=1)(x, x)
-    tensor([[0.4444, 0.1415],
-            [0.1415, 0.4444]])
+    tensor([[0.4444, 0.0707],
+            [0.0707, 0.4444]])
     """
 
     parametrization: Parametrization = "ntk"
@@ -369,9 +369,4 @@ def _recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """The same without a graph, run again when it is needed; transforms have no rule for that."""
     if not torch.is_grad_enabled() or forward_mode() or inside_transform():
         return function(*tensors)
-
-    def found(*tensors: Tensor) -> Any:
-        with full_precision(tensors[0]):
-            return function(*tensors)
-
-    return checkpoint(found, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
