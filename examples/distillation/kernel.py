@@ -59,7 +59,7 @@ RIVALS = ("random images", "k-means centers")  # that networks are trained on, t
 COLORS = {"learned": RED, "random images": SKY, "class means": GREY, "k-means centers": BLUE}
 FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
 LARGEST = 6000  # images whose kernel matrix is made as a whole
-LARGEST_COST = 2 * 10**9  # numbers of a convolutional kernel on the way to that matrix: some minutes
+LARGEST_COST = 2 * 10**8  # numbers of a convolutional kernel on the way to that matrix: a few minutes
 WIDE: dict[str, Callable[..., distill.Kernel]] = {
     "ntk": distill.NTKKernel,
     "nngp": distill.NNGPKernel,
