@@ -7,6 +7,7 @@ from etflayers.distill.adjoints import KeptGraph, StepAdjoint
 from etflayers.distill.augmentation import ImageTransform, SiameseAugmentation
 from etflayers.distill.auto import AutoAdjoint
 from etflayers.distill.clipping import RunningNormClip
+from etflayers.distill.convolutional import ConvNNGPKernel, ConvNTKKernel
 from etflayers.distill.distilled_set import DistilledSet
 from etflayers.distill.evaluation import (
     accuracy,
@@ -55,6 +56,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "AutoAdjoint",
+    "ConvNNGPKernel",
+    "ConvNTKKernel",
     "DistilledSet",
     "FeatureKernel",
     "FixedInitialization",

@@ -13,40 +13,39 @@ follows the kernel of its tangents, ``T(x, y) = <df(x)/dtheta, df(y)/dtheta>`` (
 
     T_0 = K_0,      T_l = K_l + s_w^2 E[relu'(u) relu'(v)] T_(l-1).
 
-**The two moments** (arc-cosine kernels; Cho and Saul 2009). With variances a, b, covariance c, and the angle
-t in [0, pi], ``cos t = c / sqrt(ab)``, ``s = sqrt(ab - c^2) = sqrt(ab) sin t``,
+The two moments, and their derivatives where samples are aligned, are in :mod:`etflayers.distill.arc_cosine`.
 
-    E[relu'(u) relu'(v)] = (pi - t) / 2 pi,      E[relu(u) relu(v)] = (s + c (pi - t)) / 2 pi.
+**The standard parametrization** (Sohl-Dickstein et al. 2020, arXiv 2001.07301) is that of frameworks: entries
+of W_l are drawn from N(0, s_w^2 / n_l), n_l inputs of the layer, and W_l itself is trained. So that its
+tangents stay finite, the layers of a base network of width N are made r times as wide and read ``h_l = W_l
+relu(h_(l-1)) / sqrt(r) + b_l`` with W_l as of N inputs; r then goes to infinity, N stays. The outputs are
+drawn as before, K_l is the same. A derivative by W_l no longer carries s_w / sqrt(n_l), one by b_l no longer
+s_b:
 
-**Where the samples are aligned,** s = 0 and both s and t have an infinite derivative in c. To leading order
+    T_0 = <x, y> + 1,      T_l = N E[relu(u) relu(v)] + 1 + s_w^2 E[relu'(u) relu'(v)] T_(l-1).
 
-    E[relu(u) relu(v)] = c/2 + O(t^3)   (t -> 0),      O((pi - t)^3)   (t -> pi):
-
-its first two derivatives in the samples are those of ``max(c, 0) / 2``. ``(pi - t)/2pi`` is 1/2 minus a cone
-in the distance of the samples, or 0 plus one. Where both samples are one (the diagonal of K(S, S)) they move
-together, the cone stays at its tip, and the derivative is that of the constant. Where they only coincide, it
-is the symmetric derivative, the mean of the two one-sided ones, which central differences find too. Without
-biases the kernel is also a cone in a sample that vanishes. One hidden layer has a symmetric derivative there,
-as if (pi - t)/2pi were 1/4; more layers have none, and what is returned for them is finite, no more.
+Against the other, layers count by the number of their inputs, and biases are trained also where they start at
+zero (s_b = 0).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from etflayers.checks import require, require_number
+from etflayers.checks import require, require_number, require_size
+from etflayers.distill.arc_cosine import relu_moments
 from etflayers.distill.kernels import sample_rows
 from etflayers.precision import full_precision
 
-__all__ = ["NNGPKernel", "NTKKernel"]
+__all__ = ["NNGPKernel", "NTKKernel", "Parametrization", "check_parametrization"]
 
-# sin^2 of the angle is a difference of numbers with a rounding error of some eps: below this many, noise.
-_ALIGNED = 64
+Parametrization = Literal["ntk", "standard"]
+_PARAMETRIZATIONS = ("ntk", "standard")
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,21 @@ class _ReLUNetwork:
         require_number("weight_variance", self.weight_variance, positive=True)
         require_number("bias_variance", self.bias_variance)
 
-    def _layers(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(K_l, s_w^2 E[relu'(u) relu'(v)])`` for l = 0 to L; the second of the first is zero."""
-        x, y = sample_rows(x, y)
+    def _layers(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The mean product of what layer l is given, K_l, and ``s_w^2 E[relu'(u) relu'(v)]``, l = 0 to L.
+
+        The third is zero for l = 0.
+        """
         scale = self.weight_variance / x.shape[1]
         a = (scale * (x * x).sum(-1) + self.bias_variance)[:, None]
         b = scale * (y * y).sum(-1) + self.bias_variance
-        c = scale * (x @ y.mT) + self.bias_variance
-        yield c, torch.zeros_like(c)
+        inner = x @ y.mT
+        c = scale * inner + self.bias_variance
+        yield inner / x.shape[1], c, torch.zeros_like(c)
         for _ in range(self.depth):
-            slopes, products = _relu_moments(a, b, c)
+            slopes, products = relu_moments(a, b, c)
             c = self.weight_variance * products + self.bias_variance
-            yield c, self.weight_variance * slopes
+            yield products, c, self.weight_variance * slopes
             a, b = (self.weight_variance / 2 * variance + self.bias_variance for variance in (a, b))
 
 
@@ -105,7 +107,7 @@ class NNGPKernel(_ReLUNetwork):
     def __call__(self, x: Tensor, y: Tensor, /) -> Tensor:
         """K(x_i, y_j), ``(n, m)``."""
         with full_precision(x):
-            *_, (covariance, _) = self._layers(x, y)
+            *_, (_, covariance, _) = self._layers(*sample_rows(x, y))
             return covariance
 
 
@@ -119,35 +121,49 @@ class NTKKernel(_ReLUNetwork):
         depth: L >= 1, the number of hidden layers.
         weight_variance: s_w^2 > 0, times 1 over the width that a layer sees; 2 keeps the variance of the
             samples from layer to layer.
-        bias_variance: s_b^2 >= 0. At 0 the kernel is homogeneous: it scales with the samples.
+        bias_variance: s_b^2 >= 0. At 0 the kernel is homogeneous in the parametrization ``"ntk"``: it scales
+            with the samples.
+        parametrization: ``"ntk"``, where the parameters are standard normal and their scales stand in front
+            of them, or ``"standard"``, where they are trained as they are drawn, as in PyTorch.
+        width: N >= 1, the units of a hidden layer of the base network of ``"standard"``: how much the hidden
+            layers count beside the first. Without a meaning for ``"ntk"``.
 
     Raises:
         InvalidArgumentError: arguments out of range; when called, samples that do not fit.
 
     Reference:
         Jacot, Gabriel, Hongler (2018), arXiv 1806.07572; Lee, Xiao, Schoenholz, Bahri, Novak, Sohl-Dickstein,
-        Pennington (2019), arXiv 1902.06720.
+        Pennington (2019), arXiv 1902.06720; Sohl-Dickstein, Novak, Schoenholz, Lee (2020), arXiv 2001.07301.
 
     >>> NTKKernel(depth=1)(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     tensor([[2.0000, 0.3183]])
     """
 
+    parametrization: Parametrization = "ntk"
+    width: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parametrization(self.parametrization, self.width)
+
     def __call__(self, x: Tensor, y: Tensor, /) -> Tensor:
         """K(x_i, y_j), ``(n, m)``."""
         with full_precision(x):
+            x, y = sample_rows(x, y)
             tangents = torch.zeros((), dtype=x.dtype, device=x.device)
-            for covariance, slopes in self._layers(x, y):
-                tangents = covariance + slopes * tangents
+            for layer, (products, covariance, slopes) in enumerate(self._layers(x, y)):
+                if self.parametrization == "ntk":
+                    own = covariance
+                else:
+                    own = (self.width if layer else x.shape[1]) * products + 1
+                tangents = own + slopes * tangents
             return tangents
 
 
-def _relu_moments(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """``E[relu'(u) relu'(v)]`` and ``E[relu(u) relu(v)]`` at variances a, b and covariance c."""
-    squared = a * b - c * c
-    aligned = squared <= _ALIGNED * torch.finfo(c.dtype).eps * a * b
-    s = torch.where(aligned, 1, squared).sqrt()  # 1: a derivative that is finite, where it is not used
-    rest = torch.atan2(s, -c)  # pi - t, without a difference
-    on_line = (1 + c.sign()) / 4  # 1/2 in one direction, 0 in opposite ones, 1/4 where one vanishes
-    slopes = torch.where(aligned, on_line, rest / (2 * math.pi))
-    products = torch.where(aligned, c * on_line, (s + c * rest) / (2 * math.pi))
-    return slopes, products
+def check_parametrization(parametrization: str, width: int) -> None:
+    """Raise unless they are a parametrization by name, and a number of units or channels."""
+    require(
+        parametrization in _PARAMETRIZATIONS,
+        f'parametrization must be "ntk" or "standard", got {parametrization!r}',
+    )
+    require_size("width", width)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
@@ -38,22 +39,33 @@ from etflayers.distill import (
     teach,
     write_png,
 )
+from etflayers.distill.lessons import UpdateRule
 from etflayers.errors import NonFiniteError
+from etflayers.storage import write_tensors
 from lab.data import ImageData, Split, load_inputs
-from lab.data.sampling import shifted
+from lab.data.sampling import mirrored, shifted, turned
+from lab.data.whitening import Whitening
 from lab.figures import BLUE, GREY, RED, SKY, in_percent, legend_beside, new_figure
 from lab.files import Row, kept
 from lab.networks import Factory, NetworkName, make_factory, seeded
-from lab.options import Count, Distinct, Free, Natural, NotNegative, Positive
+from lab.options import Count, Distinct, Flag, Free, Natural, NotNegative, Positive
 from lab.results import Results, grouped, make_table, mean_and_deviation, percent
 from lab.training import threads
 
+Change = Callable[[Tensor], Tensor]  # of images whose black is 0
 BASELINES = {"random images": "real", "class means": "means", "k-means centers": "kmeans"}
 PANELS = {"loss": "squared error", "accuracy": "accuracy"}
 RIVALS = ("random images", "k-means centers")  # that networks are trained on, too
 COLORS = {"learned": RED, "random images": SKY, "class means": GREY, "k-means centers": BLUE}
 FRESH_SEEDS = 3 * 10**6  # of networks: far from those of the sets
 LARGEST = 6000  # images whose kernel matrix is made as a whole
+LARGEST_COST = 2 * 10**8  # numbers of a convolutional kernel on the way to that matrix: a few minutes
+WIDE: dict[str, Callable[..., distill.Kernel]] = {
+    "ntk": distill.NTKKernel,
+    "nngp": distill.NNGPKernel,
+    "conv-ntk": distill.ConvNTKKernel,
+    "conv-nngp": distill.ConvNNGPKernel,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +77,25 @@ class KernelSettings(DistillationSettings):
     small |= {"outer_steps": 60, "outer_batch": 200, "draws": 2, "evaluations": 2, "training_steps": 100}
     small |= {"rate_grid": (1e-3,)}
 
-    kernel: Literal["ntk", "nngp", "rbf", "linear"] = "ntk"
-    """ntk, nngp: of a ReLU network of infinite width, all of it trained or its last layer; rbf: a Gaussian;
-    linear: inner products, that is linear regression."""
+    kernel: Literal["ntk", "nngp", "conv-ntk", "conv-nngp", "rbf", "linear"] = "ntk"
+    """ntk, nngp: of a ReLU network of infinite width, all of it trained or its last layer; conv-ntk,
+    conv-nngp: of a convolutional one of infinitely many channels; rbf: a Gaussian; linear: inner products,
+    that is linear regression."""
     depth: Count = 1
-    """Hidden layers of `--kernel ntk` and `nngp`."""
+    """Hidden layers of `--kernel ntk` and `nngp`, 3x3 convolutions of `conv-ntk` and `conv-nngp`."""
+    pool_after: tuple[Count, ...] = ()
+    """Convolutions, counted from 1, behind which 2x2 pixels are averaged. For images of p pixels that makes
+    the kernel p times as expensive, and so does the next option."""
+    readout: Literal["flatten", "average"] = "flatten"
+    """What the last layer of a convolutional kernel sees: all pixels, or their average."""
+    parametrization: Literal["ntk", "standard"] = "ntk"
+    """Of `--kernel ntk` and `conv-ntk`; standard: weights are trained as PyTorch draws them, so that a layer
+    counts by the number of its inputs."""
+    kernel_width: Count | None = None
+    """Hidden units or channels of the network that `--parametrization standard` stands for (default: 1024
+    units, 128 channels)."""
     bias_variance: NotNegative = 0.01
-    """Of the biases of `--kernel ntk`, `nngp` and `linear`."""
+    """Of the biases of all kernels but `--kernel rbf`."""
     bandwidth: Positive = 0.5
     """Of `--kernel rbf`, in units of the root of the number of pixels."""
     ridge: NotNegative = 1e-6
@@ -84,8 +108,15 @@ class KernelSettings(DistillationSettings):
     labels: Literal["fixed", "learned", "solved"] = "learned"
     """fixed: centered one-hot vectors; learned: by Adam, from these; solved: in closed form, for each batch
     while images are learned and in the end for all training images."""
+    zca: NotNegative | None = None
+    """Whiten the pixels (ZCA, fitted on the training images) with this ridge, relative to their mean
+    variance; published: 0.1. Default: no whitening."""
     shift: Natural = 0
     """Augmentation: shift each real image by up to this many pixels each way."""
+    rotation: NotNegative = 0.0
+    """Augmentation: turn each real image by up to this many degrees each way."""
+    flip: Flag = False
+    """Augmentation: mirror every second real image, at random."""
     outer_steps: Count = 500
     """Updates of the images."""
     outer_batch: Count = 500
@@ -98,8 +129,10 @@ class KernelSettings(DistillationSettings):
     draws: Free[Count] = 5
     """Sets of random real images among the baselines."""
     networks: Free[tuple[NetworkName, ...]] = ("mlp", "lenet")
-    """Finite networks that are trained on the learned set, by Adam on the squared error to its labels, and on
-    as many random real images and k-means centers."""
+    """Finite networks that are trained on the learned set, on the squared error to its labels, and on as many
+    random real images and k-means centers."""
+    optimizers: Free[Distinct[Literal["adam", "sgd"]]] = ("adam",)
+    """How they are trained; sgd: with momentum 0.9 and the penalty of `--l2`, as published."""
     evaluations: Free[Count] = 3
     """Networks of each kind for each set."""
     training_steps: Free[Count] = 300
@@ -108,6 +141,10 @@ class KernelSettings(DistillationSettings):
     """Images in a step; all, if there are no more."""
     rate_grid: Free[Distinct[Positive]] = (3e-4, 1e-3, 3e-3)
     """Adam's learning rates for them: the best on a part of the training images is taken, for each set."""
+    sgd_rates: Free[Distinct[Positive]] = (1e-3, 1e-2, 3e-2)
+    """SGD's, likewise."""
+    l2: Free[NotNegative] = 5e-4
+    """Weight decay of SGD: `l2 |w|^2 / 2` is added to the loss."""
 
     def check(self) -> None:
         super().check()
@@ -116,6 +153,35 @@ class KernelSettings(DistillationSettings):
             f"--labels solved fits labels to each batch: --outer-batch {self.outer_batch} must be at least "
             f"ten times --per-class {max(self.per_class)}",
         )
+        require(
+            self.kernel.startswith("conv-") or (self.pool_after, self.readout) == ((), "flatten"),
+            f"--pool-after and --readout are of --kernel conv-ntk and conv-nngp, not of {self.kernel}",
+        )
+        require(
+            max(self.pool_after, default=1) <= self.depth
+            and len(set(self.pool_after)) == len(self.pool_after),
+            f"--pool-after must name convolutions from 1 to --depth {self.depth}, none twice, "
+            f"got {self.pool_after}",
+        )
+        require(
+            self.parametrization == "ntk" or self.kernel in ("ntk", "conv-ntk"),
+            f"--parametrization standard is of --kernel ntk and conv-ntk, not of {self.kernel}",
+        )
+        require(
+            self.parametrization == "standard" or self.kernel_width is None,
+            "--kernel-width has a meaning for --parametrization standard only",
+        )
+
+    def training_rule(self, optimizer: str) -> tuple[str | UpdateRule, tuple[float, ...]]:
+        """The update rule of finite networks, and the learning rates to choose from."""
+        if optimizer == "adam":
+            return "adam", self.rate_grid
+        return partial(torch.optim.SGD, momentum=0.9, weight_decay=self.l2), self.sgd_rates
+
+    @property
+    def sees_all_pairs_of_pixels(self) -> bool:
+        """Whether the kernel is made of all pairs of pixels, and not of pairs of one place."""
+        return bool(self.pool_after) or self.readout == "average"
 
 
 def make_loop(settings: KernelSettings, data: ImageData) -> KernelRidgeInnerLoop:
@@ -126,8 +192,13 @@ def make_loop(settings: KernelSettings, data: ImageData) -> KernelRidgeInnerLoop
     elif settings.kernel == "linear":
         kernel = distill.LinearKernel(settings.bias_variance)
     else:
-        wide = distill.NTKKernel if settings.kernel == "ntk" else distill.NNGPKernel
-        kernel = wide(depth=settings.depth, bias_variance=settings.bias_variance)
+        options: dict[str, Any] = {"depth": settings.depth, "bias_variance": settings.bias_variance}
+        if settings.kernel.startswith("conv-"):
+            options |= {"pool_after": settings.pool_after, "readout": settings.readout}
+        if settings.parametrization == "standard":
+            width = {} if settings.kernel_width is None else {"width": settings.kernel_width}
+            options |= {"parametrization": "standard", **width}
+        kernel = WIDE[settings.kernel](**options)
     return KernelRidgeInnerLoop(kernel, ridge=settings.ridge)
 
 
@@ -144,11 +215,57 @@ def with_solved_labels(loop: KernelRidgeInnerLoop, distilled: DistilledSet, imag
     return DistilledSet(distilled.inputs, labels, mean=distilled.mean, std=distilled.std)
 
 
+class View:
+    """How the regression sees images: normalized, and whitened where asked.
+
+    Args:
+        data: normalized images.
+        ridge: of the whitening; ``None``: as they are.
+    """
+
+    def __init__(self, data: ImageData, ridge: float | None = None) -> None:
+        self.normalization = data.normalization
+        self.whitening = None if ridge is None else Whitening.of(data.train.images, ridge)
+        self.data = data if self.whitening is None else self.whitening.of_data(data)
+
+    def changed(self, inputs: Tensor, changes: Sequence[Change]) -> Tensor:
+        """Inputs whose images are changed, pixels that come in being black, and that are seen again."""
+        mean, deviation = self.normalization.values()
+        black = (-mean / deviation).view(1, -1, 1, 1)
+        images = inputs if self.whitening is None else self.whitening.undone(inputs)
+        images = images - black
+        for change in changes:
+            images = change(images)
+        images = images + black
+        return images if self.whitening is None else self.whitening(images)
+
+    @torch.no_grad()
+    def shown(self, distilled: DistilledSet) -> Tensor:
+        """The pictures of a set."""
+        if self.whitening is None:
+            return distilled.images()
+        plain = self.whitening.undone(distilled.inputs)
+        return DistilledSet(plain, distilled.labels, **self.normalization).images()
+
+    def save(self, path: Path) -> None:
+        """Write what takes images to inputs and back, where that is more than a set says of itself."""
+        if self.whitening is not None:
+            write_tensors(path, {**vars(self.whitening), **self.normalization}, {"kind": "whitening"})
+
+
 class Inducing(OuterRun):
     """A set learned by gradients of the error of the regression on batches of the training images."""
 
-    def __init__(self, settings: KernelSettings, per_class: int, seed: int, data: ImageData) -> None:
+    def __init__(
+        self,
+        settings: KernelSettings,
+        per_class: int,
+        seed: int,
+        data: ImageData,
+        view: View | None = None,
+    ) -> None:
         self.loop = make_loop(settings, data)
+        self.view = View(data) if view is None else view
         # A stream for every size, so that none depends on which others are asked for.
         generator = torch.Generator().manual_seed(1000 * seed + per_class)
         distilled = first_set(settings.start, per_class, data, generator, labels="centered")
@@ -183,15 +300,24 @@ class Inducing(OuterRun):
         return {"step": self.step, "loss": loss.item(), **accuracy(outputs, classes)}
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Real images, shifted where asked."""
+        """Real images as the regression sees them, shifted, turned and mirrored where asked."""
         inputs, classes = self.data.train.batch(self.settings.outer_batch, self.generator)
-        reach = self.settings.shift
-        if reach == 0:
-            return inputs, classes
-        shifts = torch.randint(-reach, reach + 1, (len(inputs), 2), generator=self.generator)
-        mean, deviation = self.data.normalization.values()
-        black = (-mean / deviation).view(1, -1, 1, 1)  # what comes in at the edge
-        return shifted(inputs - black, shifts.to(inputs.device)) + black, classes
+        changes = self.changes(len(inputs))
+        return (self.view.changed(inputs, changes) if changes else inputs), classes
+
+    def changes(self, count: int) -> list[Change]:
+        """Random ones of as many images, in the order in which they are made."""
+        settings, generator, changes = self.settings, self.generator, list[Change]()
+        if settings.shift:
+            shifts = torch.randint(-settings.shift, settings.shift + 1, (count, 2), generator=generator)
+            changes.append(partial(shifted, shifts=shifts.to(self.device)))
+        if settings.rotation:
+            angles = math.radians(settings.rotation) * (2 * torch.rand(count, generator=generator) - 1)
+            changes.append(partial(turned, angles=angles.to(self.device)))
+        if settings.flip:
+            chosen = torch.rand(count, generator=generator) < 0.5
+            changes.append(partial(mirrored, chosen=chosen.to(self.device)))
+        return changes
 
 
 def learn_kernel_set(settings: KernelSettings, console: Console) -> list[Row]:
@@ -209,11 +335,14 @@ class Study:
 
     def __init__(self, settings: KernelSettings, console: Console) -> None:
         self.settings, self.results = settings, Results(settings.folder, console)
-        self.data = data = load_inputs(settings)
+        plain = load_inputs(settings)
+        self.view = View(plain, settings.zca)
+        self.data = data = self.view.data
+        self.view.save(settings.folder / "whitening.safetensors")
         self.loop = make_loop(settings, data)
         self.histories: dict[str, list[list[Row]]] = {}
-        plain, path = settings.fingerprint() | data.fingerprint, settings.checkpoint("all-images")
-        self.full = kept(path, plain, lambda: full_accuracy(settings, data), resume=settings.resume)
+        same, path = settings.fingerprint() | data.fingerprint, settings.checkpoint("all-images")
+        self.full = kept(path, same, lambda: full_accuracy(settings, data), resume=settings.resume)
         worth = "too many for" if self.full is None else f"test accuracy {self.full:.2%} of"
         self.results.say(
             f"{settings.kernel} on {data.name}: {len(data.train)} images to learn from, {len(data.test)} to "
@@ -223,11 +352,12 @@ class Study:
     def one_set(self, per_class: int, seed: int) -> list[Row]:
         """Learn a set, write it with its picture, and judge it."""
         settings, name = self.settings, f"{per_class}-a-class-seed{seed}"
-        run = Inducing(settings, per_class, seed, self.data)
+        run = Inducing(settings, per_class, seed, self.data, self.view)
         run.learn_and_write(name, self.results)
-        write_png(settings.folder / f"{name}.png", run.distilled.images())
+        write_png(settings.folder / f"{name}.png", self.view.shown(run.distilled))
         self.histories.setdefault(f"{per_class} a class", []).append(run.history)
         judged = ("draws", "networks", "evaluations", "training_steps", "training_batch", "rate_grid")
+        judged += ("optimizers", "sgd_rates", "l2")
         path = settings.checkpoint(f"{name}-rows-{digest(settings.values(*judged))}")
         make = partial(self.judge, run.distilled, per_class, seed)
         rows: list[Row] = kept(path, run.fingerprint, make, resume=settings.resume)
@@ -251,11 +381,13 @@ class Study:
             def fresh(index: int, factory: Factory = factory) -> nn.Module:
                 return seeded(factory, FRESH_SEEDS + 1000 * seed + index)
 
-            for name, found in sets:
-                own_labels = name["labels"] in (self.settings.labels, "one-hot")
-                if own_labels and name["draw"] == 0 and name["images"] in ("learned", *RIVALS):
-                    worth = self.network_row(found, fresh, parts)
-                    rows.append({**same, **name, "learner": network, **worth})
+            for optimizer in self.settings.optimizers:
+                learner = network if optimizer == "adam" else f"{network} by {optimizer.upper()}"
+                for name, found in sets:
+                    own_labels = name["labels"] in (self.settings.labels, "one-hot")
+                    if own_labels and name["draw"] == 0 and name["images"] in ("learned", *RIVALS):
+                        worth = self.network_row(found, fresh, parts, optimizer)
+                        rows.append({**same, **name, "learner": learner, **worth})
         return rows
 
     def named_sets(self, learned: DistilledSet, per_class: int, seed: int) -> list[tuple[Row, DistilledSet]]:
@@ -273,7 +405,11 @@ class Study:
         ]
 
     def network_row(
-        self, distilled: DistilledSet, fresh: Callable[[int], nn.Module], parts: Mapping[str, Split]
+        self,
+        distilled: DistilledSet,
+        fresh: Callable[[int], nn.Module],
+        parts: Mapping[str, Split],
+        optimizer: str,
     ) -> Row:
         """Accuracy of networks trained on a set with the best learning rate of the grid.
 
@@ -282,8 +418,9 @@ class Study:
         """
         settings, held = self.settings, self.data.held_out()[1]
         size = (settings.training_batch, settings.training_steps)
-        lesson = random_lesson(*distilled.dataset().tensors, *size, "adam", seed=0)
-        grid = {"rates": settings.rate_grid, "networks": 1, "loss": squared_error}
+        rule, rates = settings.training_rule(optimizer)
+        lesson = random_lesson(*distilled.dataset().tensors, *size, rule, seed=0)
+        grid = {"rates": rates, "networks": 1, "loss": squared_error}
         rate = best_rate([lesson], fresh, held.images, held.targets, **grid)
         lesson = lesson.scaled(rate)
         models = [teach(fresh(index), lesson, loss=squared_error) for index in range(settings.evaluations)]
@@ -313,7 +450,11 @@ class Study:
 
 def full_accuracy(settings: KernelSettings, data: ImageData) -> float | None:
     """Test accuracy of the regression on all training images; ``None`` where they are too many."""
-    if len(data.train) > LARGEST:
+    count, cost = len(data.train), 0
+    if settings.kernel.startswith("conv-"):
+        pixels = math.prod(data.shape[1:])
+        cost = count**2 * (pixels**2 if settings.sees_all_pairs_of_pixels else pixels)
+    if count > LARGEST or cost > LARGEST_COST:
         return None
     whole = DistilledSet(data.train.images, centered_one_hot(data.train.targets, data.num_classes))
     return accuracy_of(make_loop(settings, data), whole, data.test)

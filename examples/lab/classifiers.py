@@ -17,7 +17,7 @@ from etflayers.errors import ManifoldError, NonFiniteError
 from etflayers.functional import nearest_etf
 from etflayers.metrics import frame_distance, read_classifier
 from lab.data import ImageData, load
-from lab.data.sampling import affine_maps, shifted, transformed
+from lab.data.sampling import affine_maps, mirrored, shifted, transformed
 from lab.evaluation import Measures, measure
 from lab.files import Row
 from lab.heads import HeadName, head_of, targets_for
@@ -136,8 +136,7 @@ class Trainer(EpochRun):
             if settings.shift:
                 images = shifted(images, shifts[chosen.cpu()].to(self.device))
             if settings.flip:
-                mirror = flips[chosen.cpu()].to(self.device).view(-1, 1, 1, 1)
-                images = torch.where(mirror, images.flip(-1), images)
+                images = mirrored(images, flips[chosen.cpu()].to(self.device))
             if settings.affine_size:
                 images = transformed(images, maps[chosen.cpu()].to(self.device))
             yield self.data.normalized(images), train.targets[chosen]

@@ -13,6 +13,7 @@ from etflayers.distill import FeatureKernel, LinearKernel, NNGPKernel, NTKKernel
 from etflayers.errors import InvalidArgumentError
 
 INFINITE = [NNGPKernel(2), NTKKernel(1), NTKKernel(2, weight_variance=1.5, bias_variance=0.2)]
+INFINITE += [NTKKernel(2, parametrization="standard", width=8)]
 KERNELS = [LinearKernel(), LinearKernel(bias_variance=0.5), RBFKernel(1.7), *INFINITE]
 
 
@@ -131,6 +132,30 @@ def test_ntk_is_the_limit_of_wide_networks(network):
     assert 2 < narrow / wide < 8  # sqrt(1024 / 64) = 4, known to a factor of 2 from four draws
 
 
+def test_standard_parametrization_agrees_with_neural_tangents():
+    # neural-tangents 0.6.5 on jax 0.4.30, float64: stax.serial of depth pairs Dense(16), Relu() and Dense(1)
+    # with W_std=1.5**0.5, b_std=0.2**0.5, parameterization="standard" at the same samples.
+    x, y = (torch.sin(offset + torch.arange(64, dtype=torch.float64) ** 1.5).view(2, 32) for offset in (0, 1))
+    expected = {
+        1: [[12.519588425871698, 5.001645376544101], [5.3081818750355865, 11.236499717291528]],
+        2: [[14.470366934890635, 8.33685602884084], [8.636455019889324, 13.323515859565658]],
+    }
+    for depth, values in expected.items():
+        kernel = NTKKernel(depth, 1.5, 0.2, parametrization="standard", width=16)
+        torch.testing.assert_close(
+            kernel(x, y), torch.tensor(values, dtype=torch.float64), rtol=1e-10, atol=0
+        )
+
+
+def test_standard_parametrization_weighs_the_layers_of_the_other():
+    # One hidden layer: what the output layer adds to both is s_w^2 V + s_b^2 and N V + 1, what the first adds
+    # is s_w^2 <x, y>/p + s_b^2 and <x, y> + 1 under the same map. At s_w^2 = N = p and s_b = 1 they are one.
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    plain = NTKKernel(1, weight_variance=6.0, bias_variance=1.0)
+    standard = NTKKernel(1, weight_variance=6.0, bias_variance=1.0, parametrization="standard", width=6)
+    torch.testing.assert_close(standard(x, y), plain(x, y))
+
+
 def test_nngp_is_the_covariance_of_wide_networks():
     x = torch.randn(4, 3, dtype=torch.float64)
     network = (2, 1.5, 0.2)
@@ -203,7 +228,8 @@ def test_float32_knows_its_diagonal(kernel):
 
     exact = gradient(x.double())
     assert (gradient(x).double() - exact).norm() <= 1e-5 * exact.norm()
-    torch.testing.assert_close(kernel(x, x), kernel(x.double(), x.double()).float(), rtol=1e-5, atol=1e-6)
+    expected = kernel(x.double(), x.double()).float()
+    torch.testing.assert_close(kernel(x, x), expected, rtol=1e-5, atol=3e-7 * expected.max().item())
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
@@ -246,6 +272,8 @@ def test_features_of_one_set_are_computed_once():
         lambda: NTKKernel(depth=0),
         lambda: NTKKernel(weight_variance=0.0),
         lambda: NNGPKernel(bias_variance=math.inf),
+        lambda: NTKKernel(parametrization="mup"),
+        lambda: NTKKernel(parametrization="standard", width=0),
         lambda: LinearKernel()(torch.zeros(2, 3), torch.zeros(2, 4)),
         lambda: LinearKernel()(torch.zeros(3), torch.zeros(3)),
         lambda: LinearKernel()(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64)),

@@ -1,4 +1,4 @@
-"""Batches without end, and images that are shifted or seen through a map."""
+"""Batches without end, and images that are shifted, turned, mirrored or seen through a map."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ def shifted(images: Tensor, shifts: Tensor) -> Tensor:
         number, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
     ]
     return (moved * inside.unsqueeze(-1)).permute(0, 3, 1, 2)
+
+
+def turned(images: Tensor, angles: Tensor) -> Tensor:
+    """Turn each image ``(N, C, H, W)`` about its center by its angle ``(N,)`` in radians, counterclockwise.
+
+    Values between pixels are interpolated; what comes in is black.
+    """
+    height, width = images.shape[-2:]
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    # A grid counts from -1 to 1 along both sides: pixels are square only after a factor.
+    first = torch.stack((cos, -sin * height / width, zero), 1)
+    second = torch.stack((sin * width / height, cos, zero), 1)
+    grid = F.affine_grid(torch.stack((first, second), 1).to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def mirrored(images: Tensor, chosen: Tensor) -> Tensor:
+    """Exchange left and right of the images ``(N, C, H, W)`` where a mask ``(N,)`` is true."""
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 def affine_maps(count: int, size: float, generator: torch.Generator) -> Tensor:
