@@ -140,6 +140,7 @@ class OuterRun(Run):
         distilled: DistilledSet,
         generator: torch.Generator,
         rates: Mapping[str, float],
+        *,
         validation: Validation | None = None,
         own: Mapping[str, Any] | None = None,
         **parts: Any,

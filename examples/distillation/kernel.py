@@ -273,7 +273,7 @@ class Inducing(OuterRun):
         if settings.labels == "learned":
             rates["labels"] = settings.label_rate
         own = {"images of a class": per_class}
-        super().__init__(settings, seed, data, distilled, generator, rates, own)
+        super().__init__(settings, seed, data, distilled, generator, rates, own=own)
 
     def finish(self, *args: Any, **options: Any) -> None:
         super().finish(*args, **options)

@@ -386,7 +386,7 @@ class Unrolled(OuterRun):
         every, patience = settings.validate_every, settings.patience
         validation = Validation(partial(self._score, starts), every, patience)
         super().__init__(
-            settings, seed, data, distilled, generator, rates, validation, clip=self.clip, **parts
+            settings, seed, data, distilled, generator, rates, validation=validation, clip=self.clip, **parts
         )
         for group in self.optimizer.param_groups:
             group["betas"] = settings.outer_betas
