@@ -109,6 +109,7 @@ class ConvNetwork(nn.Module):
         return F.linear(x, w * weight, b * bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "pixels"),
     [
@@ -212,6 +213,7 @@ def test_blocks_keep_no_graph(kernel):
     assert kept(6) < kept(None) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_derivatives(kernel):
     x, y = samples(2, 2).requires_grad_(), samples(1, 2).requires_grad_()
@@ -219,6 +221,7 @@ def test_derivatives(kernel):
     assert gradgradcheck(kernel, (x, y), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kernel", [*KERNELS, replace(FLAT, block_pairs=1), replace(POOLED, block_pairs=1)], ids=repr
 )

@@ -232,7 +232,10 @@ class KilledError(Exception):
         {"collapse_weight": -0.1},
         {"validate_every": 3, "dropout": 0.3},
         {"augment": ("shift", "scale", "rotate", "brightness", "cutout"), "networks": 2},
-        {"network": "alexnet", "width": 4, "dropout": 0.3, "initialization": "random", "networks": 2},
+        pytest.param(
+            {"network": "alexnet", "width": 4, "dropout": 0.3, "initialization": "random", "networks": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resumed_run_ends_with_the_same_images(

@@ -188,7 +188,10 @@ def test_whitened_images_are_changed_and_shown_as_they_were(digits: ImageData) -
     "options",
     [
         {"kernel": "conv-ntk", "depth": 2, "parametrization": "standard", "zca": 0.1},
-        {"kernel": "conv-nngp", "depth": 1, "pool_after": (1,), "readout": "average"},
+        pytest.param(
+            {"kernel": "conv-nngp", "depth": 1, "pool_after": (1,), "readout": "average"},
+            marks=pytest.mark.slow,
+        ),
         {"kernel": "ntk", "parametrization": "standard", "kernel_width": 64},
     ],
     ids=lambda options: options["kernel"],
