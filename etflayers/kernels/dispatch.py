@@ -172,12 +172,13 @@ def use_triton(
 
 def _missing(call: Call, *, forced: bool) -> str | None:
     """What the machine lacks for any kernel, or ``None``."""
+    interpreted = call.device.type == "cpu" and forced and _INTERPRETED
+    if call.device.type != "cuda" and not interpreted:
+        return f"Triton kernels run on CUDA devices, not on {call.device.type!r}"  # with or without Triton
     if not _HAS_TRITON:
         return "Triton is not installed: pip install 'etflayers[triton]'"
-    if call.device.type == "cpu" and forced and _INTERPRETED:
+    if interpreted:
         return None  # slow: for tests
-    if call.device.type != "cuda":
-        return f"Triton kernels run on CUDA devices, not on {call.device.type!r}"
     if torch.version.hip is not None:
         return "the kernels are not tested on ROCm"
     if not torch.cuda.is_available():

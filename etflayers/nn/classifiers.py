@@ -68,7 +68,8 @@ def find_classifiers(
     5. the last layer of an ``nn.Sequential``, or the answer of the only part of a wrapper that has
        parameters;
     6. the only linear layer with ``num_classes`` outputs or, without that argument, with as many as
-       ``model.config.num_labels`` or ``model.num_classes`` says.
+       ``model.config.num_labels`` or ``model.num_classes`` says or, where these say nothing, as a head has
+       that is given to :func:`~etflayers.nn.replace_classifier`.
 
     Args:
         model: any module that contains an ``nn.Linear``.
@@ -93,6 +94,18 @@ def find_classifiers(
     >>> find_classifiers(Net(), example_inputs=torch.zeros(1, 5))
     {'out': Linear(in_features=8, out_features=3, bias=True)}
     """
+    return find_for(None, model, name=name, num_classes=num_classes, example_inputs=example_inputs)
+
+
+def find_for(
+    head: object,
+    model: nn.Module,
+    *,
+    name: str | Iterable[str] | None,
+    num_classes: int | None,
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | None,
+) -> dict[str, nn.Linear]:
+    """``find_classifiers`` for ``head``, whose ``num_classes`` is the last resort, not a condition."""
     require(
         not isinstance(model, nn.Linear),
         "model is itself an nn.Linear, which cannot be replaced inside itself: use the head in its place",
@@ -106,7 +119,11 @@ def find_classifiers(
     elif example_inputs is not None:
         found = _from_a_batch(model, list(linears.values()), example_inputs)
     else:
-        found = _declared(model) or _by_count(model, list(linears.values()), num_classes)
+        silent = isinstance(head, nn.Module) and not _named_parts(
+            model
+        )  # fc=nn.Identity() says: there is none
+        offered = getattr(head, "num_classes", None) if silent else None
+        found = _declared(model) or _by_count(model, list(linears.values()), num_classes, offered)
     answer = {place: layer for place, layer in linears.items() if any(layer is other for other in found)}
     sizes = {place: (layer.in_features, layer.out_features) for place, layer in answer.items()}
     if num_classes is not None:
@@ -175,10 +192,12 @@ def _linears_of(parts: Iterable[object]) -> list[nn.Linear]:
     return found
 
 
-def _by_count(model: nn.Module, linears: list[nn.Linear], num_classes: int | None) -> list[nn.Linear]:
+def _by_count(
+    model: nn.Module, linears: list[nn.Linear], num_classes: int | None, offered: int | None
+) -> list[nn.Linear]:
     if num_classes is None:
         config = getattr(model, "config", None)
-        num_classes = getattr(config, "num_labels", None) or getattr(model, "num_classes", None)
+        num_classes = getattr(config, "num_labels", None) or getattr(model, "num_classes", None) or offered
     if callable(getattr(model, "get_classifier", None)):
         return []  # it has answered that it has none
     layers = [layer for layer in linears if layer.out_features == num_classes]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from etflayers.checks import require
 from etflayers.nn.base import CodeHead
-from etflayers.nn.classifiers import find_classifiers, places_of
+from etflayers.nn.classifiers import find_for, places_of
 
 __all__ = ["replace_classifier", "restore_linear"]
 
@@ -31,9 +31,11 @@ def replace_classifier(
     """Replace the linear classifier of a model, in place, by an ETF head for the same features and classes.
 
     Which layer that is, :func:`~etflayers.nn.find_classifiers` says; give the same arguments to it to know
-    beforehand. What has been replaced is logged (level INFO), and so are linear layers that have as many
-    outputs and stay (level WARNING): auxiliary classifiers, which some models have for their training. The
-    head goes to the device of the layer and into its training mode.
+    beforehand. Where a model does not say which layer makes its logits, a head (not a function that makes
+    one) goes to the only layer with as many outputs as it has classes. What has been replaced is logged
+    (level INFO), and so are linear layers that have as many outputs and stay (level WARNING): auxiliary
+    classifiers, which some models have for their training. The head goes to the device of the layer and into
+    its training mode.
 
     Args:
         model: any module that contains an ``nn.Linear``.
@@ -57,7 +59,7 @@ def replace_classifier(
     FixedETFHead(in_features=64, num_classes=10, scale=1.0, normalize=False, rotation='haar')
     """
     _require_unwrapped(model)
-    linears = find_classifiers(model, name=name, num_classes=num_classes, example_inputs=example_inputs)
+    linears = find_for(head, model, name=name, num_classes=num_classes, example_inputs=example_inputs)
     require(
         len(linears) == 1 or not isinstance(head, nn.Module),
         f"model has {len(linears)} classifiers, {list(linears)}: give a function that makes a head for each, "

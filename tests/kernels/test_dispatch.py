@@ -10,11 +10,13 @@ from etflayers.functional import class_sums, etf_cross_entropy
 from etflayers.kernels import Choice, describe, dispatch, use_triton
 
 
-def test_a_cpu_call_takes_the_reference_and_says_why() -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_cpu_call_takes_the_reference_and_asks_for_nothing_that_would_not_help(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", installed)
     choice = describe("class_sums", device="cpu", dtype=torch.float32, num_classes=10)
-    assert choice.impl == "reference"
-    assert "Triton" in choice.reason
-    assert str(choice).startswith("reference: ")
+    assert str(choice) == "reference: Triton kernels run on CUDA devices, not on 'cpu'"
 
 
 def test_asking_for_the_reference_is_reason_enough() -> None:

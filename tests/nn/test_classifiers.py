@@ -202,6 +202,36 @@ def test_the_number_of_classes_chooses_and_guards() -> None:
     assert list(find_classifiers(unnamed)) == ["out"]
 
 
+def test_a_head_says_how_many_classes_there_are_where_the_model_says_nothing() -> None:
+    """A network as beginners write it: fc1, fc2, and no name by which the last one is known."""
+    net = Net(lambda m, x: m.fc2(m.fc1(x).relu()), fc1=linear(8), fc2=linear(3, 8))
+    assert list(find_classifiers(net, example_inputs=IMAGES)) == ["fc2"]
+    with pytest.raises(InvalidArgumentError, match="does not say which"):
+        replace_classifier(net, FixedETFHead)  # a function of the sizes, of which it does not know any
+    with pytest.raises(InvalidArgumentError, match=r"num_classes\) = \(5, 3\), but 'fc2' .* \(8, 3\)"):
+        replace_classifier(net, FixedETFHead(5, 3))
+    head = FixedETFHead(8, 3)
+    assert replace_classifier(net, head).fc2 is head
+
+
+def test_the_classes_of_a_head_neither_choose_among_several_layers_nor_find_one_that_the_model_denies() -> (
+    None
+):
+    hidden = Net(lambda m, x: m.fc2(m.fc1(x).relu()), fc1=linear(3), fc2=linear(3, 3))
+    declared = Net(lambda m, x: m.fc(m.body(x)), body=linear(5), fc=linear(3))
+    denied = Net(lambda m, x: m.fc(m.body(x)), body=linear(3), fc=nn.Identity())
+    configured = Net(lambda m, x: m.out(m.body(x)), body=linear(3), out=linear(4, 3))
+    configured.config = SimpleNamespace(num_labels=4)  # type: ignore[assignment]
+    for model, reason in (
+        (hidden, "does not say which"),
+        (denied, "does not say which"),
+        (declared, "'fc' of the model has"),
+        (configured, "'out' of the model has"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=reason):
+            replace_classifier(model, FixedETFHead(5, 3 if model is not declared else 5))
+
+
 def test_a_model_that_has_heads_already_says_so() -> None:
     model = replace_classifier(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)), FixedETFHead)
     assert list(find_classifiers(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)))) == ["1"]
