@@ -119,9 +119,8 @@ def find_for(
     elif example_inputs is not None:
         found = _from_a_batch(model, list(linears.values()), example_inputs)
     else:
-        silent = isinstance(head, nn.Module) and not _named_parts(
-            model
-        )  # fc=nn.Identity() says: there is none
+        # A part such as fc=nn.Identity() says that there is no classifier.
+        silent = isinstance(head, nn.Module) and not _named_parts(model)
         offered = getattr(head, "num_classes", None) if silent else None
         found = _declared(model) or _by_count(model, list(linears.values()), num_classes, offered)
     answer = {place: layer for place, layer in linears.items() if any(layer is other for other in found)}
