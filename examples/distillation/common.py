@@ -7,7 +7,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -54,8 +54,11 @@ class DistillationSettings(DataSettings):
 
     @property
     def resolved(self) -> Any:
-        """What is run: these settings, with those of `--quick`."""
-        return replace(self, **self.small) if self.quick else self
+        """What is run: these settings; with `--quick` its own, for what was left as it is by default."""
+        if not self.quick:
+            return self
+        defaults = {field.name: field.default for field in fields(self)}
+        return replace(self, **{n: v for n, v in self.small.items() if getattr(self, n) == defaults[n]})
 
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
         if self.real_per_class is None:

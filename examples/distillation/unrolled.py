@@ -136,7 +136,7 @@ class ImagesSettings(JudgingSettings):
     @property
     def resolved(self) -> ImagesSettings:
         rate = {"sgd": 0.5, "momentum": 0.1, "adam": 0.01}[self.optimizer]
-        return replace(super().resolved, rate=rate) if self.quick else self
+        return replace(super().resolved, rate=self.rate or rate) if self.quick else self
 
     @property
     def inner_steps(self) -> int:

@@ -316,6 +316,13 @@ def test_validation_images_are_not_learned_from(digits: ImageData) -> None:
     )
 
 
+def test_quick_leaves_what_was_asked_for() -> None:
+    quick = ImagesSettings(quick=True).resolved
+    assert (quick.data, quick.network, quick.epochs, quick.rate) == ("digits", "mlp", 10, 0.1)
+    asked = ImagesSettings(quick=True, network="convnet", epochs=3, rate=0.02).resolved
+    assert (asked.data, asked.network, asked.epochs, asked.rate) == ("digits", "convnet", 3, 0.02)
+
+
 def test_collapse_is_weighed_by_what_the_metrics_measure(digits: ImageData) -> None:
     settings = small(collapse_weight=0.3, per_class=3, start="noise", outer_steps=1, steps=1)
     learned, plain = unrolled(settings, digits), unrolled(replace(settings, collapse_weight=0.0), digits)
