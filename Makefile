@@ -23,7 +23,9 @@ demo: $(INSTALLED)  ## train the heads side by side on a small problem
 # kept here: a file that a killed process of somebody else left half written would fail a test.
 # A folder for each instruction set: Inductor of PyTorch 2.13 computes garbage with what it compiled for another.
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.pytest_cache/inductor$(addprefix -,$(ATEN_CPU_CAPABILITY))
-IN_PARALLEL := -q -n auto --maxprocesses 8 --dist worksteal
+# A test that stands still for a quarter of an hour fails, with the stacks of its threads, and the others go on.
+IN_PARALLEL := -q -n auto --maxprocesses 8 --dist worksteal \
+	-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(IN_PARALLEL)
 
 test: lint  ## lint, then tests and doctests: under five minutes on two cores

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
@@ -36,6 +34,7 @@ from etflayers.distill.optimizers import InnerOptimizer
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from etflayers.nn import NearestETFHead
 from etflayers.testing import relative_error
+from tests.ranks import run_ranks
 
 DTYPE = torch.float64
 N, S, B, K, STEPS = 3, 2, 6, 3, 6
@@ -305,32 +304,16 @@ def drawn(rank: int) -> list[InitialState]:
     return [RandomInitialization(plain)(seeded(rank))]
 
 
-def of_one_rank(rank: int, port: int, results: mp.SimpleQueue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        results.put([value.numpy() for value in hypergradient_of(drawn(rank))])
-    finally:
-        dist.destroy_process_group()
+def of_one_rank(rank: int, _: Path) -> list[Tensor]:
+    return hypergradient_of(drawn(rank))
 
 
-def test_two_ranks_with_a_state_each_are_one_with_two() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_two_ranks_with_a_state_each_are_one_with_two(tmp_path: Path) -> None:
     expected = hypergradient_of([*drawn(0), *drawn(1)])
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    ranks = [context.Process(target=of_one_rank, args=(rank, port, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = [results.get() for _ in ranks]
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
+    found = run_ranks(of_one_rank, 2, tmp_path)
     for one, two, exact in zip(*found, [*expected[:1], torch.zeros(S, B, K), *expected[2:]], strict=True):
         assert (one == two).all()
-        torch.testing.assert_close(torch.from_numpy(one), exact.to(DTYPE), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(one, exact.to(DTYPE), rtol=1e-12, atol=1e-15)
 
 
 def half_frozen() -> nn.Module:

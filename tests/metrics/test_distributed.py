@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from etflayers.data import symmetric_noise
 from etflayers.metrics import CosineMargins, LabelNoise, NeuralCollapse, class_statistics
 from tests.metrics.definitions import make_data
+from tests.ranks import run_ranks
 
 
 def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
@@ -59,24 +59,17 @@ def run(rank: int | None, world: int, group: dist.ProcessGroup | None = None) ->
     }
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=4)
+def of_one_rank(rank: int, _: Path) -> dict[int, Any]:
     pair = dist.new_group([0, 1])
     results = {4: run(rank, 4)}
     if rank < 2:
         results[2] = run(rank, 2, pair)
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, Any]]:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("needs torch.distributed with gloo")
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    spawn(worker, args=(str(folder),), nprocs=4)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
+    return run_ranks(of_one_rank, 4, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("world", [2, 4])

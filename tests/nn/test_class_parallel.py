@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
-from torch.multiprocessing.spawn import spawn
 
 from etflayers._torch import TorchDispatchMode, tree_iter
 from etflayers.errors import EtfLayersError, InvalidArgumentError
@@ -44,6 +43,7 @@ from etflayers.nn import (
     NearestETFHead,
     UnitRowHead,
 )
+from tests.ranks import run_ranks
 
 WORLD = 4
 FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
@@ -515,9 +515,7 @@ AVERAGED = (0.3, None, "2/(t+1)")
 TRAINED = ("unit_rows", "haar", "canonical", "nearest", "learned")
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+def of_one_rank(rank: int, folder: Path) -> dict[Any, Any]:
     four = init_device_mesh("cpu", (WORLD,))
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
     meshes = {4: four, 2: both["classes"]}
@@ -543,23 +541,17 @@ def worker(rank: int, folder: str) -> None:
     results["refused heads"] = refused_heads(four, both)
     results["saved"] = save(f"{folder}/checkpoint", four, rank)
     results["loaded"] = load(f"{folder}/checkpoint", meshes[2])
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("needs torch.distributed with gloo")
-    path = tmp_path_factory.mktemp("ranks")
-    spawn(worker, args=(str(path),), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    return path
+    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[Any, Any]]:
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run_ranks(of_one_rank, WORLD, folder)
 
 
 def require_close(pairs: Pairs, atol: float) -> None:

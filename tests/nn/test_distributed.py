@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from etflayers.collectives import all_reduce_sum, world_size
 from etflayers.errors import EtfLayersError
@@ -24,10 +23,13 @@ from etflayers.nn import (
     FeatureMovingAverage,
     FixedETFHead,
     NearestETFHead,
+    capture_targets,
     etf,
     expand_classes,
     provide_targets,
 )
+from tests.nn.test_targets import IMAGES, TARGETS, classifier, given_directly
+from tests.ranks import run_ranks
 
 WORLD = 2
 STEPS = 3
@@ -207,9 +209,16 @@ def sessions(rank: int | None) -> dict[str, Any]:
     return results
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+def captured() -> tuple[Tensor, Tensor]:
+    """Logits and a gradient under DDP in a loop that knows nothing of targets; each rank has all samples."""
+    model = classifier()
+    capture_targets(model)
+    output = nn.parallel.DistributedDataParallel(model)(IMAGES, labels=TARGETS)
+    output["loss"].backward()
+    return output["logits"].detach(), model.body.weight.grad
+
+
+def of_one_rank(rank: int, _: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for (name, case), head in product(CASES.items(), HEADS):
         # A seed of its own for each rank: DDP makes the start the same.
@@ -231,17 +240,22 @@ def worker(rank: int, folder: str) -> None:
     x = torch.tensor([1.0 + rank], dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(all_reduce_sum(x).pow(3), x, create_graph=True)
     results["reduce"] = (world_size(), first.detach(), torch.autograd.grad(first, x)[0])
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    results["captured"] = captured()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("needs torch.distributed with gloo")
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    spawn(worker, args=(str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run_ranks(of_one_rank, WORLD, tmp_path_factory.mktemp("ranks"))
+
+
+def test_targets_are_captured_under_ddp(ranks: list[dict[str, Any]]) -> None:
+    model = classifier()
+    expected = given_directly(model)
+    capture_targets(model)
+    model(IMAGES, labels=TARGETS)["loss"].backward()
+    for results in ranks:
+        torch.testing.assert_close(results["captured"], (expected, model.body.weight.grad))
 
 
 @pytest.mark.parametrize("head", HEADS)

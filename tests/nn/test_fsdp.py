@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 
 from etflayers.geometry import is_simplex_etf
 from etflayers.nn import (
@@ -25,6 +23,7 @@ from etflayers.nn import (
     UnitRowHead,
     provide_targets,
 )
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this PyTorch does not run on a CPU"
@@ -69,17 +68,11 @@ def train(model: nn.Module, share: slice) -> list[Tensor]:
     return logits
 
 
-def run_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    try:
-        results = {name: one_head(rank, name, folder) for name in HEADS}
-        torch.save(results, f"{folder}/rank{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def of_one_rank(rank: int, _: Path) -> dict[str, dict[str, Any]]:
+    return {name: one_head(rank, name) for name in HEADS}
 
 
-def one_head(rank: int, name: str, folder: str) -> dict[str, Any]:
+def one_head(rank: int, name: str) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (WORLD,))
     torch.manual_seed(100 + rank)  # ranks draw different numbers
     with torch.device("meta"):
@@ -101,9 +94,7 @@ def one_head(rank: int, name: str, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    spawn(run_rank, (str(folder),), nprocs=WORLD)  # type: ignore[no-untyped-call]
-    return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return run_ranks(of_one_rank, WORLD, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -199,20 +198,6 @@ def test_a_compiled_model_captures_too() -> None:
     assert model.head.provided_targets is None
     assert int(model.head.averages.counts.sum()) == 10
     torch.testing.assert_close(model.eval()(IMAGES), compiled(IMAGES))
-
-
-def test_inside_ddp(tmp_path: Any) -> None:
-    model = classifier()
-    expected = given_directly(model)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        capture_targets(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        output = wrapped(IMAGES, labels=TARGETS)
-        torch.testing.assert_close(output["logits"], expected)
-        output["loss"].backward()
-    finally:
-        dist.destroy_process_group()
 
 
 # --- loops that do not fit --------------------------------------------------------------------------------
