@@ -15,6 +15,7 @@ from etflayers.kernels import describe
 from etflayers.nn import FeatureMovingAverage
 
 
+@pytest.mark.slow
 def test_interpreted(run_checks: Callable[[str], None]) -> None:
     run_checks("interpreted/check_class_sums.py")
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from etflayers.functional import canonical_etf_logits, code_cross_entropy, etf_cross_entropy
 
 
+@pytest.mark.slow
 def test_interpreted(run_checks: Callable[[str], None]) -> None:
     run_checks("interpreted/check_cross_entropy.py")
 

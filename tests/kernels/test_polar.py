@@ -24,6 +24,7 @@ from etflayers.testing import adjoint_identity_error, means_with_condition, rela
 EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.mark.slow
 def test_interpreted(run_checks: Callable[[str], None]) -> None:
     run_checks("interpreted/check_polar.py")
 

@@ -72,6 +72,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, Any]]:
     return run_ranks(of_one_rank, 4, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_one_process(ranks: list[dict[int, Any]], world: int) -> None:
     expected = run(None, 1)

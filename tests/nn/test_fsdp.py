@@ -97,6 +97,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(of_one_rank, WORLD, tmp_path_factory.mktemp("fsdp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_ranks_from_meta_hold_one_frame_and_train_as_one_process(
     ranks: list[dict[str, Any]], name: str
