@@ -4,6 +4,7 @@
     python examples/distill.py images --seeds 0 1 2                 ten images for one LeNet, MNIST
     python examples/distill.py images --initialization random --networks 4 --per-class 10 --steps 10 \
         --epochs 1 --optimizer adam --other-networks convnet mlp    a hundred, for networks nobody has seen
+    python examples/distill.py images --initialization random --networks 4 --devices 4      a device for each
     python examples/distill.py images --initialization pretrained --source digits --image-size 28
     python examples/distill.py images --initialization pretrained --outer misclassify --attacked 0 --target 1
     python examples/distill.py kernel                               in closed form: kernel inducing points
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -33,6 +34,7 @@ from distillation.linear import LinearSettings, linear_case
 from distillation.unrolled import ImagesSettings
 from lab.options import command
 from lab.progress import make_console
+from lab.ranks import launch, launched
 
 STUDIES = {
     ImagesSettings: learn_images,
@@ -50,7 +52,17 @@ Settings = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the studies from the command line and return the exit status."""
-    return command(Settings, lambda settings: STUDIES[type(settings)](settings, make_console()), argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    status = 0
+
+    def run(settings: Any) -> None:
+        nonlocal status
+        if isinstance(settings, ImagesSettings) and settings.devices > 1 and not launched():
+            status = launch(__file__, arguments, settings.devices)
+        else:
+            STUDIES[type(settings)](settings, make_console())
+
+    return command(Settings, run, arguments) or status
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from lab.files import Row, write_csv
 from lab.networks import NetworkName, NormName
 from lab.options import Count, Flag, Free
 from lab.progress import bar
+from lab.ranks import rank
 from lab.results import Results
 from lab.settings import DataSettings
 from lab.training import Progress, Run, Stream, in_silence
@@ -193,9 +194,11 @@ class OuterRun(Run):
         return f"loss {row['loss']:.3f}, {self.headline} {row[self.headline]:.1%}{seen}"
 
     def learn_and_write(self, name: str, results: Results) -> None:
-        """The same in sight of people; writes the set, and what each step has noted."""
+        """The same in sight of people; the first rank writes the set, and what each step has noted."""
         with bar(results.console, name, self.tell) as shown:
             self.learn(name, shown)
+        if rank() > 0:
+            return
         self.distilled.metadata = {"settings": self.settings.fingerprint(), "seed": self.seed}
         self.distilled.save(results.folder / f"{name}.safetensors")
         write_csv(results.folder / f"{name}-history.csv", self.history)

@@ -22,6 +22,7 @@ from etflayers.distill import DistilledSet, write_png
 from lab.data import ImageData, load_inputs
 from lab.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, in_percent, legend_beside, new_figure
 from lab.files import Row, kept, write_json
+from lab.ranks import process_group, rank
 from lab.results import Column, Results, grouped, mean_and_deviation, percent, summary_table
 from lab.training import threads
 
@@ -44,11 +45,12 @@ STYLES: dict[str, tuple[str, str]] = {
 
 def learn_images(settings: ImagesSettings, console: Console) -> None:
     """Learn a set for each seed, train networks on it and on the baselines; write tables and figures."""
-    with threads(settings.threads):
-        study = Study(settings, console)
+    with process_group(settings.torch_device), threads(settings.threads):
+        study = Study(settings, console if rank() == 0 else Console(quiet=True))
         found = [study.one_seed(seed) for seed in settings.seeds]
-    histories, outcomes = zip(*found, strict=True)
-    study.report(list(histories), list(chain(*outcomes)))
+        if rank() == 0:
+            histories, outcomes = zip(*found, strict=True)
+            study.report(list(histories), list(chain(*outcomes)))
 
 
 class Study:
@@ -78,11 +80,13 @@ class Study:
         return source
 
     def one_seed(self, seed: int) -> tuple[list[Row], list[Row]]:
-        """Learn a set, judge it, and write both; the history and the outcomes."""
+        """Learn a set; the first rank judges it and writes both. The history and the outcomes."""
         settings, folder, name = self.settings, self.settings.folder, f"seed{seed}"
         starts = unrolled.make_starts(settings, self.data, self.source, seed)
         run = Unrolled(settings, seed, self.data, starts, self.objective)
         run.learn_and_write(name, self.results)
+        if rank() > 0:
+            return run.history, []
         self.results.say(
             f"seed {seed}: {len(run.history)} outer steps, {run.seconds:.0f} s, last "
             f"{run.tell(run.history[-1])} on its {settings.outer_batch} training images"

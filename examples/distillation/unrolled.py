@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,6 +27,7 @@ from lab.data import ImageData
 from lab.files import Row, kept
 from lab.networks import Factory, NetworkName, make_factory, own_stream, seeded
 from lab.options import Count, Free, Natural, Positive
+from lab.ranks import gathered, rank, share, world_size
 from lab.settings import DataName
 
 # The learning rate that the inner steps start with, where the command line gives none.
@@ -97,6 +98,9 @@ class ImagesSettings(JudgingSettings):
     from it."""
     networks: Count = 1
     """Networks that each update averages over."""
+    devices: Count = 1
+    """Processes that share the networks of each update, each on a device of its own: CUDA with nccl, the CPU
+    with gloo."""
     adjoint: Literal["auto", "steps", "kept"] = "auto"
     """How the hypergradient flows. steps: training steps are derived again going back, which takes little
     memory; kept: their graph is kept, which takes less time; auto: it is kept where it is small enough."""
@@ -173,6 +177,19 @@ class ImagesSettings(JudgingSettings):
         require(
             self.network not in self.other_networks,
             f"--other-networks must be others than --network {self.network}",
+        )
+        require(
+            self.networks % self.devices == 0,
+            f"--networks {self.networks} must be a multiple of --devices {self.devices}: every device trains "
+            "as many",
+        )
+        require(
+            self.devices == 1 or self.initialization != "online",
+            "--initialization online has one pool, which --devices cannot share: take --devices 1",
+        )
+        require(
+            self.torch_device.type == "cpu" or self.devices <= torch.cuda.device_count(),
+            f"--devices {self.devices}: PyTorch finds {torch.cuda.device_count()} CUDA devices here",
         )
         require(
             math.isfinite(self.collapse_weight) and (self.collapse_weight == 0 or self.per_class > 1),
@@ -354,6 +371,10 @@ def _pretrained(factory: Factory, seed: int, settings: ImagesSettings, data: Ima
 class Unrolled(OuterRun):
     """A set learned by hypergradients through unrolled training.
 
+    Several ranks draw the same networks and batches and each trains its share of them: the mean over ranks of
+    their hypergradients is that of one process that trains all side by side. Dropout and augmentation of the
+    steps are others.
+
     Args:
         settings: of everything.
         seed: of everything random.
@@ -395,7 +416,10 @@ class Unrolled(OuterRun):
         return self.settings.outer_factor(self.step, self.total)
 
     def _score(self, starts: Starts) -> float:
-        """What networks trained on the set make of the validation images."""
+        """What networks trained on the set make of the validation images; the first rank's answer counts."""
+        return gathered(self._look(starts) if rank() == 0 else 0.0)[0]
+
+    def _look(self, starts: Starts) -> float:
         _, held = self.data.held_out()
         lesson = distill.Lesson.of(self.distilled, self.settings.steps, self.settings.optimizer)
         how: dict[str, Any] = {"count": starts.looks, "judge": self.objective.judge}
@@ -406,34 +430,43 @@ class Unrolled(OuterRun):
 
     def update(self) -> Row:
         """The mean hypergradient over some networks, clipped, and a step of Adam."""
+        row: Row = {"step": self.step, **self.hypergradient()}
+        return row | self.descend()
+
+    def hypergradient(self) -> Row:
+        """Add up the gradients of the networks of this rank; what all ranks have seen."""
         settings = self.settings
-        row: Row = {"step": self.step, "loss": 0.0}
+        own, row = settings.networks // world_size(), {"loss": 0.0}
         together = settings.together and not isinstance(self.source, distill.OnlinePool)
         # One by one, the graph of a network is gone before that of the next is made.
-        for count in (settings.networks,) if together else (1,) * settings.networks:
+        for count in (own,) if together else (1,) * own:
             losses = []
-            for state in self._trained(count):
-                loss, measures = self._outer(state)
-                losses.append(loss / settings.networks)
+            for state, batch in self._trained(count):
+                loss, measures = self._outer(state, *batch)
+                losses.append(loss / own)
                 for name, value in measures.items():
-                    row[name] = row.get(name, 0.0) + value / settings.networks
+                    row[name] = row.get(name, 0.0) + value / own
             total = torch.stack(losses).sum()
             total.backward()
             row["loss"] += total.item()
+        rows = gathered(row)
+        row = {name: fmean(each[name] for each in rows) for name in row}
         if not math.isfinite(row["loss"]):
             raise NonFiniteError(
                 f"the outer loss of step {self.step} is {row['loss']}: take a smaller --rate, --image-rate "
                 "or --log-rate, or a --window"
             )
-        row["gradient_norm"] = float(self.clip(self.distilled.parameters()))
-        self.optimizer.step()
-        row["mean_rate"] = self.distilled.rates.mean().item()
         return row
 
-    def _outer(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Measures]:
-        inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
-        if (augmentation := self.settings.augmentation) is not None:
-            inputs = augmentation(inputs, self.generator)
+    def descend(self) -> Row:
+        """A step of Adam along the mean of the gradients over ranks, clipped."""
+        learned = list(self.distilled.parameters())
+        distill.average_gradients(learned)
+        length = float(self.clip(learned))
+        self.optimizer.step()
+        return {"gradient_norm": length, "mean_rate": self.distilled.rates.mean().item()}
+
+    def _outer(self, state: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> tuple[Tensor, Measures]:
         logits = functional_call(self.judge, dict(state), (inputs,))
         loss, measures = self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
         if weight := self.settings.collapse_weight:
@@ -450,19 +483,31 @@ class Unrolled(OuterRun):
         features = functional_call(body, own, (inputs,))
         return within_between(features, classes, self.data.num_classes)
 
-    def _trained(self, count: int) -> list[dict[str, Tensor]]:
-        """Parameters and buffers of some networks after training."""
-        starts = [self.source(self.generator) for _ in range(count)]
-        if count > 1:
-            together = self._train(distill.stack_states(starts), count).state
-            return [{name: value[index] for name, value in together.items()} for index in range(count)]
-        trained = self._train(starts[0])
+    def _trained(self, count: int) -> Iterator[tuple[dict[str, Tensor], tuple[Tensor, Tensor]]]:
+        """Parameters and buffers of some networks after training, and real images to judge each by.
+
+        All ranks draw for all, so that they go on alike; the r-th of R takes every R-th.
+        """
+        every = count * world_size()
+        starts = share([self.source(self.generator) for _ in range(every)])
+        trained = self._train(distill.stack_states(starts) if count > 1 else starts[0], count)
         if isinstance(self.source, distill.OnlinePool):
             state = distill.InitialState(trained.params, trained.buffers)
             self.source.put_back(state, steps=self.settings.inner_steps)
-        return [trained.state]
+        for number in range(every):
+            batch = self._real_batch()
+            index, owner = divmod(number, world_size())
+            if owner == rank():
+                state = trained.state
+                yield {n: v[index] for n, v in state.items()} if count > 1 else state, batch
 
-    def _train(self, start: distill.InitialState, together: int | None = None) -> distill.InnerSolution:
+    def _real_batch(self) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
+        if (augmentation := self.settings.augmentation) is not None:
+            inputs = augmentation(inputs, self.generator)
+        return inputs, targets
+
+    def _train(self, start: distill.InitialState, count: int) -> distill.InnerSolution:
         inputs, labels = self.distilled.batches(self.settings.steps)
         return self.loop(
             inputs,
@@ -472,7 +517,7 @@ class Unrolled(OuterRun):
             buffers=start.buffers,
             window=self._window(),
             generator=self.generator,
-            initializations=together,
+            initializations=count if count > 1 else None,
         )
 
     def _window(self) -> range | None:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,10 @@ from etflayers.collectives import all_reduce_sum
 from lab.data import Split
 
 Item = TypeVar("Item")
+Rows = TypeVar("Rows", Tensor, list[Any])
+
+PATIENCE = timedelta(days=1)
+"""What one rank may do alone, while others wait for it: judge what all have trained."""
 
 
 def rank() -> int:
@@ -35,7 +40,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(rows: Tensor) -> Tensor:
+def share(rows: Rows) -> Rows:
     """The rows of this rank: every n-th, so that shares differ by one row at most."""
     return rows[rank() :: world_size()]
 
@@ -76,7 +81,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
     finally:

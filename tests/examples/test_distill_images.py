@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
@@ -212,6 +213,56 @@ def test_outer_steps_are_those_of_adam_by_hand(
         unbiased = mean / (1 - betas[0] ** (step + 1)), square / (1 - betas[1] ** (step + 1))
         images -= factor * settings.image_rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
         torch.testing.assert_close(learned.distilled.inputs.detach(), images, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"networks": 4, "optimizer": "momentum"},
+        {"networks": 6, "window": "random"},
+        {"networks": 2, "collapse_weight": 0.1},
+    ],
+)
+def test_the_mean_over_ranks_is_the_hypergradient_of_one_process(
+    options: dict[str, Any], digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small(initialization="random", labels="soft", **options)
+
+    def found(number: int, size: int) -> tuple[list[Tensor], dict[str, float], Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "is_initialized", lambda: size > 1)
+            patch.setattr(dist, "get_rank", lambda: number)
+            patch.setattr(dist, "get_world_size", lambda: size)
+            patch.setattr("distillation.unrolled.gathered", lambda item: [item])
+            learned = unrolled(settings, digits)
+            row = learned.hypergradient()
+        gradients = [parameter.grad for parameter in learned.distilled.parameters()]
+        return [g for g in gradients if g is not None], row, learned.generator.get_state()
+
+    whole, row, stream = found(0, 1)
+    ranks = [found(number, 2) for number in range(2)]
+    assert len(whole) == 3  # images, labels and rates
+    for gradient, *shares in zip(whole, *(gradients for gradients, _, _ in ranks), strict=True):
+        assert not torch.allclose(shares[0], shares[1], rtol=1e-2)
+        torch.testing.assert_close((shares[0] + shares[1]) / 2, gradient, rtol=1e-4, atol=1e-6)
+    for name, value in row.items():
+        assert fmean(share[name] for _, share, _ in ranks) == pytest.approx(value, rel=1e-5), name
+    assert all(torch.equal(after, stream) for _, _, after in ranks)  # all go on alike
+
+
+@pytest.mark.slow
+def test_two_devices_learn_the_set_of_one(tmp_path: Path) -> None:
+    """Where one process trains the networks side by side."""
+    options = ("images", "--quick", "--initialization", "random", "--networks", "2", "--outer-steps", "5")
+    options += ("--validate-every", "2", "--no-baselines", "--evaluations", "1", "--seeds", "0", "1")
+    sets = []
+    for devices in ("1", "2"):
+        out = tmp_path / devices
+        assert main([*options, "--devices", devices, "--out", str(out)]) == 0
+        sets.append([DistilledSet.load(out / f"seed{seed}.safetensors") for seed in (0, 1)])
+        assert json.loads((out / "summary.json").read_text())["rows"][0]["networks"] == 2
+    for one, two in zip(*sets, strict=True):
+        torch.testing.assert_close(two.state_dict(), one.state_dict(), rtol=1e-3, atol=1e-4)
 
 
 class KilledError(Exception):

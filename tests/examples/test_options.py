@@ -65,6 +65,12 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (ImagesSettings, {"outer": "misclassify", "target": 0, **PRETRAINED}, "must be two classes, got 0"),
     (ImagesSettings, {"other_networks": ("mlp",), **PRETRAINED}, "are trained from scratch"),
     (ImagesSettings, {"other_networks": ("lenet",)}, "must be others than --network lenet"),
+    (ImagesSettings, {"networks": 3, "devices": 2}, "--networks 3 must be a multiple of --devices 2"),
+    (
+        ImagesSettings,
+        {"initialization": "online", "networks": 2, "devices": 2},
+        "one pool, which --devices cannot share",
+    ),
     (ImagesSettings, {"initialization": "online", "window": "random"}, "take --window full or last"),
     (KernelSettings, {"per_class": (0,)}, "--per-class must be at least 1"),
     (KernelSettings, {"ridge": -1.0}, "--ridge must be a finite number >= 0"),
