@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
+from distillation.collapse_figures import ALL, RANDOM, curves_figure, several_sizes, sizes_figure
 from distillation.common import DistilHeadName, NetworkSettings, first_set, inner_loss, random_lesson
 from distillation.kernel import Inducing, KernelSettings
 from etflayers.checks import require
@@ -22,7 +21,6 @@ from etflayers.distill import DistilledSet, Lesson, teach
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split, load_inputs
 from lab.evaluation import measure
-from lab.figures import PALETTE, draw_band, in_percent, in_plain_numbers, legend_below, new_figure
 from lab.files import Row, kept
 from lab.heads import HeadOptions, make_head
 from lab.networks import Network, make_factory, seeded
@@ -31,13 +29,6 @@ from lab.progress import bar
 from lab.results import Column, Results, grouped, mean_and_deviation, summary_table
 from lab.training import Progress, in_silence, threads
 
-# The measures that stand for NC1 to NC4 (docs/understand/metrics.md has all of them).
-COLLAPSE = {
-    "nc1_trace": "NC1: trace ratio",
-    "nc2_etf_distance_means": "NC2: means to nearest ETF",
-    "nc3_distance": "NC3: classifier to means",
-    "nc4_disagreement": "NC4: disagreement",
-}
 ON_REAL = (
     Column("test\nacc. %", "test_accuracy", ".1f", True, ".1g"),
     Column("NC1\ntrain", "train_nc1_trace", ".3g", deviation_digits=".1g"),
@@ -190,7 +181,10 @@ def collapse_study(settings: CollapseSettings, console: Console) -> list[Row]:
     results.csv("summary", summary)
     results.json("summary", {"settings": settings.fingerprint(), "summary": summary})
     parts = {"real-images": "train", "own-images": "own"}
-    results.figures({name: partial(curves_figure, rows, part, title) for name, part in parts.items()})
+    figures = {name: partial(curves_figure, rows, part, title) for name, part in parts.items()}
+    if several_sizes(summary):
+        figures["sizes"] = partial(sizes_figure, summary, title)
+    results.figures(figures)
     labels = {"trained on": "set", "head": "head"}
     for where, columns in {"real training and test images": ON_REAL, "the images trained on": ON_OWN}.items():
         console.print(summary_table(f"{title}: on {where}", labels, columns, summary, "\n± "))
@@ -207,10 +201,10 @@ def training_sets(
     """
     distilled = [found for path in settings.sets for found in TrainingSet.both(path.stem, _read(path, data))]
     distilled = distilled or [_kernel_set(settings, seed, data, results)]
-    sets = [TrainingSet("all real images", data.train.images, data.train.targets), *distilled]
+    sets = [TrainingSet(ALL, data.train.images, data.train.targets), *distilled]
     for per_class in sorted({len(training.inputs) // data.num_classes for training in distilled}):
         random = first_set("real", per_class, data, torch.Generator().manual_seed(seed))
-        sets.append(TrainingSet.of(f"{len(random.inputs)} random real images", random))
+        sets.append(TrainingSet.of(f"{len(random.inputs)} {RANDOM}", random))
     return sets
 
 
@@ -326,43 +320,3 @@ def summary_rows(rows: Sequence[Row]) -> list[Row]:
         measures = [key for key in same[0] if key.startswith(("own_", "train_", "test_"))]
         summary.append(entry | mean_and_deviation(same, measures))
     return summary
-
-
-def curves_figure(rows: Sequence[Row], part: str, title: str) -> Figure:
-    """Test accuracy, and NC1 to NC4 on a part of the images, by step: a column for each head.
-
-    NC4 on real images is that of the test set.
-    """
-    heads, colors = grouped(rows, "head"), dict(zip(grouped(rows, "set"), PALETTE * len(rows), strict=False))
-    measures = {"test_accuracy": "test accuracy"} if part == "train" else {"own_accuracy": "accuracy"}
-    for name, label in COLLAPSE.items():
-        source = "test" if part == "train" and name == "nc4_disagreement" else part
-        measures[f"{source}_{name}"] = label
-    images = "real images" if part == "train" else "the images trained on"
-    size = (1.6 + 3.3 * len(heads), 2.1 * len(measures))
-    figure = new_figure(*size, f"{title}: measured on {images}")
-    grid = figure.subplots(len(measures), len(heads), sharex=True, sharey="row", squeeze=False)
-    for line, (measure_name, label) in zip(grid, measures.items(), strict=True):
-        line[0].set_ylabel(label.replace(": ", "\n"))
-        for axes, mine in zip(line, heads.values(), strict=True):
-            for (name,), same in grouped(mine, "set").items():
-                runs = grouped(same, "seed").values()
-                curves = [[row.get(measure_name, np.nan) for row in run] for run in runs]
-                steps, color = sorted({row["step"] for row in same}), colors[name,]
-                shown = f" {name}" if name.startswith("_") else name  # matplotlib hides what begins with _
-                if name.endswith("own steps"):  # its end alone, which is no point of a curve
-                    end = {"color": color, "marker": "D", "markersize": 5, "linestyle": "none"}
-                    axes.plot([steps[-1]] * len(curves), [curve[-1] for curve in curves], label=shown, **end)
-                else:
-                    draw_band(axes, steps, curves, color=color, label=shown)
-            axes.set_xscale("symlog", linthresh=1)
-            if measure_name.endswith("nc1_trace"):
-                axes.set_yscale("log")
-                in_plain_numbers(axes)
-            elif measure_name.endswith(("accuracy", "disagreement")):
-                in_percent(axes)
-    for top, bottom, (head,) in zip(grid[0], grid[-1], heads, strict=True):
-        top.set_title(f"{head} head")
-        bottom.set_xlabel("training step")
-    legend_below(figure, grid[0, 0])
-    return figure

@@ -22,6 +22,7 @@ from distillation.collapse import (
     train_and_measure,
     training_sets,
 )
+from distillation.collapse_figures import several_sizes, sizes_figure
 from distillation.common import inner_loss
 from etflayers.distill import DistilledSet, teach
 from etflayers.errors import InvalidArgumentError, NonFiniteError
@@ -150,6 +151,27 @@ def test_outputs_and_resume(tmp_path: Path, digits: ImageData, monkeypatch: pyte
     some_set(digits, count=2, labels="one-hot").save(path)
     with pytest.raises(InvalidArgumentError, match="images of the set was"):
         collapse_study(again, Console(quiet=True))
+
+
+def test_the_figure_of_sizes_shows_the_summary() -> None:
+    def row(name: str, images: int, accuracy: float, head: str = "fixed") -> dict[str, Any]:
+        measures = {"test_accuracy": accuracy, "train_nc1_trace": 1 / images, "train_nc1_trace_std": None}
+        return {"set": name, "images": images, "head": head, **measures}
+
+    sets = {"all real images": (4000, 0.9), "kernel-1": (10, 0.5), "kernel-10": (100, 0.7)}
+    sets |= {"10 random real images": (10, 0.4), "100 random real images": (100, 0.6)}
+    summary = [row(name, *values) for name, values in sets.items()]
+    assert several_sizes(summary)
+    assert not several_sizes(summary[:4])
+    figure = sizes_figure(list(reversed(summary)), "digits")
+    accuracy, nc1, *_ = figure.axes
+    shown = {box.get_label(): box.lines[0] for box in accuracy.containers}
+    assert list(shown) == ["random real images", "kernel"]
+    assert shown["kernel"].get_xydata().tolist() == [[10, 0.5], [100, 0.7]]
+    assert shown["random real images"].get_xydata().tolist() == [[10, 0.4], [100, 0.6]]
+    assert nc1.containers[1].lines[0].get_ydata().tolist() == [0.1, 0.01]
+    across = [line for line in accuracy.lines if line.get_label() == "all real images"]
+    assert [line.get_ydata()[0] for line in across] == [0.9]
 
 
 def test_without_sets_a_kernel_set_is_learned(tmp_path: Path, digits: ImageData) -> None:
