@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -116,6 +117,6 @@ def sizes_figure(summary: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _known(row: Row, name: str, otherwise: float) -> float:
+def _known(row: Mapping[str, Any], name: str, otherwise: float) -> float:
     value = row.get(name)
     return otherwise if value is None else float(value)

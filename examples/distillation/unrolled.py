@@ -492,14 +492,14 @@ class Unrolled(OuterRun):
         starts = share([self.source(self.generator) for _ in range(every)])
         trained = self._train(distill.stack_states(starts) if count > 1 else starts[0], count)
         if isinstance(self.source, distill.OnlinePool):
-            state = distill.InitialState(trained.params, trained.buffers)
-            self.source.put_back(state, steps=self.settings.inner_steps)
+            aged = distill.InitialState(trained.params, trained.buffers)
+            self.source.put_back(aged, steps=self.settings.inner_steps)
         for number in range(every):
             batch = self._real_batch()
             index, owner = divmod(number, world_size())
             if owner == rank():
                 state = trained.state
-                yield {n: v[index] for n, v in state.items()} if count > 1 else state, batch
+                yield ({n: v[index] for n, v in state.items()} if count > 1 else state), batch
 
     def _real_batch(self) -> tuple[Tensor, Tensor]:
         inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
