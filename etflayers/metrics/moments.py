@@ -321,7 +321,7 @@ def require_features(features: Tensor, targets: Tensor, in_features: int) -> Non
 
 
 def _some_start(counts: Tensor, added: Tensor) -> bool:
-    """Whether a class may have its first samples here: false where a look, at no cost, tells that none has."""
+    """Whether a class has its first samples here; true where only a wait for a device could tell."""
     if not reads_values(counts):
         return True
     # After the first batches all classes have been seen, and one operation tells.
