@@ -178,11 +178,11 @@ def add_batch(moments: ClassMoments, features: Tensor, classes: Tensor, ignored:
     # Of a large K a batch holds few classes: nothing below then makes K x d numbers, which takes seconds.
     many = num_classes > len(rows)
     shift = (moments.shift if many else moments.shift.to(rows.dtype)).index_select(0, index)
-    new = (moments.counts == 0) & (added > 0)
     started = None
-    if not reads_values(new) or bool(new.any()):
+    if _some_start(moments.counts, added):
         first = _batch_means(rows, index, ignored, added)
-        shift = torch.where(new.index_select(0, index).unsqueeze(-1), first, shift)
+        new = ((moments.counts == 0) & (added > 0)).index_select(0, index)
+        shift = torch.where(new.unsqueeze(-1), first, shift)
         started = shift.to(torch.float64, copy=True)
     residuals = _residuals(rows, shift.to(rows.dtype), ignored)
     squares = torch.linalg.vector_norm(residuals, dim=1).double().square_()
@@ -203,7 +203,7 @@ def add_batch(moments: ClassMoments, features: Tensor, classes: Tensor, ignored:
         moments.sums.index_add_(0, index, residuals.double())
     else:
         sums = rows.new_zeros(num_classes, in_features).index_add_(0, index, residuals)
-        moments.sums.add_(sums.double())
+        moments.sums.add_(sums)
     with full_precision(residuals):
         if moments.scatter.ndim == 2:
             _add_gram(moments.scatter, residuals)
@@ -320,6 +320,14 @@ def require_features(features: Tensor, targets: Tensor, in_features: int) -> Non
     require_target_for_each(features, targets)
 
 
+def _some_start(counts: Tensor, added: Tensor) -> bool:
+    """Whether a class has its first samples here; true where only a wait for a device could tell."""
+    if not reads_values(counts):
+        return True
+    # After the first batches all classes have been seen, and one operation tells.
+    return not bool(counts.all()) and bool(((counts == 0) & (added > 0)).any())
+
+
 def _residuals(rows: Tensor, shift: Tensor, ignored: Tensor | None) -> Tensor:
     """``h - c_y``, in the place of c_y; zero for ignored rows, which may hold anything, NaN too."""
     residuals = torch.sub(rows, shift, out=shift)
@@ -347,7 +355,7 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     """Add the upper block triangle of R'R, little more than half of the product."""
     for start in range(0, rows.shape[1], _BLOCK):
         columns = slice(start, start + _BLOCK)
-        # Widened first: a sum of two dtypes takes PyTorch three times as long on a CPU.
+        # Widened first: to a part of a matrix PyTorch adds numbers of another dtype more slowly on a CPU.
         total[columns, start:].add_((rows[:, columns].mT @ rows[:, start:]).double())
 
 

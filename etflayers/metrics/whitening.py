@@ -88,16 +88,29 @@ class PreparedWhitening(NamedTuple):
     @torch.no_grad()
     def squared_deviations(self, features: Tensor, targets: Tensor) -> Tensor:
         """As :meth:`Whitening.squared_deviations`, of targets in int64."""
-        position = torch.searchsorted(self.classes, targets).clamp(max=len(self.classes) - 1)
+        positions = self.positions(targets)
+        return self.squared_lengths(self.coordinates(features, positions), positions)
+
+    def positions(self, targets: Tensor) -> Tensor:
+        """Which of ``classes`` each target is, ``(B,)``; raises for a target without a center."""
+        positions = torch.searchsorted(self.classes, targets).clamp(max=len(self.classes) - 1)
         require_values(
-            (self.classes[position] == targets).all(),
+            (self.classes.index_select(0, positions) == targets).all(),
             "centers must hold every class in targets: measure them on data with all classes",
         )
-        residuals = self.shift.index_select(0, position)
+        return positions
+
+    def coordinates(self, features: Tensor, positions: Tensor) -> Tensor:
+        """``B (h - c_y)``, ``(B, r)``, of features ``(B, d)`` and the positions of their classes."""
+        residuals = self.shift.index_select(0, positions)
         torch.sub(features.detach().to(self.shift.dtype), residuals, out=residuals)
         with full_precision(features):
-            coordinates = residuals @ self.basis.mT
-        return row_lengths(coordinates - self.offsets.index_select(0, position)).double().square_()
+            return residuals @ self.basis.mT
+
+    def squared_lengths(self, coordinates: Tensor, positions: Tensor) -> Tensor:
+        """``|B (h - m_y)|^2``, ``(B,)`` float64, from :meth:`coordinates`."""
+        offsets = self.offsets.index_select(0, positions)
+        return row_lengths(torch.sub(coordinates, offsets, out=offsets)).double().square_()
 
 
 def between_whitening(statistics: ClassStatistics, *, global_mean: GlobalMean = "classes") -> Whitening:

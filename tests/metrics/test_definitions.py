@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from etflayers.errors import NonFiniteError
 from etflayers.geometry import simplex_etf
 from etflayers.metrics import (
     ClassStatistics,
@@ -19,7 +20,7 @@ from etflayers.metrics import (
     numerical_rank,
     variability_collapse_index,
 )
-from etflayers.metrics.centers import AboutCenters
+from etflayers.metrics.centers import AboutCenters, center_coordinates
 from etflayers.metrics.nc4 import confidences_of
 from etflayers.metrics.statistics import GlobalMean
 from tests.metrics.definitions import KINDS, Data, direct_measures, direct_statistics, ideal_data, make_data
@@ -168,6 +169,84 @@ def test_a_second_pass_follows_the_dtype_of_its_batches() -> None:
         deviations, disagreements = about.compare(features, data.targets, nearest)
         torch.testing.assert_close(deviations, expected, rtol=rtol, atol=0.0)
         assert disagreements == 0
+
+
+CENTERS = (*KINDS, "far", "coinciding")
+
+
+@pytest.mark.parametrize("global_mean", get_args(GlobalMean))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 7), (7, 7), (12, 7)])
+@pytest.mark.parametrize("kind", CENTERS)
+def test_a_second_pass_finds_the_nearest_centers(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype, global_mean: GlobalMean
+) -> None:
+    """Of coordinates, and of features themselves where K > d; distances in float64 say which are nearest."""
+    k, d = shape
+    train, test = (make_data(kind, k=k, d=d, n=n) for n in (40, 60))
+    features, rounding = test.features.to(dtype), 16 * torch.finfo(dtype).eps
+    centers = class_statistics(train.features.to(dtype), train.targets, k, scatter="none")
+    if kind == "far":  # from the centers of their own classes, so that others are nearer
+        features = features.roll(1, dims=0)
+    if kind == "coinciding":  # two of them, which leave a coordinate less
+        centers = centers._replace(means=centers.means[torch.arange(k).clamp(max=k - 2)])
+    about = AboutCenters(centers, global_mean)
+    distances = torch.cdist(
+        features.double(), centers.means, compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+    least, expected = distances.min(-1)
+
+    # What rounding may exchange: |h - m|^2 is a difference of numbers of this size.
+    sizes = (features.double() - centers.means.mean(0)).square().sum(-1)
+    sizes = sizes + (centers.means - centers.means.mean(0)).square().sum(-1).max()
+    found = [nearest_center(features, centers.means)]
+    if k <= d:
+        prepared = about.whitening.prepared(dtype, features.device)
+        coordinates = prepared.coordinates(features, test.targets)
+        found.append(
+            center_coordinates(about.whitening, dtype, features.device).nearest(coordinates, test.targets)
+        )
+    for nearest in found:
+        chosen = distances.gather(-1, nearest.unsqueeze(-1)).squeeze(-1)
+        assert (chosen - least <= rounding * sizes).all()
+    clear = distances.topk(2, largest=False).values.diff().squeeze(-1) > rounding * sizes
+    assert kind == "coinciding" or clear.double().mean() > 0.99
+    # Decisions that are right, and one class off, where there is no doubt.
+    for shift in (0, 1):
+        _, disagreements = about.compare(features[clear], test.targets[clear], (expected[clear] + shift) % k)
+        assert disagreements == shift * clear.sum()
+
+
+def test_a_large_common_mean_moves_no_boundary_between_centers() -> None:
+    """float32 centers at 1e4, 0.1 apart, are up to 5e-4 off: that much must not decide."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(5).repeat(800)
+    features = (1e4 + 0.1 * torch.randn(5, 7, generator=generator)).float()[targets]
+    features = features + torch.randint(-192, 193, features.shape, generator=generator) / 1024
+    about = AboutCenters(class_statistics(features, targets, 5, scatter="none"), "classes")
+    expected = torch.cdist(
+        features.double(), about.centers.means, compute_mode="donot_use_mm_for_euclid_dist"
+    ).argmin(-1)
+    assert (expected != targets).any()
+    _, disagreements = about.compare(features, targets, expected)
+    assert disagreements == 0
+    with pytest.raises(NonFiniteError, match="features must be finite"):
+        about.compare(features.index_fill(0, torch.tensor([3]), torch.inf), targets, targets)
+
+
+@pytest.mark.parametrize("d", [3, 7])
+def test_a_second_pass_without_some_classes(d: int) -> None:
+    data = make_data("random", d=d)
+    decisions = torch.arange(len(data.targets)) % 5
+    kept = torch.tensor([0, 2, 3, 6, 7])
+    compared = [
+        AboutCenters(
+            class_statistics(data.features, names[data.targets], 8, unseen="exclude"), "classes"
+        ).compare(data.features, names[data.targets], names[decisions])
+        for names in (torch.arange(5), kept)
+    ]
+    assert 0 < compared[0][1] < len(decisions)
+    assert compared[0] == compared[1]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e3])
