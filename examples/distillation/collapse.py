@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from distillation.common import DistilHeadName, NetworkSettings, first_set, inner_loss, random_lesson
-from distillation.kernel import Inducing, KernelSettings
+from distillation.inducing import Inducing
+from distillation.kernel_settings import KernelSettings
 from etflayers.checks import require
 from etflayers.distill import DistilledSet, Lesson, teach
 from etflayers.errors import NonFiniteError
