@@ -8,6 +8,7 @@
     python examples/distill.py images --initialization pretrained --source digits --image-size 28
     python examples/distill.py images --initialization pretrained --outer misclassify --attacked 0 --target 1
     python examples/distill.py kernel                               in closed form: kernel inducing points
+    python examples/distill.py kernel --kernel features             by features of networks that train, too
     python examples/distill.py linear                               how many images a linear model needs
     python examples/distill.py collapse --sets runs/distill-images/seed0.safetensors
                                                                     neural collapse on distilled data
@@ -29,7 +30,8 @@ import tyro
 
 from distillation.collapse import CollapseSettings, collapse_study
 from distillation.images import learn_images
-from distillation.kernel import KernelSettings, learn_kernel_set
+from distillation.kernel import learn_kernel_set
+from distillation.kernel_settings import KernelSettings
 from distillation.linear import LinearSettings, linear_case
 from distillation.unrolled import ImagesSettings
 from lab.options import command

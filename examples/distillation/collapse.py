@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from distillation.collapse_figures import ALL, RANDOM, curves_figure, several_sizes, sizes_figure
 from distillation.common import DistilHeadName, NetworkSettings, first_set, inner_loss, random_lesson
-from distillation.kernel import Inducing, KernelSettings
+from distillation.inducing import Inducing
+from distillation.kernel_settings import KernelSettings
 from etflayers.checks import require
 from etflayers.distill import DistilledSet, Lesson, teach
 from etflayers.errors import NonFiniteError

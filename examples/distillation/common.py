@@ -99,6 +99,11 @@ def inner_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor) -> 
     return F.cross_entropy(model(images, labels), labels)
 
 
+def squared_error(model: Callable[..., Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+    """The mean over a batch of the squared distance to the labels."""
+    return (model(inputs) - labels).square().sum(-1).mean()
+
+
 def cosine(step: int, steps: int) -> float:
     """The factor to a rate that falls to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from scipy.ndimage import rotate
 
-from distillation.common import first_set, random_lesson
-from distillation.kernel import (
-    Inducing,
-    KernelSettings,
-    View,
-    full_accuracy,
-    learn_kernel_set,
-    make_loop,
-    squared_error,
-    with_solved_labels,
-)
+from distillation.common import first_set, random_lesson, squared_error
+from distillation.inducing import Inducing, make_loop, with_solved_labels
+from distillation.kernel import full_accuracy, learn_kernel_set
+from distillation.kernel_settings import KernelSettings
+from distillation.view import View
 from etflayers.distill import DistilledSet, accuracy, centered_one_hot, teach
 from etflayers.errors import InvalidArgumentError, NonFiniteError
 from etflayers.storage import read_tensors

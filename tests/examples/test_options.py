@@ -14,7 +14,7 @@ import train_heads
 import ufm
 from collapse_study import StudySettings
 from distillation.collapse import CollapseSettings
-from distillation.kernel import KernelSettings
+from distillation.kernel_settings import KernelSettings
 from distillation.linear import LinearSettings
 from distillation.unrolled import ImagesSettings
 from etflayers.errors import InvalidArgumentError
@@ -76,10 +76,22 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (KernelSettings, {"ridge": -1.0}, "--ridge must be a finite number >= 0"),
     (KernelSettings, {"rate_grid": ()}, "--rate-grid must name at least one"),
     (KernelSettings, {"labels": "solved", "outer_batch": 100}, "ten times --per-class 50"),
-    (KernelSettings, {"pool_after": (1,)}, "are of --kernel conv-ntk and conv-nngp, not of ntk"),
+    (KernelSettings, {"pool_after": (1,)}, "is of --kernel conv-ntk and conv-nngp, not of ntk"),
     (KernelSettings, {"kernel": "conv-ntk", "pool_after": (2,)}, "from 1 to --depth 1"),
     (KernelSettings, {"kernel": "nngp", "parametrization": "standard"}, "not of nngp"),
     (KernelSettings, {"kernel_width": 64}, "for --parametrization standard only"),
+    (KernelSettings, {"kernel": "rbf", "depth": 2}, "--depth is of --kernel ntk and nngp and "),
+    (KernelSettings, {"feature_pool": 5}, "--feature-pool is of --kernel features, not of ntk"),
+    (KernelSettings, {"kernel": "features", "depth": 2}, "not of features"),
+    (KernelSettings, {"kernel": "features", "bandwidth": 1.0}, "--bandwidth is of --kernel rbf, not of fe"),
+    (KernelSettings, {"kernel": "features", "labels": "solved"}, "take --labels learned or fixed"),
+    (KernelSettings, {"kernel": "features", "networks": ()}, "name at least one in --networks"),
+    (
+        KernelSettings,
+        {"kernel": "features", "feature_network": "lenet", "feature_width": 8},
+        "no meaning for --feature-network lenet",
+    ),
+    (KernelSettings, {"kernel": "features", "feature_max_age": 0}, "--feature-max-age must be at least 1"),
     (LinearSettings, {"cases": ()}, "--cases must name at least one"),
     (LinearSettings, {"images": (0,)}, "--images must be at least 1"),
     (LinearSettings, {"deviation": 0.0}, "--deviation must be a positive number"),
