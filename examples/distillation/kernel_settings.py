@@ -163,9 +163,10 @@ class KernelSettings(DistillationSettings):
     def _check_that_options_have_a_meaning(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}
         for name, kernels in MEANT_FOR.items():
+            named = " and ".join([", ".join(kernels[:-1]), kernels[-1]] if kernels[1:] else kernels)
             require(
                 self.kernel in kernels or getattr(self, name) == defaults[name],
-                f"--{name.replace('_', '-')} is of --kernel {' and '.join(kernels)}, not of {self.kernel}",
+                f"--{name.replace('_', '-')} is of --kernel {named}, not of {self.kernel}",
             )
 
     def training_rule(self, optimizer: str) -> tuple[str | UpdateRule, tuple[float, ...]]:

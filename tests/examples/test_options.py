@@ -80,7 +80,7 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (KernelSettings, {"kernel": "conv-ntk", "pool_after": (2,)}, "from 1 to --depth 1"),
     (KernelSettings, {"kernel": "nngp", "parametrization": "standard"}, "not of nngp"),
     (KernelSettings, {"kernel_width": 64}, "for --parametrization standard only"),
-    (KernelSettings, {"kernel": "rbf", "depth": 2}, "--depth is of --kernel ntk and nngp and "),
+    (KernelSettings, {"kernel": "rbf", "depth": 2}, "is of --kernel ntk, nngp, conv-ntk and conv-nngp, not"),
     (KernelSettings, {"feature_pool": 5}, "--feature-pool is of --kernel features, not of ntk"),
     (KernelSettings, {"kernel": "features", "depth": 2}, "not of features"),
     (KernelSettings, {"kernel": "features", "bandwidth": 1.0}, "--bandwidth is of --kernel rbf, not of fe"),
