@@ -194,6 +194,7 @@ def test_a_rule_that_is_none_is_named_before_anything_changes() -> None:
         NearestETFHead(6, 4, rule=sign_rule, solver=SVD())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [MahalanobisNearestETF(6), HuberNearestETF(threshold=0.4)])
 def test_the_rules_without_a_closed_form_train_a_head(rule: nn.Module) -> None:
     """From the first batch on, with a class that is never seen, to a frame that separates the others."""

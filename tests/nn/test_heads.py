@@ -340,7 +340,8 @@ def test_compiles_as_one_graph_with_the_same_numbers(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [True, False])
 def test_inductor_compiles_the_nearest_head(generator: torch.Generator, training: bool) -> None:
     eager, head = (
         NearestETFHead(6, 4, generator=torch.Generator().manual_seed(0)).train(training) for _ in range(2)
