@@ -26,7 +26,6 @@ from itertools import product
 from statistics import fmean, median, stdev
 from typing import ClassVar
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +39,7 @@ from lab.measures import existing
 from lab.options import Count, Distinct, Free, Seed, command
 from lab.pictures import study_pictures
 from lab.progress import make_console
-from lab.ranks import launch, launched, process_group, rank
+from lab.ranks import launch, launched, process_group, rank, require_devices
 from lab.report import flat, write_report
 from lab.results import Column, Results, grouped, summary_table
 from lab.settings import Settings
@@ -95,10 +94,7 @@ class StudySettings(Settings):
             f"--batch-size {self.batch_size} must be a multiple of --devices {self.devices}: every device "
             "takes an equal share",
         )
-        require(
-            self.torch_device.type == "cpu" or self.devices <= torch.cuda.device_count(),
-            f"--devices {self.devices}: PyTorch finds {torch.cuda.device_count()} CUDA devices here",
-        )
+        require_devices(self.devices, self.torch_device)
         if self.explorer:
             require_module("plotly", extra="examples")  # before hours of training, not after
 

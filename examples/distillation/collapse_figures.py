@@ -44,7 +44,7 @@ def curves_figure(rows: Sequence[Row], part: str, title: str) -> Figure:
                 runs = grouped(same, "seed").values()
                 curves = [[row.get(measure_name, np.nan) for row in run] for run in runs]
                 steps, color = sorted({row["step"] for row in same}), colors[name,]
-                shown = f" {name}" if name.startswith("_") else name  # matplotlib hides what begins with _
+                shown = _label(name)
                 if name.endswith("own steps"):  # its end alone, which is no point of a curve
                     end = {"color": color, "marker": "D", "markersize": 5, "linestyle": "none"}
                     axes.plot([steps[-1]] * len(curves), [curve[-1] for curve in curves], label=shown, **end)
@@ -97,7 +97,7 @@ def sizes_figure(summary: Sequence[Row], title: str) -> Figure:
                 deviations = [_known(row, f"{measure}_std", 0.0) for row in same]
                 style = {"color": color, "linestyle": "--" if name == RANDOM else "-", "marker": "o"}
                 images = [row["images"] for row in same]
-                axes.errorbar(images, means, yerr=deviations, markersize=4, label=name, **style)
+                axes.errorbar(images, means, yerr=deviations, markersize=4, label=_label(name), **style)
             whole = next(row for row in mine if row["set"] == ALL)
             if whole.get(measure) is not None:
                 axes.axhline(whole[measure], color="#999999", linestyle=":", label=ALL)
@@ -115,6 +115,11 @@ def sizes_figure(summary: Sequence[Row], title: str) -> Figure:
         bottom.set_xlabel("images trained on")
     legend_below(figure, grid[0, 0])
     return figure
+
+
+def _label(name: str) -> str:
+    """As a legend shows it: matplotlib hides what begins with _."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _known(row: Mapping[str, Any], name: str, otherwise: float) -> float:

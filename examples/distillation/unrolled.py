@@ -27,7 +27,7 @@ from lab.data import ImageData
 from lab.files import Row, kept
 from lab.networks import Factory, NetworkName, make_factory, own_stream, seeded
 from lab.options import Count, Free, Natural, Positive
-from lab.ranks import gathered, rank, share, world_size
+from lab.ranks import gathered, rank, require_devices, share, world_size
 from lab.settings import DataName
 
 # The learning rate that the inner steps start with, where the command line gives none.
@@ -187,10 +187,7 @@ class ImagesSettings(JudgingSettings):
             self.devices == 1 or self.initialization != "online",
             "--initialization online has one pool, which --devices cannot share: take --devices 1",
         )
-        require(
-            self.torch_device.type == "cpu" or self.devices <= torch.cuda.device_count(),
-            f"--devices {self.devices}: PyTorch finds {torch.cuda.device_count()} CUDA devices here",
-        )
+        require_devices(self.devices, self.torch_device)
         require(
             math.isfinite(self.collapse_weight) and (self.collapse_weight == 0 or self.per_class > 1),
             "--collapse-weight weighs the variance of a class's images: give a number, and --per-class of at "
@@ -494,11 +491,11 @@ class Unrolled(OuterRun):
         if isinstance(self.source, distill.OnlinePool):
             aged = distill.InitialState(trained.params, trained.buffers)
             self.source.put_back(aged, steps=self.settings.inner_steps)
+        state = trained.state
         for number in range(every):
             batch = self._real_batch()
             index, owner = divmod(number, world_size())
             if owner == rank():
-                state = trained.state
                 yield ({n: v[index] for n, v in state.items()} if count > 1 else state), batch
 
     def _real_batch(self) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,14 @@ def gathered(item: Item) -> list[Item]:
     return items
 
 
+def require_devices(devices: int, kind: torch.device) -> None:
+    """Raise InvalidArgumentError where there are fewer CUDA devices; a CPU takes any number of ranks."""
+    require(
+        kind.type == "cpu" or devices <= torch.cuda.device_count(),
+        f"--devices {devices}: PyTorch finds {torch.cuda.device_count()} CUDA devices here",
+    )
+
+
 def launched() -> bool:
     """Whether torchrun started this process."""
     return "LOCAL_RANK" in os.environ

@@ -170,6 +170,9 @@ def test_the_figure_of_sizes_shows_the_summary() -> None:
     assert shown["kernel"].get_xydata().tolist() == [[10, 0.5], [100, 0.7]]
     assert shown["random real images"].get_xydata().tolist() == [[10, 0.4], [100, 0.6]]
     assert nc1.containers[1].lines[0].get_ydata().tolist() == [0.1, 0.01]
+    hidden = [{**each, "set": each["set"].replace("kernel", "_mine")} for each in summary]
+    labels = [box.get_label() for box in sizes_figure(hidden, "digits").axes[0].containers]
+    assert labels == [" _mine", "random real images"]  # matplotlib shows none that begins with _
     across = [line for line in accuracy.lines if line.get_label() == "all real images"]
     assert [line.get_ydata()[0] for line in across] == [0.9]
 
