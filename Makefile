@@ -11,7 +11,7 @@ PIP := $(BIN)/python $(PIP_INSTALL) -c constraints.txt
 NEWEST := .venv-integrations
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-all slow integrations bench dist lint format clean
+.PHONY: help demo docs test test-all slow numerical integrations bench dist lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ test-all: test slow  ## everything: also the tests that take minutes
 slow: $(INSTALLED)  ## the tests that take minutes
 	@echo "==> the tests that take minutes"
 	@$(PYTEST) -m slow
+
+# Where numbers are computed, so that other instruction sets round otherwise: `make numerical ATEN_CPU_CAPABILITY=avx2`.
+# Not Inductor without vector instructions: it writes code for the registers that this setting takes away from it.
+numerical: $(INSTALLED)  ## only the tests of what computes
+	@echo "==> the numerical tests"
+	@$(PYTEST) $(addprefix tests/,linalg geometry codes functional solvers adjoints nn metrics ood) \
+	  $(if $(filter default,$(ATEN_CPU_CAPABILITY)),-k "not inductor")
 
 integrations: $(NEWEST)/.installed  ## the library in the newest PyTorch and in other frameworks (6 GB, 15 minutes)
 	@echo "==> the library's tests and other frameworks' models on the newest PyTorch"

@@ -202,17 +202,14 @@ def headline_table(rows: Sequence[Row], title: str) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a study from the command line and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    status = 0
 
     def run(settings: StudySettings) -> None:
-        nonlocal status
-        settings.check()
         if settings.devices > 1 and not launched():
-            status = launch(__file__, arguments, settings.devices)
+            launch(__file__, arguments, settings.devices)
         else:
             study(settings, make_console(), shlex.join(["python", "examples/collapse_study.py", *arguments]))
 
-    return command(StudySettings, run, arguments) or status
+    return command(StudySettings, run, arguments)
 
 
 if __name__ == "__main__":

@@ -55,16 +55,14 @@ Settings = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the studies from the command line and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    status = 0
 
     def run(settings: Any) -> None:
-        nonlocal status
         if isinstance(settings, ImagesSettings) and settings.devices > 1 and not launched():
-            status = launch(__file__, arguments, settings.devices)
+            launch(__file__, arguments, settings.devices)
         else:
             STUDIES[type(settings)](settings, make_console())
 
-    return command(Settings, run, arguments) or status
+    return command(Settings, run, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from etflayers import distill
 from etflayers.distill import DistilledSet, KernelRidgeInnerLoop, accuracy, centered_one_hot
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData, Split
-from lab.data.sampling import mirrored, shifted, turned
+from lab.data.sampling import mirrored, random_shifts, shifted, turned
 from lab.files import Row
 
 WIDE: dict[str, Callable[..., distill.Kernel]] = {
@@ -123,7 +123,7 @@ class Inducing(OuterRun):
         """Random ones of as many images, in the order in which they are made."""
         settings, generator, changes = self.settings, self.generator, list[Change]()
         if settings.shift:
-            shifts = torch.randint(-settings.shift, settings.shift + 1, (count, 2), generator=generator)
+            shifts = random_shifts(count, settings.shift, generator)
             changes.append(partial(shifted, shifts=shifts.to(self.device)))
         if settings.rotation:
             angles = math.radians(settings.rotation) * (2 * torch.rand(count, generator=generator) - 1)

@@ -24,6 +24,7 @@ from etflayers.checks import require
 from etflayers.distill.evaluation import Measures, accuracy, accuracy_by_class
 from etflayers.errors import NonFiniteError
 from lab.data import ImageData
+from lab.data.sampling import random_shifts, shifted
 from lab.files import Row, kept
 from lab.networks import Factory, NetworkName, make_factory, own_stream, seeded
 from lab.options import Count, Free, Natural, Positive
@@ -92,6 +93,8 @@ class ImagesSettings(JudgingSettings):
     """Updates of the images."""
     outer_batch: Count = 512
     """Real images in the outer loss."""
+    shift: Natural = 0
+    """Shift each of them by up to this many pixels each way, so that few real images go further."""
     collapse_weight: float = 0.0
     """Adds this times log NC1 of the learned images in the trained network to the outer loss, NC1 as the
     variance within classes over that between them: positive, to have them collapse; negative, to keep them
@@ -500,6 +503,9 @@ class Unrolled(OuterRun):
 
     def _real_batch(self) -> tuple[Tensor, Tensor]:
         inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
+        if most := self.settings.shift:
+            shifts = random_shifts(len(inputs), most, self.generator).to(inputs.device)
+            inputs = shifted(inputs - self.data.black, shifts) + self.data.black
         if (augmentation := self.settings.augmentation) is not None:
             inputs = augmentation(inputs, self.generator)
         return inputs, targets

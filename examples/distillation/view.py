@@ -25,19 +25,17 @@ class View:
     """
 
     def __init__(self, data: ImageData, ridge: float | None = None) -> None:
-        self.normalization = data.normalization
+        self.normalization, self.black = data.normalization, data.black
         self.whitening = None if ridge is None else Whitening.of(data.train.images, ridge)
         self.data = data if self.whitening is None else self.whitening.of_data(data)
 
     def changed(self, inputs: Tensor, changes: Sequence[Change]) -> Tensor:
         """Inputs whose images are changed, pixels that come in being black, and that are seen again."""
-        mean, deviation = self.normalization.values()
-        black = (-mean / deviation).view(1, -1, 1, 1)
         images = inputs if self.whitening is None else self.whitening.undone(inputs)
-        images = images - black
+        images = images - self.black
         for change in changes:
             images = change(images)
-        images = images + black
+        images = images + self.black
         return images if self.whitening is None else self.whitening(images)
 
     @torch.no_grad()

@@ -72,13 +72,14 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def launch(script: str, arguments: Sequence[str], devices: int) -> int:
-    """Run a script once for each device under torchrun and return the exit status."""
+def launch(script: str, arguments: Sequence[str], devices: int) -> None:
+    """Run a script once for each device under torchrun; where that fails, end this process as it ended."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     # Threads as one process would have: torchrun itself asks for one in each.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     command = [*torchrun, f"--nproc-per-node={devices}", script, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    if status := subprocess.run(command, env=environment, check=False).returncode:
+        sys.exit(status)
 
 
 @contextmanager

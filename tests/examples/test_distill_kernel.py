@@ -117,7 +117,7 @@ def test_batches_are_shifted_images(digits: ImageData) -> None:
     originals, targets = digits.train.batch(8, replay)
     shifts = torch.randint(-2, 3, (8, 2), generator=replay)
     assert torch.equal(classes, targets)
-    black = float(-digits.mean / digits.deviation)
+    black = float(digits.black)
     for image, original, (down, right) in zip(inputs, originals, shifts.tolist(), strict=True):
         padded = F.pad(original, (2, 2, 2, 2), value=black)
         torch.testing.assert_close(image, padded[:, 2 - down : 10 - down, 2 - right : 10 - right])
@@ -133,7 +133,7 @@ def test_batches_are_turned_and_mirrored_images(digits: ImageData) -> None:
     angles = 30 * (2 * torch.rand(8, generator=replay) - 1)
     flips = torch.rand(8, generator=replay) < 0.5
     assert torch.equal(classes, targets)
-    black = float(-digits.mean / digits.deviation)
+    black = float(digits.black)
     for image, original, angle, flip in zip(inputs, originals, angles, flips, strict=True):
         expected = (
             rotate((original[0] - black).numpy(), float(angle), reshape=False, order=1, mode="grid-constant")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -19,11 +20,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+import collapse_study
 import distill
 import etflayers.storage as storage
 from etflayers.distill import DistilledSet
 from etflayers.errors import InvalidArgumentError
-from lab import files, progress, results
+from lab import files, progress, ranks, results
 from lab.claim import claimed
 from lab.options import Options, command
 from lab.results import Results, make_table
@@ -258,6 +260,24 @@ def test_the_time_left_is_that_of_the_steps_of_this_process(monkeypatch: pytest.
         monkeypatch.setattr(progress.time, "perf_counter", lambda: started + 30.0)
         bar(70, 100)
     assert captured.get().splitlines()[-1] == "run: 70 of 100, 30 s, 90 s left"
+
+
+@pytest.mark.parametrize("study", [collapse_study, distill])
+def test_a_study_whose_processes_fail_ends_as_they_did(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then is there an exit status other than that of a study, and the folder is free again."""
+    statuses = iter((0, 3, 0))
+    monkeypatch.setattr(
+        ranks.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, next(statuses))
+    )
+    options = ["--devices", "2", "--out", str(tmp_path)]
+    options = ["images", "--networks", "2", *options] if study is distill else options
+    assert study.main(options) == 0
+    with pytest.raises(SystemExit) as ended:
+        study.main([*options, "--overwrite"])
+    assert ended.value.code == 3
+    assert study.main([*options, "--overwrite"]) == 0
 
 
 ODD = ("cost$^$x", "[bold]", "[red]", "_hidden", ":smile:", "Käse Ω", "日本", "x" * 200)

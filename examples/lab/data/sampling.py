@@ -35,6 +35,11 @@ def shifted(images: Tensor, shifts: Tensor) -> Tensor:
     return (moved * inside.unsqueeze(-1)).permute(0, 3, 1, 2)
 
 
+def random_shifts(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """Shifts ``(count, 2)`` for `shifted`, of up to ``most`` pixels each way."""
+    return torch.randint(-most, most + 1, (count, 2), generator=generator)
+
+
 def turned(images: Tensor, angles: Tensor) -> Tensor:
     """Turn each image ``(N, C, H, W)`` about its center by its angle ``(N,)`` in radians, counterclockwise.
 
