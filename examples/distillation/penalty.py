@@ -11,14 +11,17 @@ def within_between(features: Tensor, targets: Tensor, num_classes: int) -> Tenso
 
     Args:
         features: ``(n, d)``.
-        targets: ``(n,)``, in which every class occurs.
+        targets: ``(n,)``; a class that does not occur counts as none.
         num_classes: K.
 
     Reference:
         Tirer, Huang, Niles-Weed (2023), arXiv 2210.16658.
     """
     members = F.one_hot(targets, num_classes).to(features)
-    means = members.mT @ features / members.sum(0)[:, None]
+    counts = members.sum(0)
+    occurs = (counts > 0).to(features)
+    means = members.mT @ features / counts.clamp(min=1)[:, None]
     within = (features - means[targets]).square().sum() / len(features)
-    between = (means - means.mean(0)).square().sum() / num_classes
+    centered = means - occurs @ means / occurs.sum()
+    between = occurs @ centered.square().sum(1) / occurs.sum()
     return within / between

@@ -96,9 +96,11 @@ class ImagesSettings(JudgingSettings):
     shift: Natural = 0
     """Shift each of them by up to this many pixels each way, so that few real images go further."""
     collapse_weight: float = 0.0
-    """Adds this times log NC1 of the learned images in the trained network to the outer loss, NC1 as the
-    variance within classes over that between them: positive, to have them collapse; negative, to keep them
-    from it."""
+    """Adds this times log NC1 in the trained network to the outer loss, NC1 as the variance within classes
+    over that between them: positive, to have images collapse; negative, to keep them from it."""
+    collapse_of: Literal["learned", "real"] = "learned"
+    """Whose collapse `--collapse-weight` weighs: that of the learned images, or of the real ones in the outer
+    loss."""
     networks: Count = 1
     """Networks that each update averages over."""
     devices: Count = 1
@@ -192,9 +194,10 @@ class ImagesSettings(JudgingSettings):
         )
         require_devices(self.devices, self.torch_device)
         require(
-            math.isfinite(self.collapse_weight) and (self.collapse_weight == 0 or self.per_class > 1),
+            math.isfinite(self.collapse_weight)
+            and (self.collapse_weight == 0 or self.per_class > 1 or self.collapse_of == "real"),
             "--collapse-weight weighs the variance of a class's images: give a number, and --per-class of at "
-            f"least 2; got {self.collapse_weight} and {self.per_class}",
+            f"least 2 or --collapse-of real; got {self.collapse_weight} and {self.per_class}",
         )
         require(
             self.outer == "classify" or self.initialization == "pretrained",
@@ -381,11 +384,21 @@ class Unrolled(OuterRun):
         data: real images; only the training set is looked at.
         starts: where the networks start.
         objective: what the images are learned for.
+
+    Raises:
+        InvalidArgumentError: batches too small for the collapse of real images.
     """
 
     def __init__(
         self, settings: ImagesSettings, seed: int, data: ImageData, starts: Starts, objective: Objective
     ) -> None:
+        require(
+            settings.collapse_weight == 0
+            or settings.collapse_of == "learned"
+            or settings.outer_batch >= 2 * data.num_classes,
+            "--collapse-of real needs several images of a class in a batch: --outer-batch of at least "
+            f"{2 * data.num_classes}, got {settings.outer_batch}",
+        )
         self.source, self.objective, self.headline = starts.source, objective, objective.headline
         if settings.validate_every:
             train, held = data.held_out()
@@ -470,13 +483,15 @@ class Unrolled(OuterRun):
         logits = functional_call(self.judge, dict(state), (inputs,))
         loss, measures = self.objective.loss(logits, targets), self.objective.judge(logits.detach(), targets)
         if weight := self.settings.collapse_weight:
-            quotient = self._own_collapse(state)
-            loss, measures = loss + weight * quotient.log(), {**measures, "own_nc1": quotient.item()}
+            of = self.settings.collapse_of
+            if of == "learned":
+                inputs, targets = (part.flatten(0, 1) for part in self.distilled.batches(1))
+            quotient = self._collapse(state, inputs, targets)
+            loss, measures = loss + weight * quotient.log(), {**measures, f"{of}_nc1": quotient.item()}
         return loss, measures
 
-    def _own_collapse(self, state: Mapping[str, Tensor]) -> Tensor:
-        """NC1 of the learned images in the trained network."""
-        inputs, labels = (part.flatten(0, 1) for part in self.distilled.batches(1))
+    def _collapse(self, state: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        """NC1 of images in the trained network."""
         classes = labels if labels.ndim == 1 else labels.argmax(1)
         body = self.judge.get_submodule("body")
         own = {name: state[f"body.{name}"] for name in body.state_dict()}

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from distill import main
 from distillation.common import inner_loss
 from distillation.judging import Judging, baseline
+from distillation.penalty import within_between
 from distillation.unrolled import (
     ImagesSettings,
     Objective,
@@ -389,24 +390,39 @@ def test_quick_leaves_what_was_asked_for() -> None:
     assert (asked.data, asked.network, asked.epochs, asked.rate) == ("digits", "convnet", 3, 0.02)
 
 
-def test_collapse_is_weighed_by_what_the_metrics_measure(digits: ImageData) -> None:
-    settings = small(collapse_weight=0.3, per_class=3, start="noise", outer_steps=1, steps=1)
+@pytest.mark.parametrize("of", ["learned", "real"])
+def test_collapse_is_weighed_by_what_the_metrics_measure(of: Any, digits: ImageData) -> None:
+    settings = small(collapse_weight=0.3, collapse_of=of, per_class=3, start="noise", outer_steps=1, steps=1)
     learned, plain = unrolled(settings, digits), unrolled(replace(settings, collapse_weight=0.0), digits)
     network = teach(seeded(main_factory(settings, digits), 0), lesson_of(learned.distilled, settings)).eval()
     distilled = learned.distilled
+    replay = torch.Generator()
+    replay.set_state(learned.generator.get_state())
+    torch.randint(2**62, (2,), generator=replay)  # a seed for each of two inner steps
+    images = {"learned": (distilled.inputs, distilled.labels), "real": digits.train.batch(32, replay)}
     with torch.no_grad():
-        features = network.get_submodule("body")(distilled.inputs)
-    expected = float(within_between_quotient(class_statistics(features, distilled.labels, 10)))
+        features = network.get_submodule("body")(images[of][0])
+    expected = float(within_between_quotient(class_statistics(features, images[of][1], 10)))
     row, without = learned.advance(), plain.advance()
-    assert row["own_nc1"] == pytest.approx(expected, rel=1e-5)
+    assert row[f"{of}_nc1"] == pytest.approx(expected, rel=1e-5)
     assert row["loss"] - without["loss"] == pytest.approx(0.3 * math.log(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("weight", [-0.5, 0.5])
-def test_the_images_follow_the_weight_of_their_collapse(weight: float, digits: ImageData) -> None:
-    settings = small(collapse_weight=weight, start="noise", outer_steps=15)
-    plain = run(replace(settings, collapse_weight=1e-9), digits).history[-1]["own_nc1"]
-    assert (run(settings, digits).history[-1]["own_nc1"] - plain) * weight < -0.05 * plain
+def test_a_class_that_does_not_occur_is_left_out_of_the_collapse() -> None:
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.arange(12) % 3
+    torch.testing.assert_close(within_between(features, 2 * targets, 7), within_between(features, targets, 3))
+
+
+@pytest.mark.parametrize(
+    ("of", "weight"), [("learned", -0.5), ("learned", 0.5), ("real", -5.0), ("real", 5.0)]
+)
+def test_images_follow_the_weight_of_their_collapse(of: Any, weight: float, digits: ImageData) -> None:
+    settings = small(collapse_weight=weight, collapse_of=of, start="noise", outer_steps=15, rate=0.5)
+    plain = run(replace(settings, collapse_weight=1e-9), digits).history
+    asked = run(settings, digits).history
+    before, after = (fmean(row[f"{of}_nc1"] for row in rows[-5:]) for rows in (plain, asked))
+    assert (after - before) * weight < -0.05 * before
 
 
 def test_as_many_real_images_are_learned_from_as_are_asked_for(digits: ImageData) -> None:
@@ -636,6 +652,12 @@ def test_bad_input_is_explained(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_collapse_of_real_images_needs_several_of_a_class(digits: ImageData) -> None:
+    settings = small(collapse_weight=0.1, collapse_of="real", outer_batch=19)
+    with pytest.raises(InvalidArgumentError, match=r"--outer-batch of at least 20, got 19"):
+        unrolled(settings, digits)
 
 
 def test_divergence_is_an_error(digits: ImageData) -> None:
