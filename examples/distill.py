@@ -30,10 +30,10 @@ import tyro
 
 from distillation.collapse import CollapseSettings, collapse_study
 from distillation.images import learn_images
+from distillation.images_settings import ImagesSettings
 from distillation.kernel import learn_kernel_set
 from distillation.kernel_settings import KernelSettings
 from distillation.linear import LinearSettings, linear_case
-from distillation.unrolled import ImagesSettings
 from lab.options import command
 from lab.progress import make_console
 from lab.ranks import launch, launched

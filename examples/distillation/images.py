@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
-from distillation import unrolled
 from distillation.common import digest, learning_figure, rates_of
+from distillation.images_settings import ImagesSettings
 from distillation.judging import Judging, ranked
-from distillation.unrolled import ImagesSettings, Starts, Unrolled
+from distillation.objective import Objective
+from distillation.starts import Starts, make_starts
+from distillation.unrolled import Unrolled
 from etflayers.checks import require
 from etflayers.distill import DistilledSet, write_png
 from lab.data import ImageData, load_inputs
@@ -60,7 +62,7 @@ class Study:
         self.settings, self.results = settings, Results(settings.folder, console)
         self.data = data = load_inputs(settings)
         self.source = self._source_data()
-        self.objective = unrolled.Objective.of(settings, data.num_classes)
+        self.objective = Objective.of(settings, data.num_classes)
         self.results.say(
             f"{data.name}: {len(data.train)} images to learn from, {len(data.test)} to test on; "
             f"{settings.per_class * data.num_classes} images for {settings.inner_steps} steps of a "
@@ -82,7 +84,7 @@ class Study:
     def one_seed(self, seed: int) -> tuple[list[Row], list[Row]]:
         """Learn a set; the first rank judges it and writes both. The history and the outcomes."""
         settings, folder, name = self.settings, self.settings.folder, f"seed{seed}"
-        starts = unrolled.make_starts(settings, self.data, self.source, seed)
+        starts = make_starts(settings, self.data, self.source, seed)
         run = Unrolled(settings, seed, self.data, starts, self.objective)
         run.learn_and_write(name, self.results)
         if rank() > 0:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from distillation import unrolled
 from distillation.common import REPRESENTATIVES, inner_loss, random_lesson
-from distillation.unrolled import MADE_WITH, Fresh, ImagesSettings, Objective, Starts
+from distillation.images_settings import ImagesSettings
+from distillation.objective import Objective
+from distillation.starts import MADE_WITH, Fresh, Starts, main_factory, unseen
 from etflayers.distill import DistilledSet, Lesson, Ranking, best_lessons, best_rate, evaluate, ranking
 from lab.data import ImageData, Split
 from lab.files import Row
@@ -64,7 +65,7 @@ class Judging:
             mixtures = [lesson.in_other_batches(generator) for _ in range(self.count)]
             self.note("distilled, other batches", mixtures)
         if self.single:
-            fresh = unrolled.unseen(unrolled.main_factory(settings, self.data), self.seed)
+            fresh = unseen(main_factory(settings, self.data), self.seed)
             self.note("distilled, fresh networks", [lesson], many, fresh)
         for epochs in settings.other_epochs:
             training = f"distilled, {epochs} epoch{'s' * (epochs > 1)}"
@@ -109,11 +110,11 @@ class Judging:
         made_with = self.settings.values(*MADE_WITH)
         for network in self.settings.other_networks:
             factory = make_factory(network, self.data, **made_with | {"width": None})
-            yield network, unrolled.unseen(factory, self.seed)
+            yield network, unseen(factory, self.seed)
         network = self.settings.network
         for weights in self.settings.other_weights:
             factory = make_factory(network, self.data, **made_with | {"weights": weights})
-            yield f"{network}, {weights} weights", unrolled.unseen(factory, self.seed)
+            yield f"{network}, {weights} weights", unseen(factory, self.seed)
 
     def baselines(self) -> None:
         """Real images, as many as were learned, for as many steps, at the best rate."""

@@ -20,16 +20,12 @@ from torch.func import functional_call
 
 from distill import main
 from distillation.common import inner_loss
+from distillation.images_settings import ImagesSettings
 from distillation.judging import Judging, baseline
+from distillation.objective import Objective
 from distillation.penalty import within_between
-from distillation.unrolled import (
-    ImagesSettings,
-    Objective,
-    Unrolled,
-    main_factory,
-    make_starts,
-    set_before,
-)
+from distillation.starts import main_factory, make_starts
+from distillation.unrolled import Unrolled, set_before
 from etflayers.distill import (
     DistilledSet,
     Lesson,

@@ -14,9 +14,9 @@ import train_heads
 import ufm
 from collapse_study import StudySettings
 from distillation.collapse import CollapseSettings
+from distillation.images_settings import ImagesSettings
 from distillation.kernel_settings import KernelSettings
 from distillation.linear import LinearSettings
-from distillation.unrolled import ImagesSettings
 from etflayers.errors import InvalidArgumentError
 from lab.options import Options
 from lab.settings import Settings
