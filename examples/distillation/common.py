@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from distillation.validation import Validation
-from etflayers.data import class_subset
 from etflayers.distill import DistilledSet, Lesson, kmeans_centers, partial_means, random_samples
 from etflayers.distill.lessons import UpdateRule
 from lab.data import ImageData
@@ -30,7 +29,7 @@ from lab.options import Count, Flag, Free
 from lab.progress import bar
 from lab.ranks import rank
 from lab.results import Results
-from lab.settings import DataSettings
+from lab.settings import DataSettings, at_most
 from lab.training import Progress, Run, Stream, in_silence
 
 DistilHeadName = Literal["linear", "standard", "fixed", "nearest"]
@@ -62,10 +61,7 @@ class DistillationSettings(DataSettings):
         return replace(self, **{n: v for n, v in self.small.items() if getattr(self, n) == defaults[n]})
 
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
-        if self.real_per_class is None:
-            return None
-        sizes = torch.bincount(targets, minlength=num_classes).clamp(max=self.real_per_class)
-        return class_subset(targets, sizes)
+        return at_most(self.real_per_class, targets, num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)

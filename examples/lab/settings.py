@@ -53,6 +53,13 @@ class DataSettings(Options):
         return None
 
 
+def at_most(limit: int | None, targets: Tensor, num_classes: int) -> Tensor | None:
+    """For ``kept_images``: at most so many of each class; without a limit, all."""
+    if limit is None:
+        return None
+    return class_subset(targets, torch.bincount(targets, minlength=num_classes).clamp(max=limit))
+
+
 def require_fair_choices(tune_seed: int, seeds: Sequence[int], choices: Path | None) -> None:
     """Raise if settings are chosen by trainings that are reported, or chosen and read from a file as well."""
     require(choices is None, "--tune makes the choices that --choices reads: give one of them")
@@ -168,12 +175,11 @@ class Settings(NearestSettings, DataSettings):
         )
 
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
-        if self.per_class is None and self.imbalance == "none":
-            return None
+        if self.imbalance == "none":
+            return at_most(self.per_class, targets, num_classes)
         sizes = torch.bincount(targets, minlength=num_classes).clamp(max=self.per_class or len(targets))
-        if self.imbalance != "none":
-            smallest = int(sizes.min())
-            sizes = long_tail_sizes(smallest, num_classes, ratio=self.imbalance_ratio, kind=self.imbalance)
+        smallest = int(sizes.min())
+        sizes = long_tail_sizes(smallest, num_classes, ratio=self.imbalance_ratio, kind=self.imbalance)
         return class_subset(targets, sizes)
 
     @property

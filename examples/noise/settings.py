@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor
 
 from etflayers.checks import require
-from etflayers.data import class_subset
 from etflayers.errors import InvalidArgumentError
 from lab.options import Count, Distinct, Free, NotNegative, Positive, Rule, Seed, at_least
-from lab.settings import DataSettings, require_fair_choices
+from lab.settings import DataSettings, at_most, require_fair_choices
 from noise.methods import Knobs, MethodName, ModelName, own_knobs
 
 Eta = Annotated[float, Rule(lambda value: 0 <= value <= 1, "lie in [0, 1]")]
@@ -93,9 +91,7 @@ class NoiseSettings(DataSettings):
             require_fair_choices(self.tune_seed, self.seeds, self.choices)
 
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
-        if self.per_class is None:
-            return None
-        return class_subset(targets, torch.bincount(targets, minlength=num_classes).clamp(max=self.per_class))
+        return at_most(self.per_class, targets, num_classes)
 
     @property
     def given(self) -> Knobs:

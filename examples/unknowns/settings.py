@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from etflayers.checks import require
-from etflayers.data import class_subset
 from lab.options import Count, Distinct, Free, NotNegative, Positive, at_least
-from lab.settings import DataName, DataSettings
+from lab.settings import DataName, DataSettings, at_most
 
 Head = Literal["linear", "fixed", "nearest", "code"]
 Variant = Literal["plain", "entropy", "projector", "both"]
@@ -89,6 +87,4 @@ class UnknownSettings(DataSettings):
         return (0.1 if self.data == "glyphs" else 0.0) if self.affine is None else self.affine
 
     def kept_images(self, targets: Tensor, num_classes: int) -> Tensor | None:
-        if self.per_class is None:
-            return None
-        return class_subset(targets, torch.bincount(targets, minlength=num_classes).clamp(max=self.per_class))
+        return at_most(self.per_class, targets, num_classes)

@@ -308,6 +308,7 @@ def of_one_rank(rank: int, _: Path) -> list[Tensor]:
     return hypergradient_of(drawn(rank))
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_state_each_are_one_with_two(tmp_path: Path) -> None:
     expected = hypergradient_of([*drawn(0), *drawn(1)])
     found = run_ranks(of_one_rank, 2, tmp_path)

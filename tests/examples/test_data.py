@@ -243,6 +243,7 @@ def test_small_affine_changes() -> None:
     assert (Settings(data="glyphs").affine_size, Settings().affine_size) == (0.1, 0.0)
 
 
+@pytest.mark.slow
 def test_letters_in_type_never_seen_are_learned(tmp_path: Path) -> None:
     """Ten classes, eight images each, asked about in two faces that were held out."""
     from train_heads import main

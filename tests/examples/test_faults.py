@@ -290,7 +290,8 @@ def legible(make: Callable[[], Figure], shown: list[str], real: Any = results._l
     return figure
 
 
-@pytest.mark.parametrize("name", ODD)
+# All are labels in every run; as the name of folder and file one by one is a matter of seconds each.
+@pytest.mark.parametrize("name", [ODD[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ODD[1:])])
 def test_odd_names_are_shown_as_they_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A set of such a name goes through console, tables, figures and files of a study."""
     folder = tmp_path / name

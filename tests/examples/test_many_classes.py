@@ -55,6 +55,7 @@ def test_roots_need_enough_pairs() -> None:
     assert exists("code", 5, 30)
 
 
+@pytest.mark.slow
 def test_one_body_for_all_heads_and_one_code_for_all_seeds(tmp_path: Path, data_dir: Path) -> None:
     settings = ManyClassesSettings(classes=30, image_size=8, data_dir=data_dir, out=tmp_path)
     data = load(settings)

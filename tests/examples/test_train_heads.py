@@ -121,9 +121,14 @@ def test_as_many_features_as_classes_need_fewer_parameters(
     [
         ("--head", "fixed", "nearest", "learned", "--loss", "dr"),
         ("--optimizer", "adamw", "--normalize", "--shift", "1", "--flip"),
-        ("--amp", "bf16", "--momentum", "2/(t+1)", "--proximity", "0"),
-        ("--loss", "mse", "--feature-decay", "1e-4", "--batch-size", "16"),
-        ("--label-smoothing", "0.1", "--schedule", "step", "--width", "0.5", "--optimizer", "adam"),
+        pytest.param(("--amp", "bf16", "--momentum", "2/(t+1)", "--proximity", "0"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--loss", "mse", "--feature-decay", "1e-4", "--batch-size", "16"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("--label-smoothing", "0.1", "--schedule", "step", "--width", "0.5", "--optimizer", "adam"),
+            marks=pytest.mark.slow,
+        ),
         ("--imbalance", "step", "--balanced", "--schedule", "constant", "--batch-size", "16"),
     ],
     ids=lambda options: " ".join(options),

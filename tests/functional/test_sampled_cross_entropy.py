@@ -87,6 +87,7 @@ def test_the_smoothed_mean_is_right_on_average() -> None:
     assert bool(((found.mean(0) - expected).abs() < 4 * found.std(0) / len(found) ** 0.5).all())
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_gradient_shrinks_as_more_classes_are_drawn() -> None:
     features, weight, targets = problem()
     full = torch.autograd.grad(F.cross_entropy(features @ weight.mT, targets), features)[0]
