@@ -58,6 +58,7 @@ class Judging:
         settings, many = self.settings, self.settings.evaluations
         lesson = Lesson.of(distilled, settings.steps, settings.optimizer)
         self.note("distilled", [lesson])
+        self.note("distilled, on training images", [lesson], curves=False, images=self.learned_from())
         if settings.steps > 1:
             generator = torch.Generator().manual_seed(self.seed)
             orders = [lesson.in_other_order(generator) for _ in range(self.count)]
@@ -80,6 +81,15 @@ class Judging:
         if settings.ranking:
             self.hard_labels(lesson)
         return self.outcomes
+
+    def learned_from(self) -> Split:
+        """Of the images that the set was learned from as many as there are to test on, at random.
+
+        What networks make of these and of the test images tells whether more of them would have helped.
+        """
+        images = self.rest if self.settings.validate_every else self.data.train
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
+        return images.where(chosen[: len(self.data.test)].to(images.targets.device))
 
     def hard_labels(self, lesson: Lesson) -> None:
         """What the ranking compares: the set, and all real images, both with hard labels and nothing else.
@@ -149,17 +159,18 @@ class Judging:
         curves: bool = True,
         epochs: int | None = None,
         plain: bool = False,
+        images: Split | None = None,
     ) -> None:
         """Train and judge networks: by default those that the images are for, as many as are usual.
 
-        ``plain``: without augmentation.
+        ``plain``: without augmentation; ``images``: to judge by (default: the test images).
         """
         watched = CURVE_NETWORKS if curves and network is None else 0
         options = {"count": number or self.count, "watched": watched, **self.how}
         options |= {"loss": inner_loss} if plain else {}
-        test = self.data.test
+        real = self.data.test if images is None else images
         with own_stream(self.seed):
-            found = evaluate(lessons, fresh or self.starts.fresh, test.images, test.targets, **options)
+            found = evaluate(lessons, fresh or self.starts.fresh, real.images, real.targets, **options)
         row = {"training": training, "network": network or self.settings.network, "rate": rate}
         row |= {"each": [curve[-1][1] for curve in found], "curves": found[:watched], "epochs": epochs}
         self.outcomes.append(row)

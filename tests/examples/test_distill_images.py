@@ -497,7 +497,8 @@ def test_files_hold_what_was_found(tiny: Path) -> None:
             assert len(list(csv.DictReader(file))) == 4
     with (tiny / "summary.csv").open() as file:
         rows = {row["training"]: float(row["accuracy"]) for row in csv.DictReader(file)}
-    expected = ("distilled", "distilled, fresh networks", "random real images", "average images")
+    expected = ("distilled", "distilled, on training images", "distilled, fresh networks")
+    expected += ("random real images", "average images")
     assert tuple(rows) == expected  # one center of k-means is the average image
     for name, accuracy in rows.items():
         assert accuracy == pytest.approx(fmean(accuracies[name]))
@@ -515,8 +516,23 @@ def test_set_in_the_file_is_the_one_that_was_judged(tiny: Path) -> None:
     starts = make_starts(settings, data, data, 1)
     taught = teach(starts.fresh(0), lesson_of(distilled, settings), loss=inner_loss)
     again = judged(taught, data.test.images, data.test.targets)
-    first, *_ = json.loads((tiny / "seed1.json").read_text())["outcomes"]
+    first, second, *_ = json.loads((tiny / "seed1.json").read_text())["outcomes"]
     assert (first["training"], first["accuracy"]) == ("distilled", again["accuracy"])
+    train = Judging(settings, 1, data, starts, Objective()).learned_from()
+    assert len(train) == len(data.test)
+    again = judged(taught, train.images, train.targets)
+    assert (second["training"], second["accuracy"]) == ("distilled, on training images", again["accuracy"])
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_training_images_that_judge_are_learned_from(every: int, digits: ImageData) -> None:
+    settings = small(validate_every=every)
+    starts = make_starts(settings, digits, digits, 0)
+    chosen = Judging(settings, 0, digits, starts, Objective()).learned_from()
+    rest, held = digits.held_out()
+    seen = [{image.numpy().tobytes() for image in split.images} for split in (chosen, rest, held)]
+    assert bool(seen[0] & seen[2] - seen[1]) == (every == 0)  # none that only the held images have
+    assert len(chosen.targets.unique()) == 10
 
 
 def test_judged_networks_draw_from_streams_of_their_own(digits: ImageData) -> None:
