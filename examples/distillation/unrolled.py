@@ -19,6 +19,7 @@ from distillation.objective import Objective
 from distillation.penalty import within_between
 from distillation.starts import VALIDATION_SEEDS, Starts, main_factory
 from distillation.validation import Validation
+from distillation.view import View
 from etflayers import distill
 from etflayers.checks import require
 from etflayers.distill.evaluation import Measures
@@ -64,6 +65,7 @@ class Unrolled(OuterRun):
         if settings.validate_every:
             train, held = data.held_out()
             data = replace(data, train=train, validation=held)
+        self.view = View(data)
         # Two networks of one kind: steps are re-derived in the mode they were taken in, training, while the
         # outer loss sees the trained network as its user would.
         factory = main_factory(settings, data)
@@ -181,7 +183,7 @@ class Unrolled(OuterRun):
         inputs, targets = self.data.train.batch(self.settings.outer_batch, self.generator)
         if most := self.settings.shift:
             shifts = random_shifts(len(inputs), most, self.generator).to(inputs.device)
-            inputs = shifted(inputs - self.data.black, shifts) + self.data.black
+            inputs = self.view.changed(inputs, [partial(shifted, shifts=shifts)])
         if (augmentation := self.settings.augmentation) is not None:
             inputs = augmentation(inputs, self.generator)
         return inputs, targets

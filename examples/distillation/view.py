@@ -1,4 +1,4 @@
-"""How a regression on images sees them."""
+"""How those who learn from images see them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Change = Callable[[Tensor], Tensor]  # of images whose black is 0
 
 
 class View:
-    """How the regression sees images: normalized, and whitened where asked.
+    """How images are seen: normalized, and whitened where asked.
 
     Args:
         data: normalized images.
@@ -25,17 +25,19 @@ class View:
     """
 
     def __init__(self, data: ImageData, ridge: float | None = None) -> None:
-        self.normalization, self.black = data.normalization, data.black
+        self.normalization = data.normalization
         self.whitening = None if ridge is None else Whitening.of(data.train.images, ridge)
         self.data = data if self.whitening is None else self.whitening.of_data(data)
 
     def changed(self, inputs: Tensor, changes: Sequence[Change]) -> Tensor:
         """Inputs whose images are changed, pixels that come in being black, and that are seen again."""
+        mean, deviation = self.normalization.values()
+        black = (-mean / deviation).view(1, -1, 1, 1)
         images = inputs if self.whitening is None else self.whitening.undone(inputs)
-        images = images - self.black
+        images = images - black
         for change in changes:
             images = change(images)
-        images = images + self.black
+        images = images + black
         return images if self.whitening is None else self.whitening(images)
 
     @torch.no_grad()

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -35,6 +38,28 @@ def killed() -> Callable[[str, Sequence[str], Path, int], None]:
         assert done.stdout.count("killed\n") == kills
 
     return run
+
+
+@pytest.fixture
+def holds_shifted_images() -> Callable[..., None]:
+    """Check that a batch is one of real images, shifted by whole pixels, and that what comes in is black."""
+
+    def check(data: Any, generator: torch.Generator, draw: Callable[[], tuple[Any, Any]], most: int) -> None:
+        replay = torch.Generator()
+        replay.set_state(generator.get_state())
+        inputs, targets = draw()
+        originals, expected = data.train.batch(len(inputs), replay)
+        shifts = torch.randint(-most, most + 1, (len(inputs), 2), generator=replay)
+        assert torch.equal(targets, expected)
+        black = float(-data.mean / data.deviation)
+        assert float(data.test.images.min()) == pytest.approx(black)  # some pixel of the digits is black
+        for image, original, (down, right) in zip(inputs, originals, shifts.tolist(), strict=True):
+            padded = F.pad(original, (most,) * 4, value=black)
+            height, width = original.shape[-2:]
+            top, left = most - down, most - right
+            torch.testing.assert_close(image, padded[:, top : top + height, left : left + width])
+
+    return check
 
 
 for module in ("matplotlib", "rich", "sklearn", "tyro"):

@@ -173,19 +173,9 @@ def test_augmentation_changes_real_and_learned_images(digits: ImageData) -> None
     assert noted[0] != noted[1]
 
 
-def test_real_images_are_shifted_by_whole_pixels_and_black_comes_in(digits: ImageData) -> None:
+def test_real_images_are_shifted(digits: ImageData, holds_shifted_images: Callable[..., None]) -> None:
     learned = unrolled(small(shift=2, outer_batch=8), digits)
-    state = learned.generator.get_state()
-    inputs, targets = learned._real_batch()
-    replay = torch.Generator()
-    replay.set_state(state)
-    originals, expected = digits.train.batch(8, replay)
-    shifts = torch.randint(-2, 3, (8, 2), generator=replay)
-    assert torch.equal(targets, expected)
-    black = float(digits.test.images.min())  # some pixel of the digits is black
-    for image, original, (down, right) in zip(inputs, originals, shifts.tolist(), strict=True):
-        padded = F.pad(original, (2, 2, 2, 2), value=black)
-        torch.testing.assert_close(image, padded[:, 2 - down : 10 - down, 2 - right : 10 - right])
+    holds_shifted_images(digits, learned.generator, learned._real_batch, 2)
 
 
 def test_truncation_drops_the_early_steps(digits: ImageData) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from scipy.ndimage import rotate
 
@@ -108,19 +108,9 @@ def test_gradient_needs_none_through_the_best_labels(digits: ImageData) -> None:
     )
 
 
-def test_batches_are_shifted_images(digits: ImageData) -> None:
+def test_batches_are_shifted_images(digits: ImageData, holds_shifted_images: Callable[..., None]) -> None:
     run = Inducing(small(shift=2, outer_batch=8), 1, 0, digits)
-    state = run.generator.get_state()
-    inputs, classes = run.batch()
-    replay = torch.Generator()
-    replay.set_state(state)
-    originals, targets = digits.train.batch(8, replay)
-    shifts = torch.randint(-2, 3, (8, 2), generator=replay)
-    assert torch.equal(classes, targets)
-    black = float(digits.black)
-    for image, original, (down, right) in zip(inputs, originals, shifts.tolist(), strict=True):
-        padded = F.pad(original, (2, 2, 2, 2), value=black)
-        torch.testing.assert_close(image, padded[:, 2 - down : 10 - down, 2 - right : 10 - right])
+    holds_shifted_images(digits, run.generator, run.batch, 2)
 
 
 def test_batches_are_turned_and_mirrored_images(digits: ImageData) -> None:
@@ -133,7 +123,7 @@ def test_batches_are_turned_and_mirrored_images(digits: ImageData) -> None:
     angles = 30 * (2 * torch.rand(8, generator=replay) - 1)
     flips = torch.rand(8, generator=replay) < 0.5
     assert torch.equal(classes, targets)
-    black = float(digits.black)
+    black = float(-digits.mean / digits.deviation)
     for image, original, angle, flip in zip(inputs, originals, angles, flips, strict=True):
         expected = (
             rotate((original[0] - black).numpy(), float(angle), reshape=False, order=1, mode="grid-constant")

@@ -110,11 +110,6 @@ class ImageData:
         return self.train.targets.device
 
     @property
-    def black(self) -> Tensor:
-        """Black of normalized images, ``(1, C, 1, 1)``."""
-        return -self.mean / self.deviation
-
-    @property
     def normalization(self) -> dict[str, Tensor]:
         """What takes inputs back to pixels between 0 and 1, as a distilled set has it."""
         return {"mean": self.mean.flatten() / 255, "std": self.deviation.flatten() / 255}
