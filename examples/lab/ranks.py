@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,18 +82,33 @@ def launch(script: str, arguments: Sequence[str], devices: int) -> None:
         sys.exit(status)
 
 
+def end(status: int) -> NoReturn:
+    """End this process with a status; what torchrun started ends at once, without Python's own end.
+
+    A thread of gloo lets go of the tensors of the last exchange some time after it. Where it does so while
+    Python comes to its end, PyTorch 2.13 aborts the process, which had done all it had to.
+    """
+    if not launched():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the ranks that torchrun started: nccl on CUDA, gloo on the CPU. Alone, do nothing."""
+    """Join the ranks that torchrun started, by nccl on CUDA and gloo on the CPU, and leave together."""
     if not launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
+    yield
+    # A rank that fails does not come here: it ends, and torchrun ends the others. Groups of gloo are not
+    # destroyed, because their end may wait for a thread that itself waits for Python's lock; see `end`.
+    dist.barrier()
+    if device.type == "cuda":
         dist.destroy_process_group()
 
 

@@ -280,6 +280,18 @@ def test_a_study_whose_processes_fail_ends_as_they_did(
     assert study.main([*options, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_rank_ends_without_the_end_of_python(launched: bool) -> None:
+    """In which a thread of gloo may abort it; what it has printed is not lost."""
+    script = "import atexit; from lab.ranks import end; atexit.register(print, 'late'); print('done'); end(3)"
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"LOCAL_RANK": "0"} if launched else {})
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout.split()) == (3, ["done"] if launched else ["done", "late"])
+
+
 ODD = ("cost$^$x", "[bold]", "[red]", "_hidden", ":smile:", "Käse Ω", "日本", "x" * 200)
 
 
