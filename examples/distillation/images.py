@@ -30,7 +30,7 @@ from lab.training import threads
 
 ENLARGED = 3
 # What a finished set is tried on: other answers are kept in other files.
-ASKED = ("evaluations", "other_networks", "other_weights", "other_epochs", "draws", "baselines")
+ASKED = ("evaluations", "curves", "other_networks", "other_weights", "other_epochs", "draws", "baselines")
 ASKED += ("baseline_epochs", "ranking", "ranking_epochs")
 NOT_IN_CSV = ("_seeds", "class_accuracy", "class_accuracy_std")  # ends of names
 # What was learned is drawn in solid lines.
@@ -145,7 +145,8 @@ class Study:
         panels["gradient_norm"] = "hypergradient norm"
         seeds = {f"seed {seed}": [run] for seed, run in zip(self.settings.seeds, histories, strict=True)}
         learning = partial(learning_figure, seeds, panels, f"Learning the images of {name}")
-        self.results.figures({"steps": partial(steps_figure, outcomes, headline, name), "learning": learning})
+        steps = {"steps": partial(steps_figure, outcomes, headline, name)} if self.settings.curves else {}
+        self.results.figures({**steps, "learning": learning})
         measures = [measure for measure in ("attack", "others", "modified", "accuracy") if measure in rows[0]]
         columns = [Column(f"{measure} %", measure, ".1f", percent=True) for measure in measures]
         columns.append(Column("of", "networks", "d"))
@@ -159,7 +160,7 @@ class Study:
 def summary_rows(outcomes: Sequence[Row]) -> list[Row]:
     """One row for each training and architecture: mean and deviation over all networks of all seeds.
 
-    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` the mean of networks not yet trained,
+    ``NAME_seeds`` are the means of each seed by itself, ``NAME_before`` that of watched networks at first,
     ``class_accuracy`` a list with the mean for each class, of networks that were to be misled.
     """
     rows = []

@@ -46,9 +46,9 @@ class ImagesSettings(JudgingSettings):
     """Images of each class."""
     labels: Literal["hard", "soft"] = "hard"
     """soft: labels are learned too, and start one-hot."""
-    start: StartName = "means"
+    start: StartName = "kmeans"
     """What the images start from: noise, random real images, centers of k-means, or class means (of random
-    parts of a class, if it has several images)."""
+    parts of a class, if it has several images). With one image of each class the last two are the same."""
     steps: Count = 1
     """Batches into which the images are split; a step is taken on each in turn."""
     epochs: Count = 30
@@ -111,6 +111,9 @@ class ImagesSettings(JudgingSettings):
 
     evaluations: Free[Count] = 20
     """Fresh networks that are trained on the images when these are finished."""
+    curves: Free[Natural] = 5
+    """Of those that are trained in one way, so many are judged on the way, too, for the figure of accuracy by
+    step. 0: none, and no figure; with many test images that saves most of the time of judging."""
     other_networks: Free[tuple[NetworkName, ...]] = ()
     """Architectures that are trained on them besides, which the images have not been learned for."""
     baselines: Free[bool] = True

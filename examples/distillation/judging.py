@@ -18,7 +18,6 @@ from lab.data import ImageData, Split
 from lab.files import Row
 from lab.networks import make_factory, own_stream
 
-CURVE_NETWORKS = 5  # that are judged on the way
 # Learning rates of plain descent that are tried for baselines; the other rules take these times a factor.
 RATE_GRID = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 GRID_FACTOR = {"sgd": 1.0, "momentum": 0.2, "adam": 0.02}
@@ -165,7 +164,7 @@ class Judging:
 
         ``plain``: without augmentation; ``images``: to judge by (default: the test images).
         """
-        watched = CURVE_NETWORKS if curves and network is None else 0
+        watched = self.settings.curves if curves and network is None else 0
         options = {"count": number or self.count, "watched": watched, **self.how}
         options |= {"loss": inner_loss} if plain else {}
         real = self.data.test if images is None else images

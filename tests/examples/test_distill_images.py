@@ -496,6 +496,13 @@ def test_files_hold_what_was_found(tiny: Path) -> None:
         assert (tiny / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_networks_that_nobody_watches_end_the_same(tiny: Path, tmp_path: Path) -> None:
+    assert main([*TINY, "--curves", "0", "--out", str(tmp_path)]) == 0
+    watched, alone = (json.loads((out / "summary.json").read_text())["rows"] for out in (tiny, tmp_path))
+    assert alone == [{k: v for k, v in row.items() if not k.endswith("_before")} for row in watched]
+    assert not (tmp_path / "steps.png").exists()
+
+
 def test_set_in_the_file_is_the_one_that_was_judged(tiny: Path) -> None:
     distilled = DistilledSet.load(tiny / "seed1.safetensors")
     assert distilled.inputs.shape == (10, 1, 8, 8)
