@@ -39,7 +39,7 @@ from lab.measures import existing
 from lab.options import Count, Distinct, Free, Seed, command
 from lab.pictures import study_pictures
 from lab.progress import make_console
-from lab.ranks import end, launch, launched, process_group, rank, require_devices
+from lab.ranks import end_with, launch, launched, process_group, rank, require_devices
 from lab.report import flat, write_report
 from lab.results import Column, Results, grouped, summary_table
 from lab.settings import Settings
@@ -213,4 +213,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end(main())
+    end_with(main)

@@ -36,7 +36,7 @@ from distillation.kernel_settings import KernelSettings
 from distillation.linear import LinearSettings, linear_case
 from lab.options import command
 from lab.progress import make_console
-from lab.ranks import end, launch, launched
+from lab.ranks import end_with, launch, launched
 
 STUDIES = {
     ImagesSettings: learn_images,
@@ -66,4 +66,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end(main())
+    end_with(main)

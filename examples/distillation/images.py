@@ -145,6 +145,7 @@ class Study:
         panels["gradient_norm"] = "hypergradient norm"
         seeds = {f"seed {seed}": [run] for seed, run in zip(self.settings.seeds, histories, strict=True)}
         learning = partial(learning_figure, seeds, panels, f"Learning the images of {name}")
+        (self.settings.folder / "steps.png").unlink(missing_ok=True)  # that of an earlier run
         steps = {"steps": partial(steps_figure, outcomes, headline, name)} if self.settings.curves else {}
         self.results.figures({**steps, "learning": learning})
         measures = [measure for measure in ("attack", "others", "modified", "accuracy") if measure in rows[0]]

@@ -113,7 +113,8 @@ class ImagesSettings(JudgingSettings):
     """Fresh networks that are trained on the images when these are finished."""
     curves: Free[Natural] = 5
     """Of those that are trained in one way, so many are judged on the way, too, for the figure of accuracy by
-    step. 0: none, and no figure; with many test images that saves most of the time of judging."""
+    step. 0: none; then there is neither that figure nor what networks know before they train, and with many
+    test images most of the time of judging is saved."""
     other_networks: Free[tuple[NetworkName, ...]] = ()
     """Architectures that are trained on them besides, which the images have not been learned for."""
     baselines: Free[bool] = True

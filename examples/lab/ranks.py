@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -82,17 +83,25 @@ def launch(script: str, arguments: Sequence[str], devices: int) -> None:
         sys.exit(status)
 
 
-def end(status: int) -> NoReturn:
-    """End this process with a status; what torchrun started ends at once, without Python's own end.
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """End this process with the status of ``main()``; what torchrun started ends without Python's own end.
 
     A thread of gloo lets go of the tensors of the last exchange some time after it. Where it does so while
-    Python comes to its end, PyTorch 2.13 aborts the process, which had done all it had to.
+    Python comes to its end, PyTorch 2.13 aborts the process, which had done all it had to. One that has
+    failed may stand still there, and the others would wait for it.
     """
     if not launched():
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 @contextmanager
@@ -106,7 +115,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield
     # A rank that fails does not come here: it ends, and torchrun ends the others. Groups of gloo are not
-    # destroyed, because their end may wait for a thread that itself waits for Python's lock; see `end`.
+    # destroyed, because their end may wait for a thread that itself waits for Python's lock; see `end_with`.
     dist.barrier()
     if device.type == "cuda":
         dist.destroy_process_group()

@@ -280,16 +280,20 @@ def test_a_study_whose_processes_fail_ends_as_they_did(
     assert study.main([*options, "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("launched", [False, True])
-def test_a_rank_ends_without_the_end_of_python(launched: bool) -> None:
-    """In which a thread of gloo may abort it; what it has printed is not lost."""
-    script = "import atexit; from lab.ranks import end; atexit.register(print, 'late'); print('done'); end(3)"
+def test_a_rank_ends_without_the_end_of_python(launched: bool, fails: bool) -> None:
+    """In which a thread of gloo may abort it, or hold it for ever; what it has printed is not lost."""
+    script = "import atexit; from lab.ranks import end_with; atexit.register(print, 'late'); print('done'); "
+    script += "end_with(lambda: 1 // 0)" if fails else "end_with(lambda: 3)"
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"LOCAL_RANK": "0"} if launched else {})
     ended = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
-    assert (ended.returncode, ended.stdout.split()) == (3, ["done"] if launched else ["done", "late"])
+    assert ended.returncode == (1 if fails else 3)
+    assert ended.stdout.split() == (["done"] if launched else ["done", "late"])
+    assert ended.stderr.strip().endswith("modulo by zero" if fails else "")
 
 
 ODD = ("cost$^$x", "[bold]", "[red]", "_hidden", ":smile:", "Käse Ω", "日本", "x" * 200)
