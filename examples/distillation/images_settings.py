@@ -48,7 +48,7 @@ class ImagesSettings(JudgingSettings):
     """soft: labels are learned too, and start one-hot."""
     start: StartName = "kmeans"
     """What the images start from: noise, random real images, centers of k-means, or class means (of random
-    parts of a class, if it has several images). With one image of each class the last two are the same."""
+    parts of a class, if it has several images). With one image of each class its mean is its center."""
     steps: Count = 1
     """Batches into which the images are split; a step is taken on each in turn."""
     epochs: Count = 30
@@ -112,9 +112,9 @@ class ImagesSettings(JudgingSettings):
     evaluations: Free[Count] = 20
     """Fresh networks that are trained on the images when these are finished."""
     curves: Free[Natural] = 5
-    """Of those that are trained in one way, so many are judged on the way, too, for the figure of accuracy by
-    step. 0: none; then there is neither that figure nor what networks know before they train, and with many
-    test images most of the time of judging is saved."""
+    """So many of the networks that are trained in one way are judged after some of their steps, too, for the
+    figure of accuracy by step. 0: none; then there is neither that figure nor the accuracy before training,
+    and with many test images most of the time of judging is saved."""
     other_networks: Free[tuple[NetworkName, ...]] = ()
     """Architectures that are trained on them besides, which the images have not been learned for."""
     baselines: Free[bool] = True

@@ -293,7 +293,7 @@ def test_a_rank_ends_without_the_end_of_python(launched: bool, fails: bool) -> N
     )
     assert ended.returncode == (1 if fails else 3)
     assert ended.stdout.split() == (["done"] if launched else ["done", "late"])
-    assert ended.stderr.strip().endswith("modulo by zero" if fails else "")
+    assert ("ZeroDivisionError" in ended.stderr) == fails
 
 
 ODD = ("cost$^$x", "[bold]", "[red]", "_hidden", ":smile:", "Käse Ω", "日本", "x" * 200)
